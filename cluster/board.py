@@ -1,0 +1,39 @@
+"""Where the parts of a running family post what they do, and the driver reads it: for the display and for MLflow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Point:
+    """Metrics of one student after one batch.
+
+    Attributes:
+        batch: batches consumed so far.
+        metrics: names to values; ``loss``, ``kl`` and ``cross_entropy`` are nats per loss token.
+    """
+
+    student: str
+    batch: int
+    metrics: dict[str, float]
+
+
+class Board:
+    """A Ray actor: an append-only list of points and what each student is doing."""
+
+    def __init__(self) -> None:
+        self._points: list[Point] = []
+        self._phases: dict[str, str] = {}
+
+    def post(self, point: Point) -> None:
+        """Add a point."""
+        self._points.append(point)
+
+    def phase(self, student: str, phase: str) -> None:
+        """Say what a student is doing now, in a word or two."""
+        self._phases[student] = phase
+
+    def since(self, cursor: int) -> tuple[list[Point], dict[str, str]]:
+        """Points from ``cursor`` on, and every student's phase."""
+        return self._points[cursor:], dict(self._phases)

@@ -1,0 +1,61 @@
+"""Whether a family fits on a cluster, asked before anything is started.
+
+Ray Train waits without end for a worker that cannot be placed, so this is the only moment to say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cluster.errors import UserError
+from cluster.spec import FamilySpec
+
+
+@dataclass(frozen=True)
+class Need:
+    """``count`` processes that each want these resources on one node."""
+
+    who: str
+    count: int
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        each = f"{self.cpus:g} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
+        return f"{self.who} needs {self.count} x ({each})"
+
+
+def needs_of(spec: FamilySpec) -> list[Need]:
+    """What the teacher and the students ask for, all at the same time."""
+    teacher = spec.teacher
+    shards = teacher.replicas * teacher.shards
+    return [
+        Need("the teacher", shards, teacher.cpus_per_shard, teacher.gpus_per_shard),
+        *(Need(f"student {n}", s.ranks, s.cpus_per_rank, s.gpus_per_rank) for n, s in spec.students.items()),
+    ]
+
+
+def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> None:
+    """Place every process on the first node with room, the largest first.
+
+    Args:
+        nodes: resources of each node that is alive, as Ray names them (``CPU``, ``GPU``).
+
+    Raises:
+        UserError: what does not fit, all that is needed, and what there is.
+    """
+    needs = list(needs)
+    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
+    there = " + ".join(f"{cpus:g} CPU, {gpus:g} GPU" for cpus, gpus in free) or "no node"
+    for need in sorted(needs, key=lambda n: (n.gpus, n.cpus), reverse=True):
+        for _ in range(need.count):
+            # A little slack, for tenths do not add up exactly in binary.
+            room = next((f for f in free if f[0] >= need.cpus - 1e-6 and f[1] >= need.gpus - 1e-6), None)
+            if room is None:
+                raise UserError(
+                    f"the cluster is too small: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
+                    f"there is {there}. Lower cpus_per_shard, cpus_per_rank, ranks or shards, or add nodes"
+                )
+            room[0] -= need.cpus
+            room[1] -= need.gpus

@@ -1,0 +1,128 @@
+"""Text to packed tokens: Ray Data reads and tokenises, this file shuffles documents and packs them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import ray.data.exceptions
+import ray.exceptions
+from pyarrow import Table
+
+from cluster.corpus.batches import TOKENS_FILE, CorpusFacts
+from cluster.corpus.files import SUFFIXES, filesystem_of, find_files
+from cluster.errors import UserError
+from cluster.spec import CorpusSpec
+
+
+log = logging.getLogger(__name__)
+
+_SCHEMA = pa.schema([("ids", pa.large_list(pa.int32()))])
+
+
+class _Tokenize:
+    """Text column to token ids, one row per document, with the end-of-text token behind each."""
+
+    def __init__(self, tokenizer_dir: str, field: str) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+        self._field = field
+
+    def __call__(self, table: Table) -> Table:
+        texts = [text for text in table.column(self._field).to_pylist() if text and text.strip()]
+        end = self._tokenizer.eos_token_id
+        # Special tokens off: a sequence start in the middle of a packed row would be noise.
+        ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return Table.from_pydict({"ids": [[*row, end] if end is not None else row for row in ids]}, schema=_SCHEMA)
+
+
+def _text_of_file(row: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return {"text": row["bytes"].decode("utf-8")}
+    except UnicodeDecodeError as error:
+        raise UserError(f"corpus.paths: {row['path']} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+
+
+def _read(suffix: str, files: list[str], field: str) -> tuple[ray.data.Dataset, str]:
+    """One dataset over files of one kind, and the name of its text column."""
+    filesystem, _ = filesystem_of(files[0])
+    inner = [filesystem_of(path)[1] for path in files]
+    options: dict[str, Any] = {"filesystem": filesystem, "override_num_blocks": len(files)}
+    if suffix == ".txt":
+        return ray.data.read_binary_files(inner, include_paths=True, **options).map(_text_of_file), "text"
+    reader = ray.data.read_parquet if suffix == ".parquet" else ray.data.read_json
+    dataset = reader(inner, **options)
+    columns = dataset.schema().names
+    if field not in columns:
+        raise UserError(f"corpus.text_field: {field!r} is not in {files[0]}, which has {', '.join(columns)}")
+    return dataset.select_columns([field]), field
+
+
+def _documents(spec: CorpusSpec, tokenizer_dir: str) -> Iterator[np.ndarray]:
+    """Token ids of every document, in the order of files and rows."""
+    for suffix, files in find_files(spec.paths).items():
+        by_place: dict[bool, list[str]] = {}
+        for path in files:
+            by_place.setdefault(path.startswith("s3://"), []).append(path)
+        for group in by_place.values():
+            dataset, field = _read(suffix, group, spec.text_field)
+            tokenized = dataset.map_batches(
+                _Tokenize,
+                fn_constructor_args=(tokenizer_dir, field),
+                batch_format="pyarrow",
+                batch_size=256,
+                compute=ray.data.ActorPoolStrategy(size=1),
+                num_cpus=0.5,
+            )
+            for table in tokenized.iter_batches(batch_format="pyarrow", batch_size=None):
+                column = table.column("ids").combine_chunks()
+                values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+                for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+                    yield values[start:stop]
+
+
+def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> CorpusFacts:
+    """Read, tokenise, shuffle by the seed and pack a corpus into ``folder``.
+
+    Documents are laid end to end in an order that the seed decides and cut into sequences; the last partial one is
+    dropped.
+
+    Raises:
+        UserError: the corpus cannot be read, has no text, or too little for one sequence.
+    """
+    context = ray.data.DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        documents = list(_documents(spec, tokenizer_dir))
+    except (ray.exceptions.RayTaskError, ray.data.exceptions.UserCodeException, ValueError) as error:
+        cause = getattr(error, "cause", None) or error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        log.exception("the corpus cannot be read")
+        raise UserError(f"corpus.paths: cannot be read as {', '.join(SUFFIXES)}: {str(cause).splitlines()[0]}") from None
+    tokens = sum(len(d) for d in documents)
+    sequences = tokens // spec.sequence_length
+    if sequences == 0:
+        raise UserError(
+            f"corpus: {len(documents)} documents in {', '.join(spec.paths)} give {tokens} tokens, too few for one "
+            f"sequence of {spec.sequence_length}"
+        )
+    order = np.random.default_rng(spec.seed).permutation(len(documents))
+    flat = np.concatenate([documents[i] for i in order])[: sequences * spec.sequence_length]
+    packed_NS = flat.reshape(sequences, spec.sequence_length).astype(np.int32, copy=False)
+    aside = folder / f".{TOKENS_FILE}.part.npy"
+    np.save(aside, packed_NS)
+    os.replace(aside, folder / TOKENS_FILE)
+    facts = CorpusFacts(len(documents), flat.size, sequences, hashlib.sha256(packed_NS.tobytes()).hexdigest())
+    facts.write(folder)
+    return facts

@@ -1,0 +1,24 @@
+"""The errors a person is meant to read.
+
+Every error says what was given, what is allowed and what to do, in one line. The command line turns a
+:class:`StillhouseError` into that line and its exit code; anything else is a defect and gets a traceback in the
+log.
+"""
+
+
+class StillhouseError(Exception):
+    """Base of the errors that are shown as one line. ``exit_code`` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class UserError(StillhouseError):
+    """Something the user gave cannot be used: a spec, a path, an option. Nothing has been started."""
+
+    exit_code = 2
+
+
+class RunError(StillhouseError):
+    """A run that had started could not go on. What it had committed is kept."""
+
+    exit_code = 1

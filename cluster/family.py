@@ -1,0 +1,206 @@
+"""Runs one family from start to finish. The only file that knows every room."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cluster.board import Board, Point
+from cluster.capacity import check_capacity, needs_of
+from cluster.corpus.batches import CorpusFacts
+from cluster.corpus.prepare import prepare_corpus
+from cluster.errors import RunError
+from cluster.preflight import Checked
+from cluster.registry import Registry, code_version
+from cluster.runs import Run
+from cluster.session import alive_nodes, here
+from cluster.spec import FamilySpec
+from cluster.specfile import home
+from cluster.stream import Stream, StreamStats
+from cluster.students.job import StudentJob, StudentResult
+from cluster.watch import Status, Watch
+
+Report = Callable[[Status], None]
+POLL_S = 0.5
+
+
+@dataclass
+class FamilyResult:
+    """What a family came to.
+
+    Attributes:
+        students: the finished ones; ``failed`` says of the others why.
+        versions: registered model version per finished student.
+        points: every student's curve, of this session.
+    """
+
+    run: Run
+    corpus: CorpusFacts
+    stats: StreamStats
+    students: dict[str, StudentResult]
+    failed: dict[str, str]
+    points: list[Point]
+    seconds: float
+    versions: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Actors:
+    """Handles of the family's own actors."""
+
+    registry: ActorHandle
+    board: ActorHandle
+    stream: ActorHandle
+
+
+def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
+    """Distil one family: corpus, teacher and students, evaluation, registry. Needs a Ray connection.
+
+    Args:
+        checked: from :func:`cluster.preflight.preflight`.
+        run: from :func:`cluster.runs.open_run`.
+        report: called with the present status about twice a second.
+
+    Raises:
+        UserError: the family does not fit on the cluster, or its corpus holds too little.
+        RunError: the teacher is lost for good, or every student failed.
+    """
+    started = time.monotonic()
+    spec = checked.spec
+    check_capacity(needs_of(spec), alive_nodes())
+    report(Status("reading the corpus"))
+    registry = ray.remote(Registry).options(num_cpus=0).remote(
+        checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts")
+    )
+    try:
+        corpus = prepare_corpus(spec.corpus, str(checked.teacher_dir), run.folder / "corpus")
+        lineage = _lineage(checked, run, corpus)
+        run.mlflow = ray.get(
+            registry.start.remote(run.name, list(spec.students), spec.model_dump(mode="json"), lineage, run.mlflow)
+        )
+        run.save()
+        actors = _Actors(registry, ray.remote(Board).options(num_cpus=0).remote(), _start_stream(checked, run))
+        result = _distil(checked, run, corpus, actors, lineage, report)
+        ray.get(actors.stream.stop.remote())
+        ray.kill(actors.stream)
+        result.seconds = time.monotonic() - started
+        ray.get(registry.finish.remote(list(result.failed)))
+    except KeyboardInterrupt:
+        ray.get(registry.finish.remote([], killed=True))
+        raise
+    except Exception:
+        ray.get(registry.finish.remote(list(spec.students)))
+        raise
+    if not result.students:
+        raise RunError("every student failed; " + "; ".join(f"{n}: {why}" for n, why in result.failed.items()))
+    return result
+
+
+def _lineage(checked: Checked, run: Run, corpus: CorpusFacts) -> dict[str, str]:
+    """Tags by which a registered student can be traced to all that made it."""
+    spec = checked.spec
+    return {
+        "stillhouse.family": spec.name,
+        "stillhouse.run": run.name,
+        "stillhouse.teacher": spec.teacher.model,
+        "stillhouse.teacher_fingerprint": checked.teacher_fingerprint,
+        "stillhouse.corpus": corpus.address,
+        "stillhouse.labels": f"{spec.labels.kind} k={spec.labels.k} T={spec.labels.temperature:g}",
+        "stillhouse.spec": run.spec_hash,
+        "stillhouse.code": code_version(),
+    }
+
+
+def _start_stream(checked: Checked, run: Run) -> ActorHandle:
+    # On this node, because the packed corpus lies here.
+    placed = NodeAffinitySchedulingStrategy(here(), soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": placed}
+    return ray.remote(Stream).options(**options).remote(
+        checked.spec, str(run.folder / "corpus"), str(checked.teacher_dir), checked.vocabulary
+    )
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _run_student(job: StudentJob) -> StudentResult:
+    # Imported here, so that the driver does not load torch.
+    from cluster.students.trainer import run_student
+
+    return run_student(job)
+
+
+def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> dict[str, StudentJob]:
+    return {
+        name: StudentJob(
+            name=name,
+            family=checked.spec,
+            teacher_dir=str(checked.teacher_dir),
+            student_dir=str(checked.student_dirs[name]) if name in checked.student_dirs else None,
+            vocabulary=checked.vocabulary,
+            batches=batches,
+            stream=actors.stream,
+            board=actors.board,
+            storage=str(run.folder),
+        )
+        for name in checked.spec.students
+    }
+
+
+def _distil(
+    checked: Checked, run: Run, corpus: CorpusFacts, actors: _Actors, lineage: dict[str, str], report: Report
+) -> FamilyResult:
+    """Train all students from one pass; register each as it finishes; one that fails harms no other."""
+    spec = checked.spec
+    batches = ray.get(actors.stream.start.remote())
+    watch = Watch(actors.stream, actors.board, list(spec.students))
+    tasks = {_run_student.remote(job): name for name, job in _jobs(checked, run, actors, batches).items()}
+    registering: dict[ray.ObjectRef, str] = {}
+    students: dict[str, StudentResult] = {}
+    failed: dict[str, str] = {}
+    while tasks or registering:
+        done, _ = ray.wait([*tasks, *registering], num_returns=1, timeout=POLL_S)
+        status, new = watch.look("distilling" if tasks else "registering")
+        report(status)
+        if new:
+            actors.registry.log.remote(new)
+        if status.stats is not None and status.stats.error and tasks:
+            raise RunError(status.stats.error)
+        for ref in done:
+            if ref in registering:
+                run.versions[registering.pop(ref)] = ray.get(ref)
+                run.save()
+                continue
+            name = tasks.pop(ref)
+            actors.stream.detach.remote(name)
+            try:
+                students[name] = ray.get(ref)
+            except ray.exceptions.RayTaskError as error:
+                failed[name] = str(error.cause).splitlines()[0]
+                continue
+            if name not in run.versions:
+                registering[_register(actors.registry, spec, students[name], lineage)] = name
+    status, new = watch.look("registered")
+    ray.get(actors.registry.log.remote(new))
+    assert status.stats is not None
+    return FamilyResult(run, corpus, status.stats, students, failed, watch.points, 0.0, dict(run.versions))
+
+
+def _register(registry: ActorHandle, spec: FamilySpec, student: StudentResult, lineage: dict[str, str]) -> Any:
+    """Log a finished student's figures and register its model; a reference to the version's number."""
+    figures = {
+        "kl_before": student.before.kl,
+        "kl_after": student.after.kl,
+        "agreement_before": student.before.agreement,
+        "agreement_after": student.after.agreement,
+        "perplexity_before": student.before.student_perplexity,
+        "perplexity_after": student.after.student_perplexity,
+        "teacher_perplexity": student.after.teacher_perplexity,
+        "parameters": float(student.parameters),
+    }
+    registry.summarise.remote(student.name, figures)
+    return registry.register.remote(student.name, spec.model_name(student.name), student.model_dir, lineage)

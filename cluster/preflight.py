@@ -1,0 +1,100 @@
+"""Everything that can be known to be wrong before anything is started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.corpus.files import find_files
+from cluster.errors import UserError
+from cluster.models import load_config, load_tokenizer, local_model, model_fingerprint, tokenizer_fingerprint
+from cluster.spec import FamilySpec, Pretrained, Scratch, StudentSpec, TeacherLayers
+from cluster.specfile import home
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A family that may start.
+
+    Attributes:
+        vocabulary: the tokenizer's real size; padded model vocabularies are cut to it.
+        student_dirs: local directories of the pretrained students.
+        tracking_uri: the spec's, or the embedded one.
+    """
+
+    spec: FamilySpec
+    teacher_dir: Path
+    teacher_fingerprint: str
+    vocabulary: int
+    student_dirs: dict[str, Path]
+    tracking_uri: str
+
+
+def tracking_uri_of(spec: FamilySpec) -> str:
+    """The spec's MLflow, or SQLite under the Stillhouse home."""
+    return spec.tracking.uri or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def preflight(spec: FamilySpec) -> Checked:
+    """Check the teacher, its labels, the students and the corpus files; starts nothing.
+
+    Raises:
+        UserError: names the field, what was given and what is allowed.
+    """
+    uri = tracking_uri_of(spec)
+    teacher = spec.teacher
+    folder = local_model(teacher.model, revision=teacher.revision, tracking_uri=uri, field="teacher.model")
+    config = load_config(folder, "teacher.model", teacher.trust_remote_code)
+    tokenizer = load_tokenizer(folder, "teacher.model")
+    vocabulary = min(len(tokenizer), config.vocab_size)
+    if spec.labels.k > vocabulary:
+        raise UserError(f"labels.k: got {spec.labels.k}; the teacher's vocabulary has {vocabulary} tokens")
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and spec.corpus.sequence_length > longest:
+        raise UserError(
+            f"corpus.sequence_length: got {spec.corpus.sequence_length}; the teacher reads at most {longest} tokens"
+        )
+    _check_shards(spec, config)
+    dirs = {}
+    for name, student in spec.students.items():
+        pretrained = _check_student(name, student, config, tokenizer, vocabulary, uri)
+        if pretrained is not None:
+            dirs[name] = pretrained
+    find_files(spec.corpus.paths)
+    return Checked(spec, folder, model_fingerprint(folder), vocabulary, dirs, uri)
+
+
+def _check_shards(spec: FamilySpec, config: Any) -> None:
+    shards = spec.teacher.shards
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if shards > 1 and (config.num_attention_heads % shards or kv_heads % shards):
+        raise UserError(
+            f"teacher.shards: got {shards}; the teacher's {config.num_attention_heads} attention heads and {kv_heads} "
+            f"key-value heads must both divide by it"
+        )
+
+
+def _check_student(
+    name: str, student: StudentSpec, teacher_config: Any, tokenizer: Any, vocabulary: int, uri: str
+) -> Path | None:
+    """Check where a student's weights come from; returns the directory of a pretrained one."""
+    field, init = f"students.{name}.init", student.init
+    if isinstance(init, TeacherLayers):
+        total = teacher_config.num_hidden_layers
+        highest = init.layers[-1] + 1 if isinstance(init.layers, list) else init.layers
+        if highest > total:
+            raise UserError(f"{field}.layers: got {init.layers}; the teacher has {total} layers, 0 to {total - 1}")
+        return None
+    if isinstance(init, Scratch):
+        return None
+    assert isinstance(init, Pretrained)
+    folder = local_model(init.model, revision=init.revision, tracking_uri=uri, field=f"{field}.model")
+    config = load_config(folder, f"{field}.model")
+    own = load_tokenizer(folder, f"{field}.model")
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer) or config.vocab_size < vocabulary:
+        raise UserError(
+            f"{field}.model: {init.model} has another tokenizer ({len(own)} tokens) than the teacher "
+            f"({len(tokenizer)} tokens); labels are distributions over the teacher's tokens, so both must be the same"
+        )
+    return folder

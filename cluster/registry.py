@@ -1,0 +1,177 @@
+"""MLflow: runs, curves, registered models. Nothing else in Stillhouse knows MLflow's API."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.board import Point
+from cluster.errors import RunError, UserError
+
+CHALLENGER = "challenger"
+PARENT = ""
+
+
+def _client(tracking_uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_uri)
+    return mlflow.MlflowClient(tracking_uri)
+
+
+def code_version() -> str:
+    """The package's version and, in a checkout, the commit it stands on."""
+    version = importlib.metadata.version("stillhouse")
+    folder = Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"{version}+{found.stdout.strip()}" if found.returncode == 0 else version
+
+
+class Registry:
+    """One family's runs. Used as a Ray actor, so that MLflow's start-up and uploads hold nobody up.
+
+    Args:
+        artifact_root: where a new experiment on a database keeps its artifacts; a tracking server decides itself.
+    """
+
+    def __init__(self, tracking_uri: str, experiment: str, artifact_root: str) -> None:
+        self._uri = tracking_uri
+        self._client = _client(tracking_uri)
+        found = self._client.get_experiment_by_name(experiment)
+        root = None if tracking_uri.startswith("http") else f"{artifact_root}/{experiment}"
+        self._experiment = found.experiment_id if found else self._client.create_experiment(experiment, root)
+        self._runs: dict[str, str] = {}
+
+    def start(
+        self,
+        run: str,
+        students: Iterable[str],
+        spec: Mapping[str, Any],
+        tags: Mapping[str, str],
+        known: Mapping[str, str],
+    ) -> dict[str, str]:
+        """Open the parent run and one child run per student, each with the resolved spec.
+
+        Args:
+            known: run ids from an earlier session of the same run, which are opened again.
+
+        Returns:
+            Run ids: ``""`` for the parent, else by student.
+        """
+        if known:
+            for run_id in known.values():
+                self._client.update_run(run_id, status="RUNNING")
+            self._runs = dict(known)
+            return self._runs
+        parent = self._client.create_run(self._experiment, run_name=run, tags=dict(tags)).info.run_id
+        self._runs = {PARENT: parent}
+        self._client.log_dict(parent, dict(spec), "spec.json")
+        for student in students:
+            child_tags = {**tags, "mlflow.parentRunId": parent, "stillhouse.student": student}
+            child = self._client.create_run(self._experiment, run_name=f"{run}/{student}", tags=child_tags).info.run_id
+            self._runs[student] = child
+            self._client.log_dict(child, dict(spec), "spec.json")
+            for key, value in _flat(spec["students"][student]):
+                self._client.log_param(child, key, value)
+        return self._runs
+
+    def log(self, points: Iterable[Point]) -> None:
+        """Add points to the students' curves; the step is the number of batches learnt."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        by_student: dict[str, list[Any]] = {}
+        for point in points:
+            metrics = by_student.setdefault(point.student, [])
+            metrics += [Metric(name, value, now, point.batch) for name, value in point.metrics.items()]
+        for student, metrics in by_student.items():
+            for start in range(0, len(metrics), 1000):  # MLflow takes at most 1,000 at a time
+                self._client.log_batch(self._runs[student], metrics=metrics[start : start + 1000])
+
+    def summarise(self, student: str, metrics: Mapping[str, float]) -> None:
+        """Final figures of one student."""
+        for name, value in metrics.items():
+            self._client.log_metric(self._runs[student], name, value)
+
+    def register(self, student: str, name: str, model_dir: str, tags: Mapping[str, str]) -> int:
+        """Log a model directory under the student's run, register it and point ``challenger`` at it.
+
+        Returns:
+            The new version's number.
+        """
+        import mlflow
+
+        with mlflow.start_run(run_id=self._runs[student]):
+            info = mlflow.transformers.log_model(
+                transformers_model=model_dir,
+                name="model",
+                task="text-generation",
+                registered_model_name=name,
+                # Named, because MLflow would otherwise import the model to find out, and wants torchvision for it.
+                pip_requirements=[f"{p}=={importlib.metadata.version(p)}" for p in ("torch", "transformers")],
+                await_registration_for=300,
+            )
+        version = int(info.registered_model_version)
+        for key, value in tags.items():
+            self._client.set_model_version_tag(name, str(version), key, value)
+        self._client.set_registered_model_alias(name, CHALLENGER, str(version))
+        return version
+
+    def attach(self, path: str) -> None:
+        """Keep a file with the parent run."""
+        self._client.log_artifact(self._runs[PARENT], path)
+
+    def finish(self, failed: Iterable[str], killed: bool = False) -> None:
+        """Close all runs: FINISHED, or FAILED where a student failed, or KILLED."""
+        broken = set(failed)
+        if broken:
+            broken.add(PARENT)
+        for student, run_id in self._runs.items():
+            self._client.set_terminated(run_id, "KILLED" if killed else "FAILED" if student in broken else "FINISHED")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """A nested mapping as dotted names and values."""
+    rows: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        rows += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return rows
+
+
+def fetch_model(uri: str, tracking_uri: str) -> Path:
+    """Local Hugging Face directory of a registered model.
+
+    Args:
+        uri: ``models:/name@alias`` or ``models:/name/version``.
+
+    Raises:
+        UserError: no such model, version or alias.
+        RunError: the registry knows it, but it holds no transformers model.
+    """
+    _client(tracking_uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{uri}: not in the registry {_shown(tracking_uri)}: {reason}") from None
+    for candidate in (folder / "model", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise RunError(f"{uri}: registered, but it is not a transformers model")
+
+
+def _shown(uri: str) -> str:
+    """A URI without a password in it."""
+    scheme, _, rest = uri.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}" if "@" in rest else uri

@@ -1,0 +1,103 @@
+"""A run's folder: what it was asked to do, how far it came, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import UserError
+from cluster.spec import FamilySpec
+from cluster.specfile import home, training_hash
+
+STATE_FILE = "run.json"
+
+
+@dataclass
+class Run:
+    """One run of a family and its folder. What must survive a crash is written by :meth:`save`.
+
+    Attributes:
+        name: ``<family>-<time>``; also the MLflow run's name.
+        spec_hash: all that decides the students' weights; a resumed run must agree.
+        mlflow: run ids, ``family`` and one per student.
+        versions: registered model versions of students that are finished.
+    """
+
+    folder: Path
+    name: str
+    spec_hash: str
+    mlflow: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, int] = field(default_factory=dict)
+    resumed: bool = False
+
+    def save(self) -> None:
+        """Write the state aside and then put it in place, so that it is never half there."""
+        kept = {k: v for k, v in asdict(self).items() if k not in ("folder", "resumed")}
+        aside = self.folder / f".{STATE_FILE}.part"
+        aside.write_text(json.dumps(kept, indent=1))
+        os.replace(aside, self.folder / STATE_FILE)
+
+    @property
+    def log_path(self) -> Path:
+        """Everything that the libraries say."""
+        return self.folder / "run.log"
+
+    @property
+    def report_path(self) -> Path:
+        """The HTML report."""
+        return self.folder / "report.html"
+
+
+def _runs_folder() -> Path:
+    return home() / "runs"
+
+
+def open_run(spec: FamilySpec, resume: bool) -> Run:
+    """A new run's folder, or with ``resume`` the family's last one.
+
+    Raises:
+        UserError: nothing to resume, or it was started from a spec that would train other weights.
+    """
+    wanted = training_hash(spec)
+    if not resume:
+        name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = _unused(_runs_folder() / spec.name, name)
+        run = Run(folder, folder.name, wanted)
+        (folder / "spec.json").write_text(spec.model_dump_json(indent=1))
+        run.save()
+        return run
+    states = sorted((_runs_folder() / spec.name).glob(f"*/{STATE_FILE}"))
+    if not states:
+        raise UserError(f"--resume: family {spec.name!r} has no run under {_runs_folder()}; start one without --resume")
+    run = Run(folder=states[-1].parent, resumed=True, **json.loads(states[-1].read_text()))
+    if run.spec_hash != wanted:
+        changed = _differences(json.loads((run.folder / "spec.json").read_text()), spec.model_dump(mode="json"))
+        raise UserError(
+            f"--resume: {run.name} was started from another spec; differs in {', '.join(changed)}. Put these back or "
+            f"start a new run without --resume"
+        )
+    return run
+
+
+def _unused(parent: Path, name: str) -> Path:
+    """A folder that was not there before, also when two runs start in one second."""
+    attempt = 0
+    while True:
+        folder = parent / (f"{name}-{attempt}" if attempt else name)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            attempt += 1
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted paths at which two specs differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [k for k in (*old, *(k for k in new if k not in old))]
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [path]

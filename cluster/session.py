@@ -1,0 +1,77 @@
+"""Joins a running Ray cluster, or starts one on this machine and leaves nothing of it behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import ray
+
+OBJECT_STORE_BYTES = 2 * 1024**3
+
+# Inherited by every process of the family.
+WORKER_ENV = {
+    # Models are fetched before anything starts; no worker may reach for a hub.
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DS_IGNORE_CUDA_DETECTION": "1",
+}
+
+
+@contextlib.contextmanager
+def ray_session(local_cpus: float | None = None) -> Iterator[bool]:
+    """A Ray connection for the time of the ``with`` block; yields True when the cluster was started here.
+
+    Inside a submitted job, or where ``RAY_ADDRESS`` names a cluster, that cluster is joined. Otherwise one is started
+    on loopback with a token of its own; its processes end and its files go when the block ends, however it ends.
+
+    Args:
+        local_cpus: CPUs that a cluster started here offers; none means the machine's own number.
+    """
+    options = {"log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENV}}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address=os.environ["RAY_ADDRESS"], **options)
+        try:
+            yield False
+        finally:
+            ray.shutdown()
+        return
+    # A token of its own for the life of this process: Ray would otherwise write one into the home directory. Ray turns
+    # authentication on by itself when it starts a cluster and RAY_AUTH_MODE is not set.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        del os.environ["RAY_AUTH_MODE"]
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Short, because the paths of Unix sockets below it are limited to 107 bytes.
+    folder = tempfile.mkdtemp(prefix="still-", dir="/tmp")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=local_cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            _temp_dir=folder,
+            **options,
+        )
+        yield True
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """Resources of every node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def here() -> str:
+    """Id of the node that this process runs on."""
+    return str(ray.get_runtime_context().get_node_id())
+

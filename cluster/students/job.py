@@ -1,0 +1,57 @@
+"""What a student's ranks are told, and what comes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ray.actor import ActorHandle
+
+from cluster.evaluate.fidelity import Fidelity
+from cluster.spec import FamilySpec, StudentSpec
+
+
+@dataclass(frozen=True)
+class StudentJob:
+    """All that the ranks of one student need.
+
+    Attributes:
+        teacher_dir, student_dir: local model directories; the second for a pretrained student only.
+        vocabulary: the tokenizer's real size.
+        batches: how many the pass has.
+        stream, board: handles of the family's actors.
+        storage: the run's folder or bucket, for checkpoints.
+    """
+
+    name: str
+    family: FamilySpec
+    teacher_dir: str
+    student_dir: str | None
+    vocabulary: int
+    batches: int
+    stream: ActorHandle
+    board: ActorHandle
+    storage: str
+
+    @property
+    def spec(self) -> StudentSpec:
+        """The student's own part of the spec."""
+        return self.family.students[self.name]
+
+
+@dataclass(frozen=True)
+class StudentResult:
+    """A finished student.
+
+    Attributes:
+        model_dir: the trained model with its tokenizer, in safetensors.
+        parameters: number of weights, tied ones counted once.
+        seconds: from the first batch to the last, in the rank that wrote it (a resumed run counts its own part).
+    """
+
+    name: str
+    model_dir: str
+    parameters: int
+    before: Fidelity
+    after: Fidelity
+    batches: int
+    seconds: float

@@ -1,0 +1,58 @@
+"""One student as a Ray Train run: its ranks, its checkpoints, its restarts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cluster.errors import RunError
+from cluster.evaluate.fidelity import Fidelity
+from cluster.students.job import StudentJob, StudentResult
+from cluster.students.loop import COMMIT_FILE, MODEL_FOLDER, train_student
+
+
+def run_student(job: StudentJob) -> StudentResult:
+    """Train one student to the end; blocks, so it is called in a Ray task of its own.
+
+    Raises:
+        RunError: its ranks failed more often than ``max_failures`` allows.
+    """
+    spec, checkpoints = job.spec, job.family.checkpoints
+    per_rank = {"CPU": spec.cpus_per_rank, "GPU": spec.gpus_per_rank}
+    trainer = TorchTrainer(
+        train_student,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if spec.gpus_per_rank else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=spec.ranks,
+            use_gpu=spec.gpus_per_rank > 0,
+            resources_per_worker={name: amount for name, amount in per_rank.items() if amount},
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.name,
+            storage_path=f"{job.storage}/students",
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=checkpoints.keep),
+            failure_config=ray.train.FailureConfig(max_failures=spec.max_failures),
+        ),
+    )
+    result = trainer.fit()
+    if result.error is not None or result.checkpoint is None:
+        raise RunError(f"student {job.name} failed: {result.error}")
+    return student_result(job.name, Path(result.checkpoint.path))
+
+
+def student_result(name: str, folder: Path) -> StudentResult:
+    """What the last checkpoint of a finished student says of it."""
+    commit = json.loads((folder / COMMIT_FILE).read_text())
+    return StudentResult(
+        name=name,
+        model_dir=str(folder / MODEL_FOLDER),
+        parameters=commit["parameters"],
+        before=Fidelity(**commit["before"]),
+        after=Fidelity(**commit["after"]),
+        batches=commit["batch"],
+        seconds=commit["seconds"],
+    )

@@ -1,0 +1,103 @@
+"""A whole teacher: its shards in one placement group, started, called and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import numpy as np
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.spec import LabelsSpec, TeacherSpec
+from cluster.teacher.shard import Receipt, Shard
+
+# Seconds that the other shards get to show whether a failed call was really the death of one of them.
+DEATH_GRACE_S = 5.0
+
+
+class Replica:
+    """One replica. It holds no state worth saving: when any shard dies, the whole replica is stopped and replaced."""
+
+    def __init__(
+        self, index: int, spec: TeacherSpec, labels: LabelsSpec, model_dir: str, vocabulary: int, blocks: int
+    ) -> None:
+        self.index = index
+        self._spec, self._blocks = spec, blocks
+        self._arguments = (spec, labels, model_dir, vocabulary, blocks)
+        self._group: PlacementGroup | None = None
+        self._shards: list[ActorHandle] = []
+
+    async def start(self) -> np.ndarray:
+        """Place the shards, load the weights, and return the probe's answer.
+
+        Raises:
+            TimeoutError: not placed and loaded within ``teacher.start_timeout_s``.
+            ray.exceptions.RayActorError: a shard died on the way.
+        """
+        async with asyncio.timeout(self._spec.start_timeout_s):
+            bundle = {"CPU": self._spec.cpus_per_shard, "GPU": self._spec.gpus_per_shard}
+            wanted = {name: amount for name, amount in bundle.items() if amount}
+            # PACK: the shards talk at every layer, so they belong on one node where one has room.
+            self._group = placement_group([wanted] * self._spec.shards, strategy="PACK")
+            await self._group.ready()
+            self._shards = [self._place(rank) for rank in range(self._spec.shards)]
+            host, port = await self._shards[0].free_address.remote()
+            await _all_or_death([shard.join.remote(host, port) for shard in self._shards])
+            return (await _all_or_death([shard.probe.remote() for shard in self._shards]))[0]
+
+    def _place(self, rank: int) -> ActorHandle:
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+        options = {
+            "num_cpus": self._spec.cpus_per_shard,
+            "num_gpus": self._spec.gpus_per_shard,
+            "scheduling_strategy": strategy,
+        }
+        return ray.remote(Shard).options(**options).remote(*self._arguments, rank)
+
+    async def call(self, method: str, batch: Any) -> tuple[Receipt, list[ray.ObjectRef]]:
+        """Run ``score`` or ``hidden`` on all shards.
+
+        The blocks are return values of the call, so the caller's process owns them and they outlive the replica.
+        Only the small receipts are fetched here.
+        """
+        first = getattr(self._shards[0], method).options(num_returns=self._blocks + 1).remote(batch)
+        others = [getattr(shard, method).remote(batch) for shard in self._shards[1:]]
+        receipt, *_ = await _all_or_death([first[0], *others])
+        return receipt, first[1:]
+
+    async def head(self) -> np.ndarray:
+        """The teacher's head weight, see :meth:`Shard.head`."""
+        return (await _all_or_death([shard.head.remote() for shard in self._shards]))[0]
+
+    def stop(self) -> None:
+        """End the shards and give the resources back. Does nothing the second time."""
+        for shard in self._shards:
+            ray.kill(shard, no_restart=True)
+        self._shards = []
+        if self._group is not None:
+            remove_placement_group(self._group)
+            self._group = None
+
+
+async def _all_or_death(refs: list[ray.ObjectRef]) -> list[Any]:
+    """Results of one call on all shards.
+
+    When a shard dies, its peers fail too, with an error of their collective that may arrive first. The death is the
+    cause, so it is waited for a moment and raised before any other.
+    """
+    tasks = [asyncio.ensure_future(_value(ref)) for ref in refs]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    if any(t.done() and t.exception() for t in tasks):
+        await asyncio.wait(tasks, timeout=DEATH_GRACE_S)
+    errors = [error for t in tasks if t.done() and (error := t.exception())]
+    for error in sorted(errors, key=lambda e: not isinstance(e, RayActorError)):
+        raise error
+    return [t.result() for t in tasks]
+
+
+async def _value(ref: ray.ObjectRef) -> Any:
+    return await ref

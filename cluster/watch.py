@@ -1,0 +1,70 @@
+"""Reads the board and the stream while a family runs, and says in one snapshot where it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.board import Point
+from cluster.stream import StreamStats
+
+
+@dataclass(frozen=True)
+class StudentStatus:
+    """A student in the display. ``metrics`` is its last point, empty before the first."""
+
+    phase: str
+    batch: int
+    metrics: dict[str, float]
+    waited_s: float
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a family stands.
+
+    Attributes:
+        phase: what is going on, in a few words.
+        stats: the stream's, none before it started.
+    """
+
+    phase: str
+    students: dict[str, StudentStatus] = field(default_factory=dict)
+    stats: StreamStats | None = None
+
+    @property
+    def waits(self) -> str:
+        """Who waits for whom, in words; empty when nobody does."""
+        if self.stats is None:
+            return ""
+        if self.stats.blocked_by:
+            return f"the teacher waits for {self.stats.blocked_by}"
+        if self.stats.waiting:
+            return f"{', '.join(self.stats.waiting)} wait{'s' * (len(self.stats.waiting) == 1)} for the teacher"
+        return ""
+
+
+class Watch:
+    """Collects the points of a run; each is handed on once."""
+
+    def __init__(self, stream: ActorHandle, board: ActorHandle, students: list[str]) -> None:
+        self._stream, self._board, self._students = stream, board, students
+        self.points: list[Point] = []
+
+    def look(self, phase: str) -> tuple[Status, list[Point]]:
+        """The present status, and the points that are new since the last look."""
+        (new, phases), stats = ray.get([self._board.since.remote(len(self.points)), self._stream.stats.remote()])
+        self.points += new
+        last = {point.student: point for point in self.points}
+        students = {}
+        for name in self._students:
+            point = last.get(name)
+            students[name] = StudentStatus(
+                phases.get(name, "starting"),
+                point.batch if point else 0,
+                point.metrics if point else {},
+                stats.waited_s.get(name, 0.0),
+            )
+        return Status(phase, students, stats), new
