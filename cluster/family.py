@@ -4,50 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.board import Board, Point
+from cluster.board import Board
 from cluster.capacity import check_capacity, needs_of
 from cluster.corpus.batches import CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import RunError
 from cluster.preflight import Checked
 from cluster.registry import Registry, code_version
+from cluster.result import FamilyResult
 from cluster.runs import Run
 from cluster.session import alive_nodes, here
 from cluster.spec import FamilySpec
 from cluster.specfile import home
-from cluster.stream import Stream, StreamStats
+from cluster.stream import Stream
 from cluster.students.job import StudentJob, StudentResult
+from cluster.students.trainer import Trainers
 from cluster.watch import Status, Watch
 
 Report = Callable[[Status], None]
 POLL_S = 0.5
-
-
-@dataclass
-class FamilyResult:
-    """What a family came to.
-
-    Attributes:
-        students: the finished ones; ``failed`` says of the others why.
-        versions: registered model version per finished student.
-        points: every student's curve, of this session.
-    """
-
-    run: Run
-    corpus: CorpusFacts
-    stats: StreamStats
-    students: dict[str, StudentResult]
-    failed: dict[str, str]
-    points: list[Point]
-    seconds: float
-    versions: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +39,7 @@ class _Actors:
     registry: ActorHandle
     board: ActorHandle
     stream: ActorHandle
+    trainers: ActorHandle
 
 
 def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
@@ -75,6 +58,8 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
     spec = checked.spec
     check_capacity(needs_of(spec), alive_nodes())
     report(Status("reading the corpus"))
+    # Both take seconds to import what they need, so they begin before they have work.
+    trainers = ray.remote(Trainers).options(num_cpus=0, max_concurrency=len(spec.students)).remote()
     registry = ray.remote(Registry).options(num_cpus=0).remote(
         checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts")
     )
@@ -85,7 +70,8 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
             registry.start.remote(run.name, list(spec.students), spec.model_dump(mode="json"), lineage, run.mlflow)
         )
         run.save()
-        actors = _Actors(registry, ray.remote(Board).options(num_cpus=0).remote(), _start_stream(checked, run))
+        board = ray.remote(Board).options(num_cpus=0).remote()
+        actors = _Actors(registry, board, _start_stream(checked, run), trainers)
         result = _distil(checked, run, corpus, actors, lineage, report)
         ray.get(actors.stream.stop.remote())
         ray.kill(actors.stream)
@@ -126,17 +112,9 @@ def _start_stream(checked: Checked, run: Run) -> ActorHandle:
     )
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _run_student(job: StudentJob) -> StudentResult:
-    # Imported here, so that the driver does not load torch.
-    from cluster.students.trainer import run_student
-
-    return run_student(job)
-
-
-def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> dict[str, StudentJob]:
-    return {
-        name: StudentJob(
+def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[StudentJob]:
+    return [
+        StudentJob(
             name=name,
             family=checked.spec,
             teacher_dir=str(checked.teacher_dir),
@@ -148,7 +126,7 @@ def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> dict[str
             storage=str(run.folder),
         )
         for name in checked.spec.students
-    }
+    ]
 
 
 def _distil(
@@ -158,7 +136,7 @@ def _distil(
     spec = checked.spec
     batches = ray.get(actors.stream.start.remote())
     watch = Watch(actors.stream, actors.board, list(spec.students))
-    tasks = {_run_student.remote(job): name for name, job in _jobs(checked, run, actors, batches).items()}
+    tasks = {actors.trainers.run.remote(job): job.name for job in _jobs(checked, run, actors, batches)}
     registering: dict[ray.ObjectRef, str] = {}
     students: dict[str, StudentResult] = {}
     failed: dict[str, str] = {}

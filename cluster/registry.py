@@ -124,10 +124,6 @@ class Registry:
         self._client.set_registered_model_alias(name, CHALLENGER, str(version))
         return version
 
-    def attach(self, path: str) -> None:
-        """Keep a file with the parent run."""
-        self._client.log_artifact(self._runs[PARENT], path)
-
     def finish(self, failed: Iterable[str], killed: bool = False) -> None:
         """Close all runs: FINISHED, or FAILED where a student failed, or KILLED."""
         broken = set(failed)
@@ -135,6 +131,11 @@ class Registry:
             broken.add(PARENT)
         for student, run_id in self._runs.items():
             self._client.set_terminated(run_id, "KILLED" if killed else "FAILED" if student in broken else "FINISHED")
+
+
+def attach_report(tracking_uri: str, run_id: str, path: Path) -> None:
+    """Keep the family's report with its parent run."""
+    _client(tracking_uri).log_artifact(run_id, str(path))
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -27,21 +28,24 @@ log = logging.getLogger(__name__)
 _SCHEMA = pa.schema([("ids", pa.large_list(pa.int32()))])
 
 
-class _Tokenize:
+@functools.cache
+def _tokenizer(folder: str) -> Any:
+    """One tokenizer per worker process."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _tokenize(table: Table, tokenizer_dir: str, field: str) -> Table:
     """Text column to token ids, one row per document, with the end-of-text token behind each."""
-
-    def __init__(self, tokenizer_dir: str, field: str) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-        self._field = field
-
-    def __call__(self, table: Table) -> Table:
-        texts = [text for text in table.column(self._field).to_pylist() if text and text.strip()]
-        end = self._tokenizer.eos_token_id
-        # Special tokens off: a sequence start in the middle of a packed row would be noise.
-        ids = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        return Table.from_pydict({"ids": [[*row, end] if end is not None else row for row in ids]}, schema=_SCHEMA)
+    if field not in table.column_names:
+        raise UserError(f"corpus.text_field: {field!r} is not there; the rows have {', '.join(table.column_names)}")
+    tokenizer = _tokenizer(tokenizer_dir)
+    texts = [text for text in table.column(field).to_pylist() if text and text.strip()]
+    end = tokenizer.eos_token_id
+    # Special tokens off: a sequence start in the middle of a packed row would be noise.
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    return Table.from_pydict({"ids": [[*row, end] if end is not None else row for row in ids]}, schema=_SCHEMA)
 
 
 def _text_of_file(row: dict[str, Any]) -> dict[str, Any]:
@@ -51,42 +55,35 @@ def _text_of_file(row: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"corpus.paths: {row['path']} is not UTF-8 text: byte {error.start} cannot be decoded") from None
 
 
-def _read(suffix: str, files: list[str], field: str) -> tuple[ray.data.Dataset, str]:
-    """One dataset over files of one kind, and the name of its text column."""
+def _read(suffix: str, files: list[str]) -> ray.data.Dataset:
+    """One dataset over files of one kind in one place."""
     filesystem, _ = filesystem_of(files[0])
     inner = [filesystem_of(path)[1] for path in files]
-    options: dict[str, Any] = {"filesystem": filesystem, "override_num_blocks": len(files)}
     if suffix == ".txt":
-        return ray.data.read_binary_files(inner, include_paths=True, **options).map(_text_of_file), "text"
+        return ray.data.read_binary_files(inner, include_paths=True, filesystem=filesystem).map(_text_of_file)
     reader = ray.data.read_parquet if suffix == ".parquet" else ray.data.read_json
-    dataset = reader(inner, **options)
-    columns = dataset.schema().names
-    if field not in columns:
-        raise UserError(f"corpus.text_field: {field!r} is not in {files[0]}, which has {', '.join(columns)}")
-    return dataset.select_columns([field]), field
+    return reader(inner, filesystem=filesystem)
 
 
 def _documents(spec: CorpusSpec, tokenizer_dir: str) -> Iterator[np.ndarray]:
     """Token ids of every document, in the order of files and rows."""
+    groups: dict[tuple[str, bool], list[str]] = {}
     for suffix, files in find_files(spec.paths).items():
-        by_place: dict[bool, list[str]] = {}
         for path in files:
-            by_place.setdefault(path.startswith("s3://"), []).append(path)
-        for group in by_place.values():
-            dataset, field = _read(suffix, group, spec.text_field)
-            tokenized = dataset.map_batches(
-                _Tokenize,
-                fn_constructor_args=(tokenizer_dir, field),
-                batch_format="pyarrow",
-                batch_size=256,
-                compute=ray.data.ActorPoolStrategy(size=1),
-                num_cpus=0.5,
-            )
-            for table in tokenized.iter_batches(batch_format="pyarrow", batch_size=None):
-                column = table.column("ids").combine_chunks()
-                values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
-                for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
-                    yield values[start:stop]
+            groups.setdefault((suffix, path.startswith("s3://")), []).append(path)
+    for (suffix, _), files in groups.items():
+        tokenized = _read(suffix, files).map_batches(
+            _tokenize,
+            fn_args=(tokenizer_dir, "text" if suffix == ".txt" else spec.text_field),
+            batch_format="pyarrow",
+            batch_size=256,
+            num_cpus=0.5,
+        )
+        for table in tokenized.iter_batches(batch_format="pyarrow", batch_size=None):
+            column = table.column("ids").combine_chunks()
+            values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+            for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+                yield values[start:stop]
 
 
 def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> CorpusFacts:

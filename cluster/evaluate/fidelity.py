@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Fidelity:
-    """Means over held-out loss tokens.
-
-    Attributes:
-        kl: KL(teacher || student) in nats, over the whole vocabulary at T = 1.
-        agreement: share of tokens where both find the same token likeliest.
-        student_perplexity, teacher_perplexity: exp of the mean cross-entropy with the text.
-        tokens: loss tokens measured.
-    """
-
-    kl: float
-    agreement: float
-    student_perplexity: float
-    teacher_perplexity: float
-    tokens: int
+from cluster.evaluate.figures import Fidelity
 
 
 def fidelity_sums(
@@ -35,7 +18,7 @@ def fidelity_sums(
     next_T: Tensor,
     *,
     vocabulary: int,
-    chunk: int = 512,
+    chunk: int = 64,
 ) -> Tensor:
     """Sums over tokens: KL, agreements, the student's and the teacher's cross-entropy, and the tokens (float64, [5]).
 
@@ -44,18 +27,18 @@ def fidelity_sums(
     sums = torch.zeros(5, dtype=torch.float64, device=student_TD.device)
     for start in range(0, student_TD.shape[0], chunk):
         rows = slice(start, start + chunk)
-        q_CV = (student_TD[rows] @ student_head_VD[:vocabulary].T).float().log_softmax(-1)
-        p_CV = (teacher_TD[rows] @ teacher_head_VD[:vocabulary].T).float().log_softmax(-1)
-        picked_C1 = next_T[rows, None]
-        sums += torch.stack(
-            [
-                (p_CV.exp() * (p_CV - q_CV)).sum(dtype=torch.float64),
-                (p_CV.argmax(-1) == q_CV.argmax(-1)).sum().double(),
-                -q_CV.gather(1, picked_C1).sum(dtype=torch.float64),
-                -p_CV.gather(1, picked_C1).sum(dtype=torch.float64),
-                torch.tensor(float(len(q_CV)), dtype=torch.float64, device=sums.device),
-            ]
-        )
+        q_CV = (student_TD[rows] @ student_head_VD[:vocabulary].T).float()
+        p_CV = (teacher_TD[rows] @ teacher_head_VD[:vocabulary].T).float()
+        agreed = (p_CV.argmax(-1) == q_CV.argmax(-1)).sum()
+        log_norm_q_C, log_norm_p_C = q_CV.logsumexp(-1), p_CV.logsumexp(-1)
+        student_ce = (log_norm_q_C - q_CV.gather(1, next_T[rows, None])[:, 0]).sum(dtype=torch.float64)
+        teacher_ce = (log_norm_p_C - p_CV.gather(1, next_T[rows, None])[:, 0]).sum(dtype=torch.float64)
+        # KL = sum_v p_v (z_p - z_q)_v - log Z_p + log Z_q, with the difference of the logits made in place
+        gap_CV = q_CV.neg_().add_(p_CV)
+        mean_gap_C = p_CV.sub_(log_norm_p_C[:, None]).exp_().mul_(gap_CV).sum(-1)
+        kl = (mean_gap_C - log_norm_p_C + log_norm_q_C).sum(dtype=torch.float64)
+        tokens = torch.tensor(float(len(mean_gap_C)), dtype=torch.float64, device=sums.device)
+        sums += torch.stack([kl, agreed.double(), student_ce, teacher_ce, tokens])
     return sums
 
 

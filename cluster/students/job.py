@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from ray.actor import ActorHandle
 
-from cluster.evaluate.fidelity import Fidelity
+from cluster.evaluate.figures import Fidelity
 from cluster.spec import FamilySpec, StudentSpec
+
+# What a checkpoint of a student holds, beside ZeRO's own state: the commit always, the model when it has finished.
+COMMIT_FILE = "commit.json"
+MODEL_FOLDER = "model"
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 
 from cluster.board import Point
-from cluster.evaluate.fidelity import Fidelity, fidelity_of, fidelity_sums
+from cluster.evaluate.fidelity import fidelity_of, fidelity_sums
+from cluster.evaluate.figures import Fidelity
 from cluster.labels.from_hidden import as_tensor
 from cluster.labels.kinds import joined
 from cluster.students.initial import initial_student
-from cluster.students.job import StudentJob
+from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
 from cluster.students.losses.divergence import distillation_loss
 from cluster.students.module import Student, tokens_and_mask, topk_targets
 from cluster.students.zero import adamw, gathered_state, schedule_of, use_plain_gloo, zero_config
 
-COMMIT_FILE = "commit.json"
-MODEL_FOLDER = "model"
 ZERO_FOLDER = "zero"
 
 

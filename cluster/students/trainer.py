@@ -5,21 +5,37 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
-
 from cluster.errors import RunError
-from cluster.evaluate.fidelity import Fidelity
-from cluster.students.job import StudentJob, StudentResult
-from cluster.students.loop import COMMIT_FILE, MODEL_FOLDER, train_student
+from cluster.evaluate.figures import Fidelity
+from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob, StudentResult
+
+
+class Trainers:
+    """A Ray actor that waits for the students' Ray Train runs, one thread each.
+
+    One process for all, because each that imports torch and Ray Train costs seconds of start-up. They are imported in
+    the actor, not where the class is only named.
+    """
+
+    def __init__(self) -> None:
+        import cluster.students.loop  # noqa: F401  (before there is work, while the corpus is read)
+
+    def run(self, job: StudentJob) -> StudentResult:
+        """See :func:`run_student`."""
+        return run_student(job)
 
 
 def run_student(job: StudentJob) -> StudentResult:
-    """Train one student to the end; blocks, so it is called in a Ray task of its own.
+    """Train one student to the end; blocks.
 
     Raises:
         RunError: its ranks failed more often than ``max_failures`` allows.
     """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from cluster.students.loop import train_student
+
     spec, checkpoints = job.spec, job.family.checkpoints
     per_rank = {"CPU": spec.cpus_per_rank, "GPU": spec.gpus_per_rank}
     trainer = TorchTrainer(

@@ -1,0 +1,32 @@
+"""What a family came to: what the terminal, the report and the registry say at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.board import Point
+from cluster.corpus.batches import CorpusFacts
+from cluster.runs import Run
+from cluster.stream import StreamStats
+from cluster.students.job import StudentResult
+
+
+@dataclass
+class FamilyResult:
+    """What a family came to.
+
+    Attributes:
+        students: the finished ones; ``failed`` says of the others why.
+        versions: registered model version per finished student.
+        points: every student's curve, of this session.
+        seconds: of the whole family, without the comparison of its endpoints.
+    """
+
+    run: Run
+    corpus: CorpusFacts
+    stats: StreamStats
+    students: dict[str, StudentResult]
+    failed: dict[str, str]
+    points: list[Point]
+    seconds: float
+    versions: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,157 @@
+"""The `stillhouse` command. Every subcommand imports what it needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.errors import StillhouseError
+
+app = typer.Typer(
+    help="Distil one large teacher into a family of students in a single pass; register, serve and compare them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SpecPath = Annotated[Path, typer.Argument(metavar="FAMILY.yaml", help="The family spec.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a field, such as students.small.lr=3e-4. May repeat."),
+]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow tracking URI for models:/ arms. Default: the embedded one.")
+]
+
+
+@app.command()
+def run(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run.")] = False,
+) -> None:
+    """Run a family here, or on the cluster that RAY_ADDRESS names."""
+    from jobs.run import run as run_family
+
+    run_family(spec, overrides or [], resume)
+
+
+@app.command()
+def check(spec: SpecPath, overrides: Overrides = None) -> None:
+    """Validate a spec, its models and its corpus files; start nothing."""
+    from cluster.preflight import preflight
+    from cluster.specfile import load_spec
+
+    checked = preflight(load_spec(spec, overrides or []))
+    names = ", ".join(checked.spec.students)
+    typer.echo(f"{spec}: good; teacher {checked.teacher_dir}, students {names}, vocabulary {checked.vocabulary}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the family spec: every field, its meaning and its default."""
+    from cluster.spec import FamilySpec
+
+    typer.echo(json.dumps(FamilySpec.model_json_schema(), indent=2))
+
+
+@app.command()
+def submit(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(help="The cluster's job server.")] = "http://127.0.0.1:8265",
+    follow: Annotated[bool, typer.Option(help="Show its log and end with its outcome.")] = True,
+) -> None:
+    """Run a family as a Ray job on a running cluster."""
+    from jobs.submit import submit as submit_family
+
+    raise typer.Exit(submit_family(spec, overrides or [], address, follow))
+
+
+@app.command()
+def serve(
+    arm: Annotated[
+        list[str], typer.Option(help="[NAME=]models:/NAME@ALIAS[:WEIGHT] or [NAME=]DIRECTORY[:WEIGHT]. May repeat.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; anything but loopback is open to others.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
+    name: Annotated[str, typer.Option(help="Model name that means: split by weight.")] = "stillhouse",
+    cpus_per_arm: Annotated[float, typer.Option(help="CPUs that one arm asks Ray for.")] = 0.5,
+    gpus_per_arm: Annotated[float, typer.Option(help="GPUs that one arm asks Ray for.")] = 0.0,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Serve students behind one OpenAI-compatible endpoint, until Ctrl-C."""
+    from jobs.serve import serve as serve_arms
+
+    serve_arms(arm, host, port, name, cpus_per_arm, gpus_per_arm, tracking_uri)
+
+
+@app.command()
+def bench(
+    url: Annotated[str, typer.Argument(help="The endpoint, such as http://127.0.0.1:8000.")],
+    requests: Annotated[int, typer.Option(help="Requests in all; per model where --model is given.")] = 32,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at a time.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Tokens asked for per request.")] = 32,
+    model: Annotated[list[str] | None, typer.Option(help="Send to this model or arm. May repeat.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure time to first token and whole latency per arm."""
+    from rich.console import Console
+
+    from serving.bench import run_bench
+    from serving.prompts import PROMPTS
+
+    result = run_bench(url, requests, concurrency, max_tokens, PROMPTS, model)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+    else:
+        Console().print(result.table())
+
+
+@app.command()
+def doctor(
+    address: Annotated[str | None, typer.Option(help="Look at the cluster behind this job server instead.")] = None,
+) -> None:
+    """Say what this machine or a cluster has, and what is missing for which command."""
+    from jobs.doctor import doctor as look
+
+    raise typer.Exit(look(address))
+
+
+def main() -> None:
+    """Entry point: a user's mistake costs one line and exit code 2, a failed run one line and 1."""
+    try:
+        app(standalone_mode=True)
+    except StillhouseError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0] in EXTRAS:
+            extra = EXTRAS[error.name.split(".")[0]]
+            print(f"error: {error.name} is not installed; pip install 'stillhouse[{extra}]'", file=sys.stderr)  # noqa: T201
+            sys.exit(2)
+        raise
+
+
+# Which extra brings a library that the light base leaves out.
+EXTRAS = {
+    "torch": "train",
+    "transformers": "train",
+    "deepspeed": "train",
+    "mlflow": "train",
+    "pyarrow": "train",
+    "pandas": "train",
+    "jinja2": "train",
+    "matplotlib": "train",
+    "fastapi": "serve",
+    "httpx": "serve",
+}

@@ -1,0 +1,111 @@
+"""What a person sees. The terminal is Stillhouse's own; everything that libraries print goes into a log file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster.watch import Status
+
+PLAIN_INTERVAL_S = 10.0
+
+
+@contextlib.contextmanager
+def quiet(log: Path) -> Iterator[Console]:
+    """A console on the real terminal, while file descriptors 1 and 2 lead into ``log``.
+
+    At the level of descriptors, because C++ code and child processes write to them directly.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        with os.fdopen(os.dup(saved[0]), "w", encoding="utf-8") as terminal:
+            yield Console(file=terminal, soft_wrap=True)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for descriptor, original in zip((1, 2), saved, strict=True):
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
+class Display:
+    """Shows where a family stands: one live table on a terminal, a line every few seconds in a pipe."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._started = time.monotonic()
+        self._last_line = ("", float("-inf"))
+
+    def __enter__(self) -> Display:
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, status: Status) -> None:
+        """Show the present status."""
+        if self._live is not None:
+            self._live.update(self._table(status))
+            return
+        phase, shown = self._last_line
+        if status.phase != phase or time.monotonic() - shown >= PLAIN_INTERVAL_S:
+            self._last_line = (status.phase, time.monotonic())
+            self._console.print(self._line(status), highlight=False)
+
+    def _elapsed(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        return f"{minutes:d}:{seconds:02d}"
+
+    def _line(self, status: Status) -> str:
+        parts = [f"[{self._elapsed()}] {status.phase}".replace("[", "\\[")]
+        if status.stats is not None:
+            parts.append(f"scored {len(status.stats.scored)}/{status.stats.total}")
+            for name, student in status.students.items():
+                figures = ""
+                if student.metrics:
+                    figures = f" KL {student.metrics['kl']:.2f}, {student.metrics['tokens_per_second']:.0f} tok/s"
+                parts.append(f"{name} {student.phase} {student.batch}/{status.stats.total}{figures}")
+            if status.waits:
+                parts.append(status.waits)
+        return " | ".join(parts)
+
+    def _table(self, status: Status) -> Any:
+        head = Text(f"{self._elapsed()}  {status.phase}", style="bold")
+        if status.stats is None:
+            return head
+        table = Table(box=None, pad_edge=False)
+        for column in ("", "batches", "", "loss", "KL", "tok/s", "waited", "doing"):
+            table.add_column(column, justify="left" if column in ("", "doing") else "right")
+        total = status.stats.total
+        pool = status.stats.pool
+        doing = f"{pool.ready} replica{'s' * (pool.ready != 1)} ready, window {status.stats.window_used}"
+        scored = len(status.stats.scored)
+        table.add_row("teacher", f"{scored}/{total}", ProgressBar(total, scored, width=24), "", "", "", "", doing)
+        for name, student in status.students.items():
+            figures = [f"{student.metrics[key]:.3g}" for key in ("loss", "kl")] if student.metrics else ["", ""]
+            rate = f"{student.metrics['tokens_per_second']:.0f}" if student.metrics else ""
+            bar = ProgressBar(total, student.batch, width=24)
+            waited = f"{student.waited_s:.0f} s"
+            table.add_row(name, f"{student.batch}/{total}", bar, *figures, rate, waited, student.phase)
+        return Group(head, table, Text(status.waits, style="dim"))

@@ -1,0 +1,163 @@
+"""`stillhouse run`: one family from its spec to registered students and a comparison of their endpoints."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import StillhouseError
+from cluster.preflight import Checked, preflight
+from cluster.result import FamilyResult
+from cluster.runs import Run, open_run
+from cluster.specfile import load_spec
+from cluster.watch import Status
+from jobs.console import Display, quiet
+
+
+def run(path: Path, overrides: Sequence[str], resume: bool) -> None:
+    """Check a family, run it and print what came of it.
+
+    Raises:
+        StillhouseError: a mistake in what was given, or a run that could not go on.
+    """
+    checked = preflight(load_spec(path, overrides))
+    folder = open_run(checked.spec, resume)
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    with quiet(folder.log_path) as console:
+        console.print(f"run {folder.name}, log {folder.log_path}", highlight=False)
+        try:
+            result, serving = _run(checked, folder, console)
+        except KeyboardInterrupt:
+            again = f"stillhouse run {path} --resume"
+            console.print(f"interrupted; nothing of it is left running. Go on with: {again}", highlight=False)
+            raise
+        except StillhouseError:
+            _discard_empty(folder)
+            raise
+        _print_result(console, checked, result, serving)
+
+
+def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _discard_empty(run: Run) -> None:
+    """Forget a run in which no student ever started: there is nothing to resume."""
+    if not run.mlflow and not run.resumed:
+        import shutil
+
+        shutil.rmtree(run.folder)
+
+
+def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, list[dict[str, Any]]]:
+    # Imported here, because they load Ray Data and MLflow, which a refused spec need not wait for.
+    from cluster.evaluate.report import write_report
+    from cluster.family import run_family
+    from cluster.registry import attach_report
+    from cluster.session import ray_session
+
+    with Display(console) as display, ray_session():
+        result = run_family(checked, run, display.show)
+        serving: list[dict[str, Any]] = []
+        if checked.spec.serving is not None:
+            display.show(Status("comparing the endpoints"))
+            serving = compare(checked, result)
+        write_report(checked.spec, result, serving, environment())
+        attach_report(checked.tracking_uri, run.mlflow[""], run.report_path)
+    return result, serving
+
+
+def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
+    """Serve the new challengers, and the teacher for reference, and send each the same prompts.
+
+    Returns:
+        One row per arm, see :class:`serving.bench.ArmResult`.
+    """
+    from serving.arms import Arm
+    from serving.bench import run_bench
+    from serving.deploy import deploy
+    from serving.prompts import PROMPTS
+
+    spec, options = checked.spec, checked.spec.serving
+    assert options is not None
+    arms = [Arm(spec.model_name(n), f"models:/{spec.model_name(n)}/{result.versions[n]}", 1.0) for n in result.students]
+    if options.include_teacher:
+        arms.append(Arm("teacher", str(checked.teacher_dir), 0.0))
+    with deploy(
+        arms,
+        port=0,
+        endpoint=spec.name,
+        tracking_uri=checked.tracking_uri,
+        cpus_per_arm=options.cpus_per_arm,
+        gpus_per_arm=options.gpus_per_arm,
+    ) as endpoint:
+        bench = run_bench(
+            endpoint.url,
+            requests=options.requests,
+            concurrency=options.concurrency,
+            max_tokens=options.max_tokens,
+            prompts=PROMPTS,
+            models=[arm.name for arm in arms],
+        )
+    rows: list[dict[str, Any]] = bench.as_dict()["arms"]
+    return rows
+
+
+def environment() -> dict[str, str]:
+    """What a run ran on, for the report."""
+    from importlib.metadata import version
+
+    libraries = {name: version(name) for name in ("stillhouse", "ray", "torch", "deepspeed", "transformers", "mlflow")}
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}"
+    return {"machine": machine, "python": platform.python_version(), **libraries}
+
+
+def _print_result(
+    console: Console, checked: Checked, result: FamilyResult, serving: Sequence[Mapping[str, Any]]
+) -> None:
+    spec = checked.spec
+    by_arm = {row["arm"]: row for row in serving}
+    table = Table(title=f"family {spec.name}: {len(result.students)} students from one pass", title_justify="left")
+    columns = ["", "parameters", "KL before", "KL after", "agreement", "perplexity", "registered"]
+    for column in columns + (["first token p50 ms", "answer p50/p95 ms"] if serving else []):
+        table.add_column(column, justify="right" if column else "left")
+
+    def latency(arm: str) -> list[str]:
+        row = by_arm.get(arm)
+        if row is None:
+            return ["", ""] if serving else []
+        return [f"{row['first_token_ms']['p50']:.0f}", f"{row['latency_ms']['p50']:.0f}/{row['latency_ms']['p95']:.0f}"]
+
+    for name, student in result.students.items():
+        model = spec.model_name(name)
+        table.add_row(
+            name,
+            f"{student.parameters / 1e6:.1f} M",
+            f"{student.before.kl:.2f}",
+            f"{student.after.kl:.2f}",
+            f"{100 * student.after.agreement:.0f} %",
+            f"{student.after.student_perplexity:.4g}",
+            f"{model} v{result.versions[name]}",
+            *latency(model),
+        )
+    if result.students:
+        after = next(iter(result.students.values())).after
+        table.add_row("teacher", "", "", "0.00", "100 %", f"{after.teacher_perplexity:.4g}", "", *latency("teacher"))
+    console.print(table)
+    scorings = sum(result.stats.scored.values())
+    console.print(
+        f"the teacher scored {len(result.stats.scored)} batches in {scorings} scorings; read by "
+        + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),
+        highlight=False,
+    )
+    for name, reason in result.failed.items():
+        console.print(f"student {name} failed: {reason}", style="red", highlight=False)
+    console.print(f"MLflow {checked.tracking_uri}\nreport {result.run.report_path}", highlight=False)
