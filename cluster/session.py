@@ -26,14 +26,11 @@ WORKER_ENV = {
 
 
 @contextlib.contextmanager
-def ray_session(local_cpus: float | None = None) -> Iterator[bool]:
+def ray_session() -> Iterator[bool]:
     """A Ray connection for the time of the ``with`` block; yields True when the cluster was started here.
 
     Inside a submitted job, or where ``RAY_ADDRESS`` names a cluster, that cluster is joined. Otherwise one is started
     on loopback with a token of its own; its processes end and its files go when the block ends, however it ends.
-
-    Args:
-        local_cpus: CPUs that a cluster started here offers; none means the machine's own number.
     """
     options = {"log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENV}}
     if os.environ.get("RAY_ADDRESS"):
@@ -54,7 +51,6 @@ def ray_session(local_cpus: float | None = None) -> Iterator[bool]:
     try:
         ray.init(
             address="local",
-            num_cpus=local_cpus,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             _temp_dir=folder,

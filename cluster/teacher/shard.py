@@ -95,7 +95,7 @@ class Shard:
         from cluster.labels.from_hidden import topk_labels
 
         with torch.inference_mode():
-            return topk_labels(
+            labels = topk_labels(
                 self._hidden(tokens_BS),
                 self._model.get_output_embeddings(),
                 k=self._labels.k,
@@ -104,9 +104,15 @@ class Shard:
                 chunk=self._spec.tokens_per_chunk,
                 keep=self._rank == 0,
             )
+        if labels is not None and not np.isfinite(labels.logprobs_BSK).all():
+            raise FloatingPointError("the teacher's output is not finite")
+        return labels
 
     def score(self, batch: Batch) -> Any:
         """Labels of a batch.
+
+        Raises:
+            FloatingPointError: the teacher's output is not finite.
 
         Returns:
             On rank 0 a receipt and then one ``TopK`` per block, as separate return values so that a rank of a
@@ -116,8 +122,6 @@ class Shard:
         labels = self._topk(batch.tokens_BS)
         if labels is None:
             return Receipt(time.perf_counter() - started, 0)
-        if not np.isfinite(labels.logprobs_BSK).all():
-            raise FloatingPointError(f"the teacher's output for batch {batch.number} is not finite")
         return Receipt(time.perf_counter() - started, labels.nbytes), *_cut(labels, self._blocks)
 
     def hidden(self, batch: Batch) -> Any:

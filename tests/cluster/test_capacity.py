@@ -1,0 +1,88 @@
+"""Whether a family fits, said before anything is started."""
+
+from typing import Any
+
+import pytest
+
+from cluster.capacity import Need, check_capacity, needs_of
+from cluster.errors import UserError
+from cluster.spec import FamilySpec
+from tests.tiny import tiny_family
+
+Node = dict[str, float]
+
+
+def cpu(*amounts: float) -> list[Node]:
+    return [{"CPU": amount} for amount in amounts]
+
+
+FITS: dict[str, tuple[list[Need], list[Node]]] = {
+    "exactly": ([Need("the teacher", 1, 1, 0), Need("student a", 1, 1, 0)], cpu(2)),
+    "shares that do not add up exactly": (
+        [Need("a", 1, 0.6, 0), Need("b", 1, 0.7, 0), Need("c", 1, 0.7, 0)],
+        cpu(2),
+    ),
+    "ten tenths": ([Need("a", 10, 0.1, 0)], cpu(1)),
+    "one rank a node": ([Need("student a", 2, 3, 0)], cpu(4, 4)),
+    "both ranks on one node": ([Need("student a", 2, 3, 0)], cpu(6)),
+    "the large one although the small ones come first": ([Need("a", 2, 1, 0), Need("b", 1, 4, 0)], cpu(4, 2)),
+    "the one with a GPU before those without": (
+        [Need("a", 1, 2, 0), Need("b", 1, 1, 1)],
+        [{"CPU": 2, "GPU": 1}, {"CPU": 2}],
+    ),
+    "two on one GPU": ([Need("the teacher", 2, 1, 0.5)], [{"CPU": 2, "GPU": 1}]),
+    "nothing on nothing": ([], []),
+}
+
+
+@pytest.mark.parametrize(("needs", "nodes"), FITS.values(), ids=FITS)
+def test_what_can_be_placed_is_let_through(needs: list[Need], nodes: list[Node]) -> None:
+    check_capacity(needs, nodes)
+
+
+TOO_BIG: dict[str, tuple[list[Need], list[Node], str]] = {
+    "one process above every node": ([Need("student a", 1, 5, 0)], cpu(4, 4), "student a needs 1 x (5 CPU)"),
+    "the sum on one node": ([Need("a", 2, 3, 0)], cpu(5), "a needs 2 x (3 CPU)"),
+    "a hundredth too much": ([Need("a", 1, 0.61, 0), Need("b", 2, 0.7, 0)], cpu(2), "a needs 1 x (0.61 CPU)"),
+    "a GPU where there is none": ([Need("a", 1, 1, 1)], cpu(8), "a needs 1 x (1 CPU and 1 GPU)"),
+    "the GPU and the CPUs on different nodes": (
+        [Need("a", 1, 4, 1)],
+        [{"CPU": 8}, {"CPU": 1, "GPU": 1}],
+        "a needs 1 x (4 CPU and 1 GPU)",
+    ),
+    "no node": ([Need("a", 1, 1, 0)], [], "no node"),
+}
+
+
+@pytest.mark.parametrize(("needs", "nodes", "said"), TOO_BIG.values(), ids=TOO_BIG)
+def test_what_cannot_be_placed_is_refused(needs: list[Need], nodes: list[Node], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_capacity(needs, nodes)
+    assert said in str(caught.value)
+
+
+def test_the_refusal_says_all_that_is_needed_and_what_there_is() -> None:
+    with pytest.raises(UserError) as caught:
+        check_capacity(
+            [Need("the teacher", 2, 1.5, 0), Need("student a", 1, 2, 1)], [{"CPU": 3, "GPU": 1}, {"CPU": 1}]
+        )
+    message = str(caught.value)
+    parts = [
+        "the teacher needs 2 x (1.5 CPU)",
+        "student a needs 1 x (2 CPU and 1 GPU)",
+        "3 CPU, 1 GPU + 1 CPU, 0 GPU",
+    ]
+    assert [part for part in parts if part not in message] == []
+
+
+def test_a_family_needs_every_shard_of_every_replica_and_every_rank() -> None:
+    shape: dict[str, Any] = tiny_family()["students"]["small"]
+    tree = tiny_family(
+        teacher={"replicas": 2, "shards": 3, "cpus_per_shard": 0.5, "gpus_per_shard": 1},
+        students={"wide": {**shape, "ranks": 4, "cpus_per_rank": 2}},
+    )
+    assert needs_of(FamilySpec.model_validate(tree)) == [
+        Need("the teacher", 6, 0.5, 1.0),
+        Need("student small", 1, 1.0, 0.0),
+        Need("student wide", 4, 2.0, 0.0),
+    ]

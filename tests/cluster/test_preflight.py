@@ -1,0 +1,139 @@
+"""What a family is refused for before anything is started: the field, what was given and what is allowed."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import UserError
+from cluster.models import model_fingerprint
+from cluster.preflight import Checked, preflight
+from cluster.spec import FamilySpec
+from tests.tiny import POSITIONS, VOCABULARY, tiny_family, write_tiny_model
+
+SCRATCH = {"source": "scratch", "layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 64}
+
+
+@pytest.fixture
+def check(tiny_teacher: Path, tiny_corpus: Path, stillhouse_home: Path) -> Any:
+    """Preflight of a tiny family; ``init`` is the student's, the rest are fields of sections."""
+
+    def run(init: dict[str, Any] | None = None, **sections: Any) -> Checked:
+        tree = tiny_family(tiny_teacher, tiny_corpus, **sections)
+        if init:
+            tree["students"]["small"]["init"] = init
+        return preflight(FamilySpec.model_validate(tree))
+
+    return run
+
+
+def test_a_family_that_may_start_is_described(check: Any, tiny_teacher: Path, stillhouse_home: Path) -> None:
+    checked = check()
+    assert checked.vocabulary == VOCABULARY < 320
+    assert (checked.teacher_dir, checked.student_dirs) == (tiny_teacher, {})
+    assert checked.teacher_fingerprint == model_fingerprint(tiny_teacher)
+    assert checked.tracking_uri == f"sqlite:///{stillhouse_home}/mlflow.db"
+    assert not stillhouse_home.exists()
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"labels": {"k": VOCABULARY}},
+        {"corpus": {"sequence_length": POSITIONS}},
+        {"teacher": {"shards": 2}},
+        {"init": {"source": "teacher", "layers": 4}},
+        {"init": {"source": "teacher", "layers": [3]}},
+        {"init": SCRATCH},
+        {"tracking": {"uri": "http://127.0.0.1:9"}},
+    ],
+    ids=repr,
+)
+def test_the_largest_allowed_is_allowed(check: Any, sections: dict[str, Any]) -> None:
+    assert check(**sections)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no such teacher": ({"teacher": {"model": "/no/where"}}, "teacher.model: /no/where is not there"),
+    "K above the vocabulary": ({"labels": {"k": 301}}, r"labels.k: got 301; .* 300 tokens"),
+    "sequences above the positions": (
+        {"corpus": {"sequence_length": 513}},
+        r"corpus.sequence_length: got 513; .* at most 512",
+    ),
+    "shards that do not share the heads": (
+        {"teacher": {"shards": 3}},
+        r"teacher.shards: got 3; .* 4 attention heads",
+    ),
+    "shards above the kv heads": ({"teacher": {"shards": 4}}, r"teacher.shards: got 4; .* 2 key-value heads"),
+    "more layers than there are": (
+        {"init": {"source": "teacher", "layers": 5}},
+        r"students.small.init.layers: got 5; .* 4 layers, 0 to 3",
+    ),
+    "a layer past the last": (
+        {"init": {"source": "teacher", "layers": [0, 4]}},
+        r"students.small.init.layers: got \[0, 4\]; .* 0 to 3",
+    ),
+    "no such student": (
+        {"init": {"source": "pretrained", "model": "/no/where"}},
+        "students.small.init.model: /no/where is not there",
+    ),
+    "a scratch student that cannot turn its positions": (
+        {"init": {**SCRATCH, "hidden_size": 12}},
+        r"students.small.init.* 3",
+    ),
+    "no such corpus": ({"corpus": {"paths": ["/no/where.txt"]}}, "corpus.paths: /no/where.txt is not there"),
+}
+
+
+@pytest.mark.parametrize(("sections", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_work_is_refused(
+    check: Any, sections: dict[str, Any], said: str, stillhouse_home: Path
+) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        check(**sections)
+    assert "\n" not in str(caught.value)
+    assert not stillhouse_home.exists()
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A pretrained student of one layer with the teacher's tokenizer."""
+    return write_tiny_model(tmp_path / "own", layers=1, seed=1)
+
+
+def test_a_pretrained_student_with_the_teacher_s_tokenizer_is_accepted(check: Any, own: Path) -> None:
+    assert check({"source": "pretrained", "model": str(own)}).student_dirs == {"small": own}
+
+
+def test_a_pretrained_student_may_be_padded_otherwise(check: Any, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "other", layers=1, padded_to=VOCABULARY)
+    assert check({"source": "pretrained", "model": str(other)})
+
+
+@pytest.mark.parametrize("change", ["another token", "a smaller model"])
+def test_a_pretrained_student_with_another_vocabulary_is_refused(check: Any, own: Path, change: str) -> None:
+    file = own / ("tokenizer.json" if change == "another token" else "config.json")
+    tree = json.loads(file.read_text())
+    if change == "another token":
+        vocabulary = tree["model"]["vocab"]
+        vocabulary["~"], vocabulary["}"] = vocabulary["}"], vocabulary["~"]
+    else:
+        tree["vocab_size"] = VOCABULARY - 1
+    file.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"students.small.init.model: .* both must be the same"):
+        check({"source": "pretrained", "model": str(own)})
+
+
+def test_a_pretrained_student_that_reads_less_than_a_sequence_is_refused(check: Any, own: Path) -> None:
+    tree = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**tree, "max_position_embeddings": 16}))
+    with pytest.raises(UserError, match=r"corpus.sequence_length: got 32; .* 16"):
+        check({"source": "pretrained", "model": str(own)})
+
+
+def test_a_teacher_without_a_tokenizer_is_refused(check: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    bare = shutil.copytree(tiny_teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(UserError, match=f"teacher.model: {bare} has no usable tokenizer"):
+        check(teacher={"model": str(bare)})

@@ -1,0 +1,75 @@
+"""A run's folder: always a new one, never half written, resumed only from a spec that trains the same weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import UserError
+from cluster.runs import open_run
+from cluster.spec import FamilySpec
+from tests.tiny import tiny_family
+
+
+def spec(lr: float = 1e-3, **sections: Any) -> FamilySpec:
+    tree = tiny_family(**sections)
+    tree["students"]["small"]["lr"] = lr
+    return FamilySpec.model_validate(tree)
+
+
+def test_two_runs_in_one_second_have_two_folders(stillhouse_home: Path) -> None:
+    runs = [open_run(spec(), resume=False) for _ in range(5)]
+    assert len({run.name for run in runs}) == len({run.folder for run in runs}) == 5
+    assert all(run.folder.parent == stillhouse_home / "runs" / "tiny" for run in runs)
+
+
+def test_resuming_nothing_says_so(stillhouse_home: Path) -> None:
+    with pytest.raises(UserError, match=rf"'tiny' has no run under {stillhouse_home}.*without --resume"):
+        open_run(spec(), resume=True)
+
+
+def test_a_resumed_run_is_the_last_one_with_what_it_had_saved(stillhouse_home: Path) -> None:
+    first, last = open_run(spec(), resume=False), open_run(spec(), resume=False)
+    last.mlflow, last.versions = {"": "a1", "small": "b2"}, {"small": 3}
+    last.save()
+    found = open_run(spec(), resume=True)
+    assert (found.folder, found.name, found.mlflow, found.versions) == (
+        last.folder,
+        last.name,
+        last.mlflow,
+        last.versions,
+    )
+    assert (first.resumed, found.resumed) == (False, True)
+
+
+def test_a_run_of_another_family_is_not_resumed(stillhouse_home: Path) -> None:
+    open_run(FamilySpec.model_validate({**tiny_family(), "name": "other"}), resume=False)
+    with pytest.raises(UserError, match="'tiny' has no run"):
+        open_run(spec(), resume=True)
+
+
+def test_resuming_with_another_learning_rate_names_it_and_only_it(stillhouse_home: Path) -> None:
+    open_run(spec(), resume=False)
+    with pytest.raises(UserError) as caught:
+        open_run(spec(lr=1e-4, serving={"requests": 3}), resume=True)
+    assert "differs in students.small.lr. Put" in str(caught.value)
+
+
+@pytest.mark.parametrize("section", [{"serving": {"requests": 3}}, {"tracking": {"uri": "http://elsewhere:5000"}}])
+def test_resuming_with_other_serving_or_tracking_is_accepted(
+    stillhouse_home: Path, section: dict[str, Any]
+) -> None:
+    run = open_run(spec(), resume=False)
+    assert open_run(spec(**section), resume=True).folder == run.folder
+
+
+def test_saving_leaves_the_whole_state_and_nothing_beside_it(stillhouse_home: Path) -> None:
+    run = open_run(spec(), resume=False)
+    before = (run.folder / "run.json").stat().st_ino
+    run.versions = {"small": 1}
+    run.save()
+    assert {path.name for path in run.folder.iterdir()} == {"run.json", "spec.json"}
+    # Another file in its place, not the old one written over: a crash in between leaves the old one whole.
+    assert (run.folder / "run.json").stat().st_ino != before
+    assert json.loads((run.folder / "spec.json").read_text()) == spec().model_dump(mode="json")

@@ -1,0 +1,200 @@
+"""From YAML and --set to a frozen spec, or to one line that says what is wrong and what is allowed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.errors import UserError
+from cluster.spec import FamilySpec
+from cluster.specfile import home, load_spec, training_hash
+from tests.tiny import tiny_family
+
+YAML = """\
+name: tiny
+teacher: {model: teacher}
+corpus: {paths: [corpus.jsonl]}
+students:
+  small:
+    init: {source: teacher, layers: 2}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "family.yaml"
+    path.write_text(YAML)
+    return path
+
+
+def refusal(path: Path, *overrides: str, text: str | None = None) -> str:
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_spec(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        ("colour=red", "colour"),
+        ("teacher.shard=2", "teacher.shard"),
+        ("students.small.optimizer.beta=0.9", "students.small.optimizer.beta"),
+        ("students.small.init.depth=2", "students.small.init.depth"),
+    ],
+)
+def test_an_unknown_field_is_named_by_its_path(file: Path, override: str, path: str) -> None:
+    assert f" {path}: no such field; see `stillhouse schema`" in refusal(file, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("students.small.zero_stage=4", ["students.small.zero_stage: got 4", "1, 2 or 3"]),
+        ("students.small.lr=fast", ["students.small.lr: got 'fast'", "number"]),
+        ("labels.k=0", ["labels.k: got 0", "greater than 0"]),
+        ("teacher.dtype=float16", ["teacher.dtype: got 'float16'", "'float32' or 'bfloat16'"]),
+        ("students.small.init.source=air", ["students.small.init", "'air'", "'teacher', 'pretrained', 'scratch'"]),
+        ("students.small.init.layers=[2, 1]", ["students.small.init.layers: got [2, 1]", "rising order"]),
+        ("students.small.ranks=3", ["students.small: ranks 3", "does not divide corpus.batch_sequences 8"]),
+    ],
+)
+def test_a_wrong_value_is_shown_with_what_is_allowed(file: Path, override: str, parts: list[str]) -> None:
+    message = refusal(file, override)
+    assert [part for part in parts if part not in message] == []
+
+
+@pytest.mark.parametrize("override", ["students.small.init.layers=0", "students.small.init.layers=[-1]"])
+def test_a_wrong_value_is_complained_about_once(file: Path, override: str) -> None:
+    assert refusal(file, override).count("got ") == 1
+
+
+@pytest.mark.parametrize("name", ["int", "teacher", "init", "scratch"])
+def test_a_student_s_name_is_never_left_out_of_a_path(file: Path, name: str) -> None:
+    message = refusal(file, f"students.{name}={{init: {{source: teacher, layers: 2, depth: 1}}, lr: 0}}")
+    assert f"students.{name}.lr: got 0" in message
+    assert f"students.{name}.init.depth: no such field" in message
+
+
+def test_all_that_is_wrong_is_said_at_once(file: Path) -> None:
+    message = refusal(file, "labels.k=0", "colour=red", "corpus.held_out=2")
+    assert [path for path in ("labels.k:", "colour:", "corpus.held_out:") if path not in message] == []
+
+
+def test_a_missing_field_is_named(file: Path) -> None:
+    text = YAML.replace("model: teacher", "dtype: float32")
+    assert " teacher.model: is required and was not given" in refusal(file, text=text)
+
+
+def test_two_students_with_one_name_are_refused_with_both_lines(file: Path) -> None:
+    message = refusal(file, text=YAML + "  small:\n    init: {source: teacher, layers: 3}\n")
+    assert "'small' is given twice, on lines 5 and 7" in message
+    assert str(file) in message
+
+
+def test_malformed_yaml_is_refused_with_line_and_column(file: Path) -> None:
+    assert "not valid YAML at line 3, column 10" in refusal(file, text="name: x\nteacher:\n  model: }\n")
+
+
+@pytest.mark.parametrize("text", ["", "- name: tiny\n", "tiny\n"])
+def test_yaml_that_is_no_mapping_is_refused(file: Path, text: str) -> None:
+    assert "YAML mapping with name, teacher, corpus and students" in refusal(file, text=text)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("name: größe".encode("latin-1"))
+    for path, reason in ((tmp_path / "no.yaml", "No such file"), (tmp_path, "directory"), (latin, "utf-8")):
+        assert f"{path}: cannot read the spec" in refusal(path)
+        assert reason in refusal(path)
+
+
+def test_an_override_replaces_a_value_and_creates_what_is_not_there(file: Path) -> None:
+    spec = load_spec(file, ["students.small.init.layers=[0, 3]", "serving.requests=5", "labels.k=7", "labels.k=9"])
+    assert spec.students["small"].init.layers == [0, 3]  # type: ignore[union-attr]
+    assert spec.serving is not None
+    assert (spec.serving.requests, spec.labels.k) == (5, 9)
+
+
+@pytest.mark.parametrize("override", ["labels.k", "=3", "labels..k=3", ".k=3", "labels.=3"])
+def test_an_override_without_a_path_or_a_value_is_refused(file: Path, override: str) -> None:
+    assert f"--set {override}: give a dotted path and a value" in refusal(file, override)
+
+
+@pytest.mark.parametrize(("override", "value"), [("name.first=x", "name"), ("corpus.paths.0=x", "corpus.paths")])
+def test_an_override_through_a_value_is_refused(file: Path, override: str, value: str) -> None:
+    assert f"{value} is a value and has no fields" in refusal(file, override)
+
+
+def test_an_override_that_is_no_yaml_is_refused(file: Path) -> None:
+    assert "--set labels.k: not valid YAML" in refusal(file, "labels.k=[1")
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3.0e-4", "0.0003"])
+def test_a_number_with_an_exponent_is_a_number(file: Path, text: str) -> None:
+    assert load_spec(file, [f"students.small.lr={text}"]).students["small"].lr == 3e-4
+
+
+def test_a_local_path_is_relative_to_the_spec_s_folder(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHERE", "/data")
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir("/")
+    init = "students.small.init={source: pretrained, model: ../m}"
+    spec = load_spec(file, [init, "corpus.paths=[c.txt, $WHERE/c.txt, ~/c.txt, ./a/../c.txt, /c.txt]"])
+    folder = file.parent
+    assert spec.teacher.model == str(folder / "teacher")
+    assert spec.students["small"].init.model == str(folder.parent / "m")  # type: ignore[union-attr]
+    assert spec.corpus.paths == [
+        str(folder / "c.txt"),
+        "/data/c.txt",
+        "/home/me/c.txt",
+        str(folder / "c.txt"),
+        "/c.txt",
+    ]
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/x", "hf://org/name", "models:/name@champion"])
+def test_a_remote_path_stays_as_it_is(file: Path, uri: str) -> None:
+    spec = load_spec(file, [f"teacher.model={uri}", f"corpus.paths=['{uri}']"])
+    assert (spec.teacher.model, spec.corpus.paths) == (uri, [uri])
+
+
+@pytest.mark.parametrize(
+    ("section", "fields", "same"),
+    [
+        ("tracking", {"uri": "http://elsewhere:5000"}, True),
+        ("serving", {"requests": 3}, True),
+        ("stream", {"window": 2}, True),
+        ("evaluation", {"batches": 1}, True),
+        ("checkpoints", {"every": 5}, True),
+        ("corpus", {"seed": 1}, False),
+        ("labels", {"k": 9}, False),
+        ("teacher", {"dtype": "bfloat16"}, False),
+    ],
+)
+def test_the_training_hash_covers_what_decides_the_weights(
+    section: str, fields: dict[str, Any], same: bool
+) -> None:
+    plain, other = (FamilySpec.model_validate(tiny_family(**more)) for more in ({}, {section: fields}))
+    assert (training_hash(plain) == training_hash(other)) is same
+
+
+def test_the_training_hash_sees_the_learning_rate_and_not_the_yaml_s_order(file: Path) -> None:
+    plain = training_hash(load_spec(file))
+    assert training_hash(load_spec(file, ["students.small.lr=1e-5"])) != plain
+    turned = dict(reversed(yaml.safe_load(YAML).items()))
+    file.write_text(yaml.safe_dump(turned, sort_keys=False))
+    assert training_hash(load_spec(file)) == plain
+
+
+def test_the_home_is_where_the_environment_says_else_under_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLHOUSE_HOME", "/some/../where")
+    assert home() == Path("/where")
+    monkeypatch.setenv("STILLHOUSE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert home() == Path("/home/me/.stillhouse")

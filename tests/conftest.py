@@ -1,0 +1,59 @@
+"""What every test shares: a home of its own, a tiny teacher, and the rule that an unmarked test is a unit test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_tiny_corpus, write_tiny_model
+
+KINDS = ("unit", "integration", "slow", "gpu")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.get_closest_marker(kind) for kind in KINDS):
+            item.add_marker(pytest.mark.unit)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    reason = _why_no_gpu() if on_gpu else None
+    for item in on_gpu if reason else []:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else f"needs a CUDA device; torch {torch.__version__} finds none"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _away_from_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the home directory of the person who runs it, or asks a model hub."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("STILLHOUSE_HOME", str(home / "stillhouse"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture
+def stillhouse_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty Stillhouse home for one test."""
+    monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path / "stillhouse"))
+    return tmp_path / "stillhouse"
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a 4-layer Llama with random weights and a 300-token tokenizer. Not to be written to."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of 64 short documents. Not to be written to."""
+    return write_tiny_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")

@@ -1,0 +1,58 @@
+"""One local Ray for all integration tests of a process, and families small enough to train in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.family import run_family
+from cluster.preflight import Checked, preflight
+from cluster.result import FamilyResult
+from cluster.runs import open_run
+from cluster.session import ray_session
+from cluster.specfile import load_spec
+from cluster.watch import Status
+from tests.tiny import tiny_family, write_tiny_corpus, write_tiny_model
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """The cluster that ``stillhouse run`` starts on a laptop."""
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny teacher and a tiny corpus."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder / "teacher")
+    write_tiny_corpus(folder / "corpus.jsonl")
+    return folder
+
+
+def write_family(folder: Path, tiny: Path, students: dict[str, dict[str, Any]] | None = None, **sections: Any) -> Path:
+    """A family over the tiny teacher as a YAML file; tenths of a CPU, so that several fit on a small machine.
+
+    Args:
+        students: instead of the tiny family's one.
+        sections: fields that are added to the other sections.
+    """
+    tree = tiny_family(tiny / "teacher", tiny / "corpus.jsonl", **sections)
+    tree["students"] = students or tree["students"]
+    tree["teacher"] = {"cpus_per_shard": 0.2, **tree["teacher"]}
+    tree["students"] = {name: {"cpus_per_rank": 0.2, **student} for name, student in tree["students"].items()}
+    path = folder / "family.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run_here(path: Path, resume: bool = False) -> tuple[Checked, FamilyResult, list[Status]]:
+    """Run a family on the cluster that is up, and keep every status that it reported."""
+    checked = preflight(load_spec(path))
+    seen: list[Status] = []
+    return checked, run_family(checked, open_run(checked.spec, resume), seen.append), seen

@@ -1,0 +1,139 @@
+"""The single pass with a real teacher and plain readers in place of students."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.actor import ActorHandle
+
+from cluster.corpus.prepare import prepare_corpus
+from cluster.specfile import load_spec
+from cluster.stream import Delivery, Stream
+from tests.integration.conftest import write_family
+from tests.tiny import VOCABULARY
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
+RANKS = {"a": 1, "b": 2, "c": 2}
+WINDOW = 3
+BATCHES = 12
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    student = {"init": {"source": "teacher", "layers": 2}}
+    path = write_family(
+        tmp_path_factory.mktemp("stream"),
+        tiny,
+        corpus={"max_batches": BATCHES},
+        stream={"window": WINDOW},
+        students={name: {**student, "ranks": ranks} for name, ranks in RANKS.items()},
+    )
+    spec = load_spec(path)
+    folder = tmp_path_factory.mktemp("corpus")
+    prepare_corpus(spec.corpus, spec.teacher.model, folder)
+    return spec, folder
+
+
+@pytest.fixture
+def stream(corpus: Any) -> Any:
+    spec, folder = corpus
+    actor = ray.remote(Stream).options(num_cpus=0, max_concurrency=100).remote(
+        spec, str(folder), spec.teacher.model, VOCABULARY
+    )
+    assert ray.get(actor.start.remote()) == BATCHES
+    yield actor
+    ray.get(actor.stop.remote())
+    ray.kill(actor)
+
+
+@ray.remote(num_cpus=0)
+def read(stream: ActorHandle, student: str, rank: int, first: int, last: int, pause: float = 0.0) -> list[Any]:
+    """Read batches as a rank does; returns (number, tokens, ids) of each."""
+    ray.get(stream.attach.remote(student, rank, first))
+    seen = []
+    for number in range(first, last):
+        delivery: Delivery = ray.get(stream.next.remote(student, rank, number))
+        blocks = ray.get(delivery.labels)
+        ids = np.concatenate([block.ids_BSK for block in blocks])
+        seen.append((delivery.batch.number, delivery.batch.tokens_BS, ids))
+        time.sleep(pause)
+    return seen
+
+
+def everyone(stream: ActorHandle, pause: dict[str, float] | None = None) -> dict[tuple[str, int], list[Any]]:
+    tasks = {
+        (student, rank): read.remote(stream, student, rank, 0, BATCHES, (pause or {}).get(student, 0.0))
+        for student, ranks in RANKS.items()
+        for rank in range(ranks)
+    }
+    return {key: ray.get(task) for key, task in tasks.items()}
+
+
+def test_every_student_sees_every_batch_once_in_order_and_the_teacher_scores_it_once(stream: ActorHandle) -> None:
+    seen = everyone(stream)
+    for batches in seen.values():
+        assert [number for number, *_ in batches] == list(range(BATCHES))
+    for number in range(BATCHES):
+        _, whole_tokens, whole_ids = seen["a", 0][number]
+        for student in ("b", "c"):
+            tokens = np.concatenate([seen[student, rank][number][1] for rank in range(2)])
+            ids = np.concatenate([seen[student, rank][number][2] for rank in range(2)])
+            np.testing.assert_array_equal(tokens, whole_tokens)
+            np.testing.assert_array_equal(ids, whole_ids)
+    stats = ray.get(stream.stats.remote())
+    assert stats.scored == dict.fromkeys(range(BATCHES), 1)
+    assert stats.delivered == dict.fromkeys(RANKS, BATCHES)
+
+
+def test_the_window_bounds_how_far_the_teacher_runs_ahead_of_the_slowest(stream: ActorHandle) -> None:
+    for student, ranks in RANKS.items():
+        for rank in range(ranks):
+            ray.get(stream.attach.remote(student, rank, 0))
+    deadline = time.monotonic() + 60
+    while (stats := ray.get(stream.stats.remote())).window_used < WINDOW:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    fast = [read.remote(stream, s, r, 0, WINDOW) for s in ("a", "b") for r in range(RANKS[s])]
+    ray.get(fast)
+    time.sleep(1)
+    stats = ray.get(stream.stats.remote())
+    assert sorted(stats.scored) == list(range(WINDOW))  # c has read nothing, so no batch beyond its window was scored
+    assert stats.blocked_by == "c"
+    ray.get(stream.detach.remote("c"))
+    ray.get([read.remote(stream, s, r, WINDOW, BATCHES) for s in ("a", "b") for r in range(RANKS[s])])
+    assert sorted(ray.get(stream.stats.remote()).scored) == list(range(BATCHES))
+
+
+def test_a_restarted_student_gets_its_batches_again_and_they_are_the_same(stream: ActorHandle) -> None:
+    first = everyone(stream)["a", 0]
+    again = ray.get(read.remote(stream, "a", 0, 4, 8))
+    assert [number for number, *_ in again] == [4, 5, 6, 7]
+    for (_, tokens, ids), (_, old_tokens, old_ids) in zip(again, first[4:8], strict=True):
+        np.testing.assert_array_equal(tokens, old_tokens)
+        np.testing.assert_array_equal(ids, old_ids)
+    scored = ray.get(stream.stats.remote()).scored
+    assert {n: c for n, c in scored.items() if c != 1} == {4: 2, 5: 2, 6: 2, 7: 2}
+
+
+def test_a_batch_out_of_turn_is_refused(stream: ActorHandle) -> None:
+    ray.get(stream.attach.remote("a", 0, 0))
+    with pytest.raises(ray.exceptions.RayTaskError, match="asked for batch 5, its next is 0"):
+        ray.get(stream.next.remote("a", 0, 5))
+
+
+def test_nothing_is_scored_before_all_students_have_said_where_they_start(stream: ActorHandle) -> None:
+    ray.get(stream.attach.remote("a", 0, 0))
+    time.sleep(3)
+    assert ray.get(stream.stats.remote()).scored == {}
+
+
+def test_held_out_batches_are_scored_once_for_all_students(stream: ActorHandle) -> None:
+    first = ray.get(stream.held_out.remote("a", 0, 0))
+    halves = [ray.get(stream.held_out.remote("b", rank, 0)) for rank in range(2)]
+    assert first.labels == [ref for half in halves for ref in half.labels]
+    np.testing.assert_array_equal(np.concatenate([h.batch.tokens_BS for h in halves]), first.batch.tokens_BS)

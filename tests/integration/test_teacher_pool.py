@@ -1,0 +1,147 @@
+"""The teacher pool on real Ray actors: tensor parallel equals one process, and a dead replica is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from cluster.corpus.batches import Batch
+from cluster.errors import RunError
+from cluster.labels.kinds import TopK, joined
+from cluster.spec import LabelsSpec, TeacherSpec
+from cluster.teacher.pool import TeacherPool
+from tests.tiny import VOCABULARY
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
+LABELS = LabelsSpec(k=8)
+
+
+def a_batch(number: int = 0) -> Batch:
+    tokens_BS = np.random.default_rng(number).integers(0, VOCABULARY, (4, 32), dtype=np.int32)
+    return Batch(number, tokens_BS, np.ones(tokens_BS.shape, dtype=np.bool_))
+
+
+def pool_of(tiny: Path, **settings: Any) -> TeacherPool:
+    spec = TeacherSpec(model=str(tiny / "teacher"), dtype="float32", cpus_per_shard=0.2, **settings)
+    return TeacherPool(spec, LABELS, spec.model, VOCABULARY, blocks=2)
+
+
+def shard_processes() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::Shard")]
+
+
+async def score(pool: TeacherPool, number: int = 0) -> TopK:
+    blocks = await pool.score(a_batch(number))
+    return joined([await ref for ref in blocks])
+
+
+def test_two_shards_give_the_labels_of_one_process(tiny: Path) -> None:
+    async def both() -> tuple[TopK, TopK, np.ndarray, np.ndarray]:
+        labels, heads = [], []
+        for shards in (1, 2):
+            pool = pool_of(tiny, shards=shards)
+            pool.start()
+            labels.append(await score(pool))
+            heads.append(await pool.head())
+            assert len(shard_processes()) == shards
+            pool.stop()
+        return labels[0], labels[1], heads[0], heads[1]
+
+    one, two, head_one, head_two = asyncio.run(both())
+    assert one.ids_BSK.shape == (4, 32, LABELS.k)
+    np.testing.assert_array_equal(one.ids_BSK, two.ids_BSK)
+    np.testing.assert_allclose(one.logprobs_BSK, two.logprobs_BSK, atol=1e-4)
+    np.testing.assert_allclose(one.log_tail_BS, two.log_tail_BS, atol=1e-4)
+    assert head_one.shape == (VOCABULARY, 64)
+    np.testing.assert_array_equal(head_one, head_two)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_killed_replica_is_replaced_and_its_batch_scored_again(tiny: Path, shards: int) -> None:
+    async def kill_one() -> tuple[TopK, TopK, TeacherPool]:
+        pool = pool_of(tiny, shards=shards)
+        pool.start()
+        before = await score(pool)
+        os.kill(shard_processes()[-1].pid, signal.SIGKILL)
+        after = await score(pool)
+        pool.stop()
+        return before, after, pool
+
+    before, after, pool = asyncio.run(kill_one())
+    assert pool.stats.restarts == 1
+    assert pool.stats.rescored == 1
+    np.testing.assert_array_equal(before.ids_BSK, after.ids_BSK)
+    np.testing.assert_array_equal(before.logprobs_BSK, after.logprobs_BSK)
+
+
+def test_blocks_outlive_the_replica_that_made_them(tiny: Path) -> None:
+    async def read_after_stop() -> TopK:
+        pool = pool_of(tiny)
+        pool.start()
+        blocks = await pool.score(a_batch())
+        pool.stop()
+        await asyncio.sleep(1)
+        return joined(await asyncio.to_thread(ray.get, blocks))
+
+    assert np.isfinite(asyncio.run(read_after_stop()).logprobs_BSK).all()
+
+
+def test_two_replicas_share_the_batches(tiny: Path) -> None:
+    async def many() -> TeacherPool:
+        pool = pool_of(tiny, replicas=2)
+        pool.start()
+        await asyncio.gather(*(score(pool, number) for number in range(6)))
+        while pool.stats.ready < 2:
+            await asyncio.sleep(0.1)
+        pool.stop()
+        return pool
+
+    assert asyncio.run(many()).stats.label_bytes > 0
+
+
+def test_a_replica_that_keeps_dying_ends_the_pool_with_the_reason(tiny: Path) -> None:
+    async def hopeless() -> None:
+        pool = pool_of(tiny, max_restarts=0)
+        pool.start()
+        await score(pool)
+        os.kill(shard_processes()[0].pid, signal.SIGKILL)
+        try:
+            await score(pool)
+        finally:
+            pool.stop()
+
+    with pytest.raises(RunError, match="max_restarts 0"):
+        asyncio.run(hopeless())
+
+
+def test_a_teacher_whose_output_is_not_finite_is_refused(tiny: Path, tmp_path: Path) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny / "teacher", tmp_path / "broken")
+    weights = tmp_path / "broken" / "model.safetensors"
+    state = load_file(weights)
+    state["lm_head.weight"] = torch.full_like(state["lm_head.weight"], float("nan"))
+    save_file(state, weights, metadata={"format": "pt"})
+
+    async def try_it() -> None:
+        spec = TeacherSpec(model=str(tmp_path / "broken"), dtype="float32", cpus_per_shard=0.2)
+        pool = TeacherPool(spec, LABELS, spec.model, VOCABULARY, blocks=1)
+        pool.start()
+        try:
+            await pool.score(a_batch())
+        finally:
+            pool.stop()
+
+    with pytest.raises(RunError, match="not finite"):
+        asyncio.run(try_it())

@@ -1,0 +1,74 @@
+"""What may import what: light where a laptop runs it, one way from the corpus to serving, MLflow in one place."""
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODELS = {"torch", "deepspeed", "transformers", "mlflow"}
+# What reads a spec needs pydantic and YAML only.
+ANYTHING_LARGE = MODELS | {"ray", "numpy", "pyarrow"}
+
+
+def sources(*packages: str) -> list[Path]:
+    return sorted(path for package in packages for path in (ROOT / package).rglob("*.py"))
+
+
+def imported_by(source: Path) -> Iterator[str]:
+    """Dotted names of all modules that a file imports, at its top or inside a function."""
+    for node in ast.walk(ast.parse(source.read_text(), str(source))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{source} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def offenders(files: list[Path], package: str, allowed: tuple[str, ...] = ()) -> list[str]:
+    return [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in files
+        for name in imported_by(file)
+        if name.split(".")[0] == package and not name.startswith(allowed)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("cluster.spec", ANYTHING_LARGE),
+        ("cluster.specfile", ANYTHING_LARGE),
+        ("cluster.family", MODELS),
+        ("jobs", MODELS),
+        ("jobs.cli", MODELS),
+    ],
+)
+def test_a_module_does_not_load_what_a_laptop_lacks(module: str, heavy: set[str]) -> None:
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"there is no {module} yet")
+    code = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+@pytest.mark.parametrize("downstream", ["serving", "jobs", "tests"])
+def test_the_cluster_imports_nothing_downstream(downstream: str) -> None:
+    assert len(sources("cluster")) > 20
+    assert offenders(sources("cluster"), downstream) == []
+
+
+def test_serving_takes_only_errors_and_the_registry_from_the_cluster() -> None:
+    assert sources("serving")
+    allowed = ("cluster.errors.", "cluster.registry.")
+    assert offenders(sources("serving"), "cluster", allowed) + offenders(sources("serving"), "jobs") == []
+
+
+def test_only_the_registry_knows_mlflow() -> None:
+    others = [file for file in sources("cluster", "jobs", "serving") if file != ROOT / "cluster" / "registry.py"]
+    assert offenders(others, "mlflow") == []
+    assert offenders([ROOT / "cluster" / "registry.py"], "mlflow")

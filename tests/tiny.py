@@ -1,0 +1,105 @@
+"""Tiny real parts that a test can afford: a model, a corpus, a family. Plain functions, so any test can call them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+VOCABULARY = 300
+POSITIONS = 512
+TEXT = (
+    "the still house runs all night and one pass of spirit fills every cask on the hill while a slow fire under "
+    "copper turns water into steam so that what is light goes over first and what is heavy stays behind"
+)
+WORDS = TEXT.split()
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write_tiny_tokenizer(path: Path) -> Path:
+    """A byte-level BPE tokenizer of ``VOCABULARY`` tokens with a chat template; its end token is id 0."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT] * 2, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def write_tiny_model(
+    path: Path, *, layers: int = 4, hidden: int = 64, padded_to: int = 320, tied: bool = False, seed: int = 0
+) -> Path:
+    """A random Llama in float32 safetensors with its tokenizer: 4 heads, 2 key-value heads, ``POSITIONS`` long.
+
+    Args:
+        padded_to: rows of the embedding and the head, more than the tokenizer's ``VOCABULARY``.
+        tied: the head is the input embedding.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tiny_tokenizer(path)
+    config = LlamaConfig(
+        vocab_size=padded_to,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        initializer_range=0.2,  # peaked enough that one token is not as likely as another
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def write_tiny_corpus(path: Path, documents: int = 64, words: int = 60, seed: int = 0) -> Path:
+    """A jsonl file of short texts under ``text``; roughly two tokens of the tiny tokenizer a word."""
+    dice = random.Random(seed)
+    rows = [{"text": " ".join(dice.choices(WORDS, k=words)) + "."} for _ in range(documents)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def tiny_family(
+    teacher_dir: Path | str = "teacher", corpus_file: Path | str = "corpus.jsonl", /, **sections: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A family spec as it is read from YAML: one student ``small`` of two of the teacher's layers.
+
+    Args:
+        sections: fields that are added to a section, or a section that is added.
+    """
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "teacher": {"model": str(teacher_dir), "dtype": "float32"},
+        "corpus": {"paths": [str(corpus_file)], "sequence_length": 32, "batch_sequences": 4},
+        "labels": {"k": 8},
+        "students": {"small": {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "lr": 1e-3}},
+    }
+    for name, fields in sections.items():
+        tree[name] = {**tree.get(name, {}), **fields}
+    return tree
