@@ -1,4 +1,4 @@
-"""Tiny real parts that a test can afford: a model, a corpus, a family. Plain functions, so any test can call them."""
+"""Tiny real parts that a test can afford: a model, a corpus, a family. Plain functions that any test can call."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ STUDENTS = {
 @pytest.fixture(scope="module")
 def family(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checked, FamilyResult, list[Status]]:
     folder = tmp_path_factory.mktemp("family")
-    path = write_family(folder, tiny, STUDENTS, corpus={"max_batches": BATCHES, "held_out": 0.2})
+    path = write_family(folder, tiny, STUDENTS, corpus={"max_batches": BATCHES, "held_out": 0.2}, serving={})
     return run_here(path)
 
 

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# A one-machine Ray cluster with token authentication on loopback, to submit families to. Ctrl-C ends it.
+#
+#     infra/local/ray_head.sh [JOB_SERVER_PORT]
+#
+# The token is the one in RAY_AUTH_TOKEN, or the one in ~/.ray/auth_token, which is made if it is not there.
+set -euo pipefail
+port="${1:-8265}"
+bin="$(cd "$(dirname "$0")/../.." && pwd)/.venv/bin"
+# A submitted job runs `python`, which must be the one that has Stillhouse.
+if [ -x "$bin/ray" ]; then PATH="$bin:$PATH"; fi
+
+export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -f "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}" ]; then
+  ray get-auth-token --generate > /dev/null
+fi
+
+folder="$(mktemp -d /tmp/still-head-XXXXXX)"
+ray start --head --block --node-ip-address=127.0.0.1 --port=0 \
+  --dashboard-host=127.0.0.1 --dashboard-port="$port" --temp-dir="$folder" &
+ray=$!
+# `ray start --block` takes its own processes down when it is told to end.
+trap 'kill "$ray" 2>/dev/null; wait "$ray" || true; rm -rf "$folder"' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+wait "$ray"

@@ -1,0 +1,208 @@
+"""The `stillhouse` command as a person types it: mistakes, Ctrl-C, going on, a job on another cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.integration.conftest import write_family
+from tests.tiny import write_tiny_model
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+STUDENTS: dict[str, dict[str, Any]] = {
+    "small": {"init": {"source": "teacher", "layers": 1}, "precision": "float32", "lr": 1e-3, "zero_stage": 1},
+    "large": {"init": {"source": "teacher", "layers": 3}, "precision": "float32", "lr": 1e-3, "zero_stage": 3},
+}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**kept, "HOME": str(home), "STILLHOUSE_HOME": str(home / "stillhouse"), "COLUMNS": "160", **more}
+
+
+def stillhouse(*arguments: str, env: dict[str, str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jobs", *arguments]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def start(*arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", "-m", "jobs", *arguments]
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+    """The output up to the first line that matches."""
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if re.search(pattern, line):
+            return seen
+    raise AssertionError(f"ended without {pattern!r}:\n{seen}")
+
+
+def own_files() -> set[str]:
+    """Shared-memory files and the folders of Ray clusters that are on this machine now."""
+    return {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")} | {str(p) for p in Path("/tmp").glob("still-*")}
+
+
+def left_behind(family: list[psutil.Process], before: set[str]) -> list[str]:
+    """Processes and files that are still there, after a moment to end."""
+    _, alive = psutil.wait_procs(family, timeout=20)
+    return [str(p) for p in alive] + sorted(own_files() - before)
+
+
+def final_weights(home: Path) -> dict[str, dict[str, Any]]:
+    models = sorted((home / "stillhouse" / "runs").glob("*/*/students/*/checkpoint_*/model/model.safetensors"))
+    return {path.parents[2].name: load_file(path) for path in models}
+
+
+def test_ctrl_c_leaves_nothing_and_resume_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_path: Path) -> None:
+    path = write_family(tmp_path, tiny, STUDENTS, corpus={"held_out": 0.2, "epochs": 10}, checkpoints={"every": 4})
+    homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
+    for home in homes:
+        home.mkdir()
+    before = own_files()
+    process = start("run", str(path), env=environment(homes[0]))
+    read_until(process, r"run tiny-")
+    assert wait_for_checkpoints(homes[0], process) >= len(STUDENTS)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in p.name() for p in family)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "--resume" in output
+    assert "Traceback" not in output
+    assert left_behind(family, before) == []
+
+    resumed = stillhouse("run", str(path), "--resume", env=environment(homes[0]))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    whole = stillhouse("run", str(path), env=environment(homes[1]))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    disturbed, undisturbed = (final_weights(home) for home in homes)
+    assert set(disturbed) == set(undisturbed) == set(STUDENTS)
+    for name, weights in undisturbed.items():
+        assert all(weights[key].equal(disturbed[name][key]) for key in weights), name
+
+
+def wait_for_checkpoints(home: Path, process: subprocess.Popen[str]) -> int:
+    """Wait until every student has one that is whole; returns how many there are."""
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline and process.poll() is None:
+        commits = list((home / "stillhouse" / "runs").glob("*/*/students/*/checkpoint_*/commit.json"))
+        if {c.parents[1].name for c in commits} == set(STUDENTS):
+            return len(commits)
+        time.sleep(0.2)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        pytest.param({"corpus": {"sequence_length": 500}}, "give more text", id="too little text"),
+        pytest.param({"teacher": {"cpus_per_shard": 512}}, "there is", id="does not fit on the cluster"),
+        pytest.param({"corpus": {"text_field": "body"}}, "corpus.text_field: 'body' is not there", id="no such field"),
+    ],
+)
+def test_what_only_a_started_cluster_can_tell_ends_in_one_line(
+    tiny: Path, tmp_path: Path, sections: dict[str, Any], says: str
+) -> None:
+    path = write_family(tmp_path, tiny, STUDENTS, **sections)
+    before = own_files()
+    done = stillhouse("run", str(path), env=environment(tmp_path))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stdout
+    assert not list((tmp_path / "stillhouse" / "runs").glob("*/*/run.json"))
+    assert own_files() == before
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray cluster of another process, with token authentication; its job server and a client's environment."""
+    home = tmp_path_factory.mktemp("head")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = environment(home, RAY_AUTH_TOKEN=secrets.token_hex(32), PATH=binaries)
+    process = subprocess.Popen(
+        [str(ROOT / "infra/local/ray_head.sh"), str(port)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    address = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 90
+    while stillhouse("doctor", "--address", address, env=env).returncode:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    yield address, env
+    process.terminate()
+    process.wait(timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert alive == []
+
+
+def test_a_submitted_family_runs_as_a_job_and_its_outcome_is_the_exit_code(
+    head: tuple[str, dict[str, str]], tiny: Path, tmp_path: Path
+) -> None:
+    address, env = head
+    path = write_family(tmp_path, tiny, {"small": STUDENTS["small"]}, corpus={"held_out": 0.2, "max_batches": 4})
+    done = stillhouse("submit", str(path), "--address", address, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "read by small 4" in done.stdout
+    assert "succeeded" in done.stdout
+    wrong = stillhouse("submit", str(path), "--address", address, "--set", "labels.k=300000", env=env)
+    assert wrong.returncode == 2, wrong.stdout + wrong.stderr
+    assert "labels.k: got 300000" in wrong.stdout
+
+
+def test_a_cluster_that_cannot_be_used_is_named_in_one_line(
+    head: tuple[str, dict[str, str]], tiny: Path, tmp_path: Path
+) -> None:
+    address, env = head
+    path = write_family(tmp_path, tiny, STUDENTS)
+    wrong = stillhouse("submit", str(path), "--address", address, env={**env, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    assert (wrong.returncode, len(wrong.stderr.strip().splitlines())) == (1, 1), wrong.stderr
+    assert "RAY_AUTH_TOKEN" in wrong.stderr
+    nobody = stillhouse("submit", str(path), "--address", "http://127.0.0.1:9", env=env)
+    assert (nobody.returncode, len(nobody.stderr.strip().splitlines())) == (1, 1), nobody.stderr
+    assert "no Ray job server" in nobody.stderr
+
+
+def test_serve_answers_until_ctrl_c_and_bench_reads_it_per_arm(tmp_path: Path) -> None:
+    # No end token inside the head, so that every answer has the length that was asked for.
+    model = write_tiny_model(tmp_path / "model")
+    before = own_files()
+    env = environment(tmp_path)
+    arms = ["--arm", f"a={model}:50", "--arm", f"b={model}:50"]
+    process = start("serve", *arms, "--port", "0", "--cpus-per-arm", "0.2", env=env)
+    output = read_until(process, r"answers as")
+    url = re.search(r"http://127\.0\.0\.1:\d+", output)
+    assert url is not None
+    bench = stillhouse("bench", url[0], "--requests", "12", "--max-tokens", "4", "--json", env=env)
+    assert bench.returncode == 0, bench.stderr
+    rows = {row["arm"]: row for row in json.loads(bench.stdout)["arms"]}
+    assert sum(row["count"] for row in rows.values()) == 12
+    for row in rows.values():
+        assert 0 < row["first_token_ms"]["p50"] <= row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert left_behind(family, before) == []
