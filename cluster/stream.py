@@ -258,7 +258,8 @@ class Stream:
         assert self._pool is not None
         active = {name: c for name, c in self._consumers.items() if c.active}
         slowest = min(active, key=lambda name: active[name].position, default=None)
-        full = bool(active) and self._next_to_score() is None and not self._window.in_flight
+        started = all(c.attached == c.ranks for c in active.values())
+        full = bool(active) and started and self._next_to_score() is None and not self._window.in_flight
         left = slowest is not None and active[slowest].position + self._spec.stream.window < self._batches.count
         return StreamStats(
             total=self._batches.count,

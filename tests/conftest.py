@@ -18,9 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker(pytest.mark.unit)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    reason = _why_no_gpu() if on_gpu else None
-    for item in on_gpu if reason else []:
-        item.add_marker(pytest.mark.skip(reason=reason))
+    if on_gpu and (reason := _why_no_gpu()):
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _why_no_gpu() -> str | None:

@@ -22,7 +22,7 @@ FITS: dict[str, tuple[list[Need], list[Node]]] = {
         [Need("a", 1, 0.6, 0), Need("b", 1, 0.7, 0), Need("c", 1, 0.7, 0)],
         cpu(2),
     ),
-    "ten tenths": ([Need("a", 10, 0.1, 0)], cpu(1)),
+    "tenths that leave a little less": ([Need("a", 1, 0.9, 0), Need("b", 1, 0.1, 0)], cpu(1)),
     "one rank a node": ([Need("student a", 2, 3, 0)], cpu(4, 4)),
     "both ranks on one node": ([Need("student a", 2, 3, 0)], cpu(6)),
     "the large one although the small ones come first": ([Need("a", 2, 1, 0), Need("b", 1, 4, 0)], cpu(4, 2)),
@@ -30,7 +30,7 @@ FITS: dict[str, tuple[list[Need], list[Node]]] = {
         [Need("a", 1, 2, 0), Need("b", 1, 1, 1)],
         [{"CPU": 2, "GPU": 1}, {"CPU": 2}],
     ),
-    "two on one GPU": ([Need("the teacher", 2, 1, 0.5)], [{"CPU": 2, "GPU": 1}]),
+    "half a GPU each": ([Need("the teacher", 2, 1, 0.5)], [{"CPU": 2, "GPU": 1}]),
     "nothing on nothing": ([], []),
 }
 
@@ -44,6 +44,7 @@ TOO_BIG: dict[str, tuple[list[Need], list[Node], str]] = {
     "one process above every node": ([Need("student a", 1, 5, 0)], cpu(4, 4), "student a needs 1 x (5 CPU)"),
     "the sum on one node": ([Need("a", 2, 3, 0)], cpu(5), "a needs 2 x (3 CPU)"),
     "a hundredth too much": ([Need("a", 1, 0.61, 0), Need("b", 2, 0.7, 0)], cpu(2), "a needs 1 x (0.61 CPU)"),
+    "two on one GPU": ([Need("a", 2, 1, 1)], [{"CPU": 8, "GPU": 1}], "a needs 2 x (1 CPU and 1 GPU)"),
     "a GPU where there is none": ([Need("a", 1, 1, 1)], cpu(8), "a needs 1 x (1 CPU and 1 GPU)"),
     "the GPU and the CPUs on different nodes": (
         [Need("a", 1, 4, 1)],

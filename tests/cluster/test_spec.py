@@ -97,7 +97,7 @@ def test_a_name_that_would_not_make_a_folder_or_a_url_is_refused(name: str) -> N
 
 def test_a_spec_cannot_be_changed_once_it_is_read() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        family().students["small"].lr = 1.0  # type: ignore[misc]
+        family().students["small"].lr = 1.0
 
 
 @pytest.mark.parametrize("fields", [{}, {"schedule": {"kind": "constant"}}, {"init": SCRATCH}], ids=repr)

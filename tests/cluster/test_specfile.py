@@ -185,10 +185,13 @@ def test_the_training_hash_covers_what_decides_the_weights(
 
 
 def test_the_training_hash_sees_the_learning_rate_and_not_the_yaml_s_order(file: Path) -> None:
+    tree = yaml.safe_load(YAML)
+    tree["students"]["large"] = {"init": {"source": "teacher", "layers": 3}}
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
     plain = training_hash(load_spec(file))
     assert training_hash(load_spec(file, ["students.small.lr=1e-5"])) != plain
-    turned = dict(reversed(yaml.safe_load(YAML).items()))
-    file.write_text(yaml.safe_dump(turned, sort_keys=False))
+    tree["students"] = dict(reversed(tree["students"].items()))
+    file.write_text(yaml.safe_dump(dict(reversed(tree.items())), sort_keys=False))
     assert training_hash(load_spec(file)) == plain
 
 

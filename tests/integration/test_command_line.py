@@ -73,7 +73,7 @@ def final_weights(home: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_ctrl_c_leaves_nothing_and_resume_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_path: Path) -> None:
-    path = write_family(tmp_path, tiny, STUDENTS, corpus={"held_out": 0.2, "epochs": 10}, checkpoints={"every": 4})
+    path = write_family(tmp_path, tiny, STUDENTS, corpus={"held_out": 0.2, "max_batches": 60}, checkpoints={"every": 10})
     homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
     for home in homes:
         home.mkdir()

@@ -1,6 +1,7 @@
 """A student's forward and its labels line up, and the loss does not depend on how a batch is cut up."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_the_labels_and_the_student_s_logits_lie_at_the_same_positions(
     """The teacher as its own student has nothing to learn, through every step from tokens to loss."""
     student = Student(AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32))
     tokens_BS, mask_BS = tokens_and_mask(delivery, slice(0, SEQUENCES), torch.device("cpu"))
-    weights = {"vocabulary": VOCABULARY, "hard": 0.0, "soft": 1.0, "temperature": 1.0}
+    weights: dict[str, Any] = {"vocabulary": VOCABULARY, "hard": 0.0, "soft": 1.0, "temperature": 1.0}
     for roll, same in ((0, True), (1, False)):
         columns = (labels.ids_BSK, labels.logprobs_BSK, labels.log_tail_BS)
         target = topk_targets(tokens_BS, mask_BS, TopK(*(np.roll(c, roll, axis=1) for c in columns)))

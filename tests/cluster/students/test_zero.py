@@ -17,7 +17,7 @@ def student(**fields: Any) -> StudentSpec:
 
 
 def rates(total: int, kind: Kind, **fields: float) -> list[float]:
-    schedule = ScheduleSpec(kind=kind, **fields)  # type: ignore[arg-type]
+    schedule = ScheduleSpec(kind=kind, **fields)
     return [rate(schedule, batch, total) for batch in range(total)]
 
 

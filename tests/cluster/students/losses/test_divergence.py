@@ -1,6 +1,7 @@
 """The fused loss against the plain formula in float64, where it is exact and where it must not break."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,8 @@ class Case:
         hidden = self.hidden_TD.detach().double().requires_grad_()
         weight = self.weight_VD.detach().double().requires_grad_()
         losses = self.plain(hidden, weight)
-        return losses, *torch.autograd.grad(losses[0], (hidden, weight))
+        grad_hidden, grad_weight = torch.autograd.grad(losses[0], (hidden, weight))
+        return losses, grad_hidden, grad_weight
 
 
 def gradients(case: Case, losses: Losses | None = None) -> tuple[Tensor, Tensor]:
@@ -128,11 +130,11 @@ def test_the_gradient_in_float64_is_that_of_finite_differences(k: int) -> None:
         """gradcheck goes backward twice, and the fused loss may once: so it is made again for each backward."""
 
         @staticmethod
-        def forward(ctx: object, *_: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx: object, *_: Tensor) -> Tensor:
             return case.fused(target)[0].detach()
 
         @staticmethod
-        def backward(ctx: object, upstream: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        def backward(ctx: object, upstream: Tensor) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 return tuple(upstream * gradient for gradient in gradients(case, case.fused(target)))
 
@@ -256,8 +258,13 @@ def test_the_loss_is_a_sum_over_its_tokens() -> None:
     whole = float(case.fused()[0].detach())
     parts = 0.0
     for rows in (slice(0, 10), slice(10, case.tokens)):
-        weights = {"vocabulary": VOCABULARY, "hard": case.hard, "soft": case.soft, "temperature": case.temperature}
+        weights: dict[str, Any] = {
+            "vocabulary": VOCABULARY,
+            "hard": case.hard,
+            "soft": case.soft,
+            "temperature": case.temperature,
+        }
         parts += float(
             distillation_loss(case.hidden_TD[rows], case.weight_VD, target.rows(rows), **weights)[0].detach()
-        )  # type: ignore[arg-type]
+        )
     assert parts == pytest.approx(whole, rel=1e-6)
