@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.board import Board
 from cluster.capacity import check_capacity, needs_of
-from cluster.corpus.batches import CorpusFacts
+from cluster.corpus.batches import Batches, CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import RunError
 from cluster.preflight import Checked
@@ -60,11 +60,14 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
     report(Status("reading the corpus"))
     # Both take seconds to import what they need, so they begin before they have work.
     trainers = ray.remote(Trainers).options(num_cpus=0, max_concurrency=len(spec.students)).remote()
-    registry = ray.remote(Registry).options(num_cpus=0).remote(
-        checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts")
+    registry = (
+        ray.remote(Registry)
+        .options(num_cpus=0)
+        .remote(checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts"))
     )
     try:
         corpus = prepare_corpus(spec.corpus, str(checked.teacher_dir), run.folder / "corpus")
+        batches = Batches(run.folder / "corpus", spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
         run.mlflow = ray.get(
             registry.start.remote(run.name, list(spec.students), spec.model_dump(mode="json"), lineage, run.mlflow)
@@ -72,7 +75,7 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
         run.save()
         board = ray.remote(Board).options(num_cpus=0).remote()
         actors = _Actors(registry, board, _start_stream(checked, run), trainers)
-        result = _distil(checked, run, corpus, actors, lineage, report)
+        result = _distil(checked, run, batches, actors, lineage, report)
         ray.get(actors.stream.stop.remote())
         ray.kill(actors.stream)
         result.seconds = time.monotonic() - started
@@ -107,8 +110,10 @@ def _start_stream(checked: Checked, run: Run) -> ActorHandle:
     # On this node, because the packed corpus lies here.
     placed = NodeAffinitySchedulingStrategy(here(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": placed}
-    return ray.remote(Stream).options(**options).remote(
-        checked.spec, str(run.folder / "corpus"), str(checked.teacher_dir), checked.vocabulary
+    return (
+        ray.remote(Stream)
+        .options(**options)
+        .remote(checked.spec, str(run.folder / "corpus"), str(checked.teacher_dir), checked.vocabulary)
     )
 
 
@@ -130,13 +135,13 @@ def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[Stu
 
 
 def _distil(
-    checked: Checked, run: Run, corpus: CorpusFacts, actors: _Actors, lineage: dict[str, str], report: Report
+    checked: Checked, run: Run, batches: Batches, actors: _Actors, lineage: dict[str, str], report: Report
 ) -> FamilyResult:
     """Train all students from one pass; register each as it finishes; one that fails harms no other."""
     spec = checked.spec
-    batches = ray.get(actors.stream.start.remote())
+    ray.get(actors.stream.start.remote())
     watch = Watch(actors.stream, actors.board, list(spec.students))
-    tasks = {actors.trainers.run.remote(job): job.name for job in _jobs(checked, run, actors, batches)}
+    tasks = {actors.trainers.run.remote(job): job.name for job in _jobs(checked, run, actors, batches.count)}
     registering: dict[ray.ObjectRef, str] = {}
     students: dict[str, StudentResult] = {}
     failed: dict[str, str] = {}
@@ -165,7 +170,7 @@ def _distil(
     status, new = watch.look("registered")
     ray.get(actors.registry.log.remote(new))
     assert status.stats is not None
-    return FamilyResult(run, corpus, status.stats, students, failed, watch.points, 0.0, dict(run.versions))
+    return FamilyResult(run, batches.facts, status.stats, students, failed, watch.points, 0.0, dict(run.versions))
 
 
 def _register(registry: ActorHandle, spec: FamilySpec, student: StudentResult, lineage: dict[str, str]) -> Any:

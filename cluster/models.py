@@ -56,16 +56,19 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
         UserError: not a causal language model that transformers knows, or one whose logits are not hidden @ head.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{field}: {folder}/config.json: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # whatever goes wrong here is wrong with the file that was given
+        raise UserError(f"{field}: cannot use {folder}/config.json: {_one_line(error)}") from None
     for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         value = getattr(config, setting, None)
         if value not in (None, 1, 1.0):
             raise UserError(f"{field}: {folder} sets {setting} {value}, which the fused losses do not know yet")
-    if not getattr(config, "num_hidden_layers", None) or not getattr(config, "vocab_size", None):
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
+        trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    ):
         raise UserError(f"{field}: {folder} is a {config.model_type} model, not a causal language model")
     return config
 
@@ -81,7 +84,11 @@ def load_tokenizer(folder: Path, field: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
-        raise UserError(f"{field}: {folder} has no usable tokenizer: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{field}: {folder} has no usable tokenizer: {_one_line(error)}") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from cluster.corpus.files import find_files
 from cluster.errors import UserError
 from cluster.models import load_config, load_tokenizer, local_model, model_fingerprint, tokenizer_fingerprint
-from cluster.spec import FamilySpec, Pretrained, Scratch, StudentSpec, TeacherLayers
+from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers
 from cluster.specfile import home
 
 
@@ -50,17 +50,14 @@ def preflight(spec: FamilySpec) -> Checked:
     vocabulary = min(len(tokenizer), config.vocab_size)
     if spec.labels.k > vocabulary:
         raise UserError(f"labels.k: got {spec.labels.k}; the teacher's vocabulary has {vocabulary} tokens")
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest and spec.corpus.sequence_length > longest:
-        raise UserError(
-            f"corpus.sequence_length: got {spec.corpus.sequence_length}; the teacher reads at most {longest} tokens"
-        )
+    _check_length(spec, config, "the teacher")
     _check_shards(spec, config)
     dirs = {}
     for name, student in spec.students.items():
-        pretrained = _check_student(name, student, config, tokenizer, vocabulary, uri)
-        if pretrained is not None:
-            dirs[name] = pretrained
+        field = f"students.{name}.init"
+        _check_size(field, student.init, config)
+        if isinstance(student.init, Pretrained):
+            dirs[name] = _check_pretrained(field, student.init, spec, tokenizer, uri)
     find_files(spec.corpus.paths)
     return Checked(spec, folder, model_fingerprint(folder), vocabulary, dirs, uri)
 
@@ -75,26 +72,36 @@ def _check_shards(spec: FamilySpec, config: Any) -> None:
         )
 
 
-def _check_student(
-    name: str, student: StudentSpec, teacher_config: Any, tokenizer: Any, vocabulary: int, uri: str
-) -> Path | None:
-    """Check where a student's weights come from; returns the directory of a pretrained one."""
-    field, init = f"students.{name}.init", student.init
+def _check_length(spec: FamilySpec, config: Any, who: str) -> None:
+    length, longest = spec.corpus.sequence_length, getattr(config, "max_position_embeddings", None)
+    if longest and length > longest:
+        raise UserError(f"corpus.sequence_length: got {length}; {who} reads at most {longest} tokens")
+
+
+def _check_size(field: str, init: TeacherLayers | Pretrained | Scratch, teacher_config: Any) -> None:
+    """Whether a student can be made in the size that was asked for."""
     if isinstance(init, TeacherLayers):
         total = teacher_config.num_hidden_layers
         highest = init.layers[-1] + 1 if isinstance(init.layers, list) else init.layers
         if highest > total:
             raise UserError(f"{field}.layers: got {init.layers}; the teacher has {total} layers, 0 to {total - 1}")
-        return None
-    if isinstance(init, Scratch):
-        return None
-    assert isinstance(init, Pretrained)
+    if isinstance(init, Scratch) and init.hidden_size // init.heads % 2:
+        width = init.hidden_size // init.heads
+        raise UserError(
+            f"{field}: hidden_size {init.hidden_size} over heads {init.heads} makes heads of {width}; rotary position "
+            f"embeddings need an even number"
+        )
+
+
+def _check_pretrained(field: str, init: Pretrained, spec: FamilySpec, tokenizer: Any, uri: str) -> Path:
+    """Whether an existing model can learn from this teacher; returns its local directory."""
     folder = local_model(init.model, revision=init.revision, tracking_uri=uri, field=f"{field}.model")
     config = load_config(folder, f"{field}.model")
     own = load_tokenizer(folder, f"{field}.model")
-    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer) or config.vocab_size < vocabulary:
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer) or config.vocab_size < len(tokenizer):
         raise UserError(
             f"{field}.model: {init.model} has another tokenizer ({len(own)} tokens) than the teacher "
             f"({len(tokenizer)} tokens); labels are distributions over the teacher's tokens, so both must be the same"
         )
+    _check_length(spec, config, f"{field}.model")
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from cluster.errors import UserError
 from cluster.spec import FamilySpec
-from cluster.specfile import home, training_hash
+from cluster.specfile import home, training_hash, training_part
 
 STATE_FILE = "run.json"
 
@@ -39,7 +38,7 @@ class Run:
         kept = {k: v for k, v in asdict(self).items() if k not in ("folder", "resumed")}
         aside = self.folder / f".{STATE_FILE}.part"
         aside.write_text(json.dumps(kept, indent=1))
-        os.replace(aside, self.folder / STATE_FILE)
+        aside.replace(self.folder / STATE_FILE)
 
     @property
     def log_path(self) -> Path:
@@ -75,7 +74,8 @@ def open_run(spec: FamilySpec, resume: bool) -> Run:
         raise UserError(f"--resume: family {spec.name!r} has no run under {_runs_folder()}; start one without --resume")
     run = Run(folder=states[-1].parent, resumed=True, **json.loads(states[-1].read_text()))
     if run.spec_hash != wanted:
-        changed = _differences(json.loads((run.folder / "spec.json").read_text()), spec.model_dump(mode="json"))
+        before = FamilySpec.model_validate_json((run.folder / "spec.json").read_text())
+        changed = _differences(training_part(before), training_part(spec))
         raise UserError(
             f"--resume: {run.name} was started from another spec; differs in {', '.join(changed)}. Put these back or "
             f"start a new run without --resume"
@@ -98,6 +98,6 @@ def _unused(parent: Path, name: str) -> Path:
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Dotted paths at which two specs differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in (*old, *(k for k in new if k not in old))]
+        keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
     return [] if old == new else [path]

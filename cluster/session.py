@@ -70,4 +70,3 @@ def alive_nodes() -> list[dict[str, float]]:
 def here() -> str:
     """Id of the node that this process runs on."""
     return str(ray.get_runtime_context().get_node_id())
-

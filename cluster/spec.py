@@ -23,7 +23,7 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 class Section(BaseModel):
     """A part of the spec: unknown fields are refused, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class TeacherSpec(Section):
@@ -103,15 +103,17 @@ class StreamSpec(Section):
 class TeacherLayers(Section):
     """A student made of the teacher's own layers."""
 
-    source: Literal["teacher"] = "teacher"
-    layers: PositiveInt | list[Annotated[int, Field(ge=0)]]
+    source: Literal["teacher"]
+    layers: int | list[int]
     """How many layers, evenly spaced with the first and the last among them, or which (counted from 0)."""
 
     @field_validator("layers")
     @classmethod
-    def _distinct(cls, layers: int | list[int]) -> int | list[int]:
-        if isinstance(layers, list) and (not layers or sorted(set(layers)) != layers):
-            raise ValueError("a list of layers must be in rising order without repeats, such as [0, 4, 9]")
+    def _some_and_distinct(cls, layers: int | list[int]) -> int | list[int]:
+        if isinstance(layers, int) and layers < 1:
+            raise ValueError("a number of layers must be 1 or more")
+        if isinstance(layers, list) and (not layers or sorted(set(layers)) != layers or layers[0] < 0):
+            raise ValueError("a list of layers must be in rising order from 0 without repeats, such as [0, 4, 9]")
         return layers
 
 
@@ -182,7 +184,8 @@ class ScheduleSpec(Section):
 
     @model_validator(mode="after")
     def _final_has_effect(self) -> ScheduleSpec:
-        if self.kind == "constant" and "final" in self.model_fields_set:
+        # Held against the default, not against what was set, so that a resolved spec can be read back.
+        if self.kind == "constant" and self.final != type(self).model_fields["final"].default:
             raise ValueError("final has no effect on a constant schedule; leave it out")
         return self
 
@@ -254,7 +257,7 @@ class CheckpointSpec(Section):
 
     @model_validator(mode="after")
     def _keep_has_effect(self) -> CheckpointSpec:
-        if self.every is None and "keep" in self.model_fields_set:
+        if self.every is None and self.keep != type(self).model_fields["keep"].default:
             raise ValueError("keep has no effect without every; set checkpoints.every or leave keep out")
         return self
 
@@ -302,6 +305,7 @@ class FamilySpec(Section):
     labels: LabelsSpec = LabelsSpec()
     stream: StreamSpec = StreamSpec()
     students: Annotated[dict[Name, StudentSpec], Field(min_length=1)]
+    """The students by name; all learn at the same time from the one pass."""
     evaluation: EvaluationSpec = EvaluationSpec()
     checkpoints: CheckpointSpec = CheckpointSpec()
     tracking: TrackingSpec = TrackingSpec()

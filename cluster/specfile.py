@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from cluster.errors import UserError
 from cluster.spec import FamilySpec
 
+INIT_SOURCES = "'teacher', 'pretrained', 'scratch'"
 REMOTE_SCHEMES = ("s3://", "hf://", "models:/")
 
 
@@ -66,28 +67,32 @@ def _apply_override(tree: dict[str, Any], assignment: str) -> None:
 
 def _spell(location: tuple[int | str, ...]) -> str:
     """Path of a field as it is written in YAML; pydantic's own union tags are left out."""
-    tags = {"teacher", "pretrained", "scratch"}
-    parts = [str(p) for i, p in enumerate(location) if not (i and location[i - 1] == "init" and p in tags)]
-    return ".".join(p for p in parts if p not in ("int", "constrained-int", "list[constrained-int]", "[key]"))
+    # What pydantic puts behind a field to say which branch of a union it tried.
+    branches = {"init": ("teacher", "pretrained", "scratch"), "layers": ("int", "list[int]")}
+    parts = [str(p) for i, p in enumerate(location) if not (i and p in branches.get(str(location[i - 1]), ()))]
+    return ".".join(part for part in parts if part != "[key]")
 
 
 def _explain(error: ValidationError) -> str:
     """All that is wrong with a spec in one line: path, what was given, what is allowed."""
-    problems = []
+    problems: dict[str, str] = {}
     for detail in error.errors(include_url=False):
         path, message = _spell(detail["loc"]), detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             problem = f"{path}: no such field; see `stillhouse schema` for those there are"
+        elif detail["type"].startswith("union_tag"):
+            given = repr(detail["input"].get("source")) if isinstance(detail["input"], dict) else "no mapping"
+            problem = f"{path}.source: got {given}; allowed are {INIT_SOURCES}"
         elif detail["type"] == "missing":
             problem = f"{path}: is required and was not given"
         elif detail["type"] == "value_error" and isinstance(detail["input"], dict):
             problem = f"{path}: {message}" if path else message
         else:
-            given = detail["input"] if not isinstance(detail["input"], dict) else "a mapping"
-            problem = f"{path}: got {given!r}; {message[:1].lower()}{message[1:]}"
-        if problem not in problems:
-            problems.append(problem)
-    return "; ".join(problems)
+            given = repr(detail["input"]) if not isinstance(detail["input"], dict) else "a mapping"
+            problem = f"{path}: got {given}; {message[:1].lower()}{message[1:]}"
+        # One problem per field: the branches of a union each have something to say, the first says enough.
+        problems.setdefault(path, problem)
+    return "; ".join(problems.values())
 
 
 def _anchor(path: str, folder: Path) -> str:
@@ -131,7 +136,23 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> FamilySpec:
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
+# What does not decide the students' weights: where things run, how often they are tried, what is kept or shown.
+_NOT_TRAINING: Any = {
+    "tracking": True,
+    "serving": True,
+    "stream": True,
+    "evaluation": True,
+    "checkpoints": True,
+    "teacher": {"replicas", "max_restarts", "start_timeout_s", "cpus_per_shard"},
+    "students": {"__all__": {"max_failures", "cpus_per_rank"}},
+}
+
+
+def training_part(spec: FamilySpec) -> dict[str, Any]:
+    """All in a spec that decides the students' weights: what a resumed run must agree on."""
+    return spec.model_dump(mode="json", exclude=_NOT_TRAINING)
+
+
 def training_hash(spec: FamilySpec) -> str:
-    """16 hex digits over all that decides the students' weights: what a resumed run must agree on."""
-    kept = spec.model_dump(mode="json", exclude={"tracking", "serving", "stream", "evaluation", "checkpoints"})
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    """16 hex digits over :func:`training_part`."""
+    return hashlib.sha256(json.dumps(training_part(spec), sort_keys=True).encode()).hexdigest()[:16]

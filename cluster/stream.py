@@ -113,13 +113,12 @@ class Stream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._pool: TeacherPool | None = None
 
-    async def start(self) -> int:
-        """Begin to start the teacher and to score. Returns how many batches the pass has."""
+    async def start(self) -> None:
+        """Begin to start the teacher and to score."""
         model_dir, vocabulary = self._model
         self._pool = TeacherPool(self._spec.teacher, self._spec.labels, model_dir, vocabulary, self._blocks)
         self._pool.start()
         self._spawn(self._dispatch())
-        return self._batches.count
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -134,7 +134,10 @@ def _print_result(
         row = by_arm.get(arm)
         if row is None:
             return ["", ""] if serving else []
-        return [f"{row['first_token_ms']['p50']:.0f}", f"{row['latency_ms']['p50']:.0f}/{row['latency_ms']['p95']:.0f}"]
+        return [
+            f"{row['first_token_ms']['p50']:.0f}",
+            f"{row['latency_ms']['p50']:.0f}/{row['latency_ms']['p95']:.0f}",
+        ]
 
     for name, student in result.students.items():
         model = spec.model_name(name)

@@ -66,8 +66,7 @@ def _plain_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in value
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in value
     ):
         return "".join(part["text"] for part in value)
     raise ValueError("must be a string or a list of parts of type text")

@@ -133,9 +133,7 @@ async def measure(
     if not prompts:
         raise UserError("no prompts given; give at least one.")
     if models is not None and not models:
-        raise UserError(
-            "an empty list of models given; name at least one, or leave it out for the endpoint's split."
-        )
+        raise UserError("an empty list of models given; name at least one, or leave it out for the endpoint's split.")
 
     async with _client(url, concurrency) as client:
         listed = await _listed_models(client, url)
@@ -152,9 +150,7 @@ async def measure(
     return summarise(url, concurrency, max_tokens, seconds, samples)
 
 
-def summarise(
-    url: str, concurrency: int, max_tokens: int, seconds: float, samples: Sequence[Sample]
-) -> BenchResult:
+def summarise(url: str, concurrency: int, max_tokens: int, seconds: float, samples: Sequence[Sample]) -> BenchResult:
     """Per-arm quantiles (linear interpolation) from the samples of a run of ``seconds``.
 
     Raises:

@@ -70,9 +70,7 @@ class Endpoint:
         """
         unknown = sorted(set(weights) - {arm.name for arm in self.arms})
         if unknown:
-            raise UserError(
-                f"no arm is named {unknown[0]!r}; there are: {', '.join(arm.name for arm in self.arms)}."
-            )
+            raise UserError(f"no arm is named {unknown[0]!r}; there are: {', '.join(arm.name for arm in self.arms)}.")
         arms = tuple(replace(arm, weight=weights.get(arm.name, arm.weight)) for arm in self.arms)
         check_weights({arm.name: arm.weight for arm in arms})
         self.arms = arms

@@ -64,9 +64,7 @@ class TransformersEngine:
         # The request alone decides how to sample: no penalty or temperature comes in by the model's own defaults.
         self._model.generation_config = GenerationConfig(
             eos_token_id=sorted(self._eos) or None,
-            pad_token_id=min(
-                self._eos, default=0
-            ),  # one sequence per call: never read, but its absence is a warning
+            pad_token_id=min(self._eos, default=0),  # one sequence per call: never read, but its absence is a warning
             use_cache=True,
         )
         for _ in self.generate(self.encode("warm-up"), Sampling(max_tokens=2, temperature=0), threading.Event()):

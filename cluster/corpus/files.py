@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import PurePath
 
 import pyarrow as pa
 from pyarrow import fs
@@ -27,7 +28,8 @@ def filesystem_of(path: str) -> tuple[fs.FileSystem, str]:
 def _check_readable(filesystem: fs.FileSystem, inner: str, path: str) -> None:
     try:
         with filesystem.open_input_stream(inner) as stream:
-            stream.read(1)
+            if not stream.read(1):
+                raise UserError(f"corpus.paths: {path} is empty")
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"corpus.paths: cannot read {path}: {_reason(error)}") from None
 
@@ -62,5 +64,5 @@ def find_files(paths: Sequence[str]) -> dict[str, list[str]]:
         scheme = "s3://" if path.startswith("s3://") else ""
         for each in inners:
             _check_readable(filesystem, each, scheme + each)
-            found.setdefault(os.path.splitext(each)[1], []).append(scheme + each)
+            found.setdefault(PurePath(each).suffix, []).append(scheme + each)
     return found

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,16 @@ import pyarrow as pa
 import ray.data
 import ray.data.exceptions
 import ray.exceptions
-from pyarrow import Table
 
 from cluster.corpus.batches import TOKENS_FILE, CorpusFacts
 from cluster.corpus.files import SUFFIXES, filesystem_of, find_files
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
 
-
 log = logging.getLogger(__name__)
 
-_SCHEMA = pa.schema([("ids", pa.large_list(pa.int32()))])
+# A refusal travels as data: of an exception in one of its functions Ray Data keeps the text and loses the cause.
+_SCHEMA = pa.schema([("ids", pa.large_list(pa.int32())), ("refused", pa.string())])
 
 
 @functools.cache
@@ -36,23 +35,33 @@ def _tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _tokenize(table: Table, tokenizer_dir: str, field: str) -> Table:
+def _tokenize(table: pa.Table, tokenizer_dir: str, field: str) -> pa.Table:
     """Text column to token ids, one row per document, with the end-of-text token behind each."""
+    if "refused" in table.column_names and (reasons := table.column("refused").drop_null().to_pylist()):
+        return _refuse(reasons[0])
     if field not in table.column_names:
-        raise UserError(f"corpus.text_field: {field!r} is not there; the rows have {', '.join(table.column_names)}")
+        return _refuse(f"corpus.text_field: {field!r} is not there; the rows have {', '.join(table.column_names)}")
+    values = table.column(field).to_pylist()
+    if any(not isinstance(value, str | None) for value in values):
+        return _refuse(f"corpus.text_field: {field!r} holds {table.column(field).type}, not text")
     tokenizer = _tokenizer(tokenizer_dir)
-    texts = [text for text in table.column(field).to_pylist() if text and text.strip()]
-    end = tokenizer.eos_token_id
+    texts = [text for text in values if text and text.strip()]
     # Special tokens off: a sequence start in the middle of a packed row would be noise.
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    return Table.from_pydict({"ids": [[*row, end] if end is not None else row for row in ids]}, schema=_SCHEMA)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return pa.Table.from_pydict({"ids": [row + end for row in ids], "refused": [None] * len(ids)}, schema=_SCHEMA)
+
+
+def _refuse(reason: str) -> pa.Table:
+    return pa.Table.from_pydict({"ids": [[]], "refused": [reason]}, schema=_SCHEMA)
 
 
 def _text_of_file(row: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"text": row["bytes"].decode("utf-8")}
+        return {"text": row["bytes"].decode("utf-8"), "refused": None}
     except UnicodeDecodeError as error:
-        raise UserError(f"corpus.paths: {row['path']} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+        where = f"{row['path']} is not UTF-8 text: byte {error.start} cannot be decoded"
+        return {"text": None, "refused": f"corpus.paths: {where}"}
 
 
 def _read(suffix: str, files: list[str]) -> ray.data.Dataset:
@@ -80,9 +89,11 @@ def _documents(spec: CorpusSpec, tokenizer_dir: str) -> Iterator[np.ndarray]:
             num_cpus=0.5,
         )
         for table in tokenized.iter_batches(batch_format="pyarrow", batch_size=None):
+            for reason in table.column("refused").drop_null().to_pylist():
+                raise UserError(reason)
             column = table.column("ids").combine_chunks()
             values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
-            for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+            for start, stop in itertools.pairwise(offsets):
                 yield values[start:stop]
 
 
@@ -102,11 +113,11 @@ def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> Corpus
     try:
         documents = list(_documents(spec, tokenizer_dir))
     except (ray.exceptions.RayTaskError, ray.data.exceptions.UserCodeException, ValueError) as error:
-        cause = getattr(error, "cause", None) or error.__cause__ or error
-        if isinstance(cause, UserError):
-            raise cause from None
         log.exception("the corpus cannot be read")
-        raise UserError(f"corpus.paths: cannot be read as {', '.join(SUFFIXES)}: {str(cause).splitlines()[0]}") from None
+        cause = getattr(error, "cause", None) or error
+        raise UserError(
+            f"corpus.paths: cannot be read as {', '.join(SUFFIXES)}: {str(cause).splitlines()[0]}"
+        ) from None
     tokens = sum(len(d) for d in documents)
     sequences = tokens // spec.sequence_length
     if sequences == 0:
@@ -119,7 +130,7 @@ def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> Corpus
     packed_NS = flat.reshape(sequences, spec.sequence_length).astype(np.int32, copy=False)
     aside = folder / f".{TOKENS_FILE}.part.npy"
     np.save(aside, packed_NS)
-    os.replace(aside, folder / TOKENS_FILE)
+    aside.replace(folder / TOKENS_FILE)
     facts = CorpusFacts(len(documents), flat.size, sequences, hashlib.sha256(packed_NS.tobytes()).hexdigest())
     facts.write(folder)
     return facts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cluster.spec import FamilySpec
 
 
 def write_report(
-    spec: FamilySpec, result: FamilyResult, serving: list[Mapping[str, Any]], environment: Mapping[str, str]
+    spec: FamilySpec, result: FamilyResult, serving: Sequence[Mapping[str, Any]], environment: Mapping[str, str]
 ) -> Path:
     """Write the report into the run's folder.
 

@@ -16,6 +16,9 @@ from cluster.labels.kinds import Hidden, TopK, id_dtype
 
 Head = Callable[[Tensor], Tensor]
 
+# Stands for a token that the teacher rules out: its probability is 0 in float32, and 0 times it is 0, not NaN.
+LOGPROB_FLOOR = -1e4
+
 
 def topk_of_logits(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The K likeliest tokens of each row and the log of the mass that is left.
@@ -36,7 +39,7 @@ def topk_of_logits(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     kept_T = (top_TK - peak_T1).exp().sum(-1)
     rest_T = weight_TV.scatter_(1, ids_TK, 0.0).sum(-1)
     total_T = kept_T + rest_T
-    logprobs_TK = top_TK - peak_T1 - total_T.log()[:, None]
+    logprobs_TK = (top_TK - peak_T1 - total_T.log()[:, None]).clamp_min(LOGPROB_FLOOR)
     log_tail_T = (rest_T / total_T).clamp_min(torch.finfo(torch.float32).tiny).log()
     return ids_TK, logprobs_TK, log_tail_T
 

@@ -33,11 +33,14 @@ def chosen_layers(init: TeacherLayers, total: int) -> list[int]:
 
 
 def cut_config(config: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
-    """The teacher's configuration with these layers only; lists that hold one entry per layer are cut alike."""
+    """The teacher's configuration with these layers only; lists that hold one entry per layer are cut alike.
+
+    Those are the ones with "layer" in their name, such as ``layer_types``; other lists may have that length by chance.
+    """
     fields = config.to_dict()
     total = config.num_hidden_layers
     for key, value in fields.items():
-        if isinstance(value, list) and len(value) == total:
+        if "layer" in key and isinstance(value, list) and len(value) == total:
             fields[key] = [value[i] for i in layers]
     fields["num_hidden_layers"] = len(layers)
     return type(config).from_dict(fields)
@@ -75,6 +78,7 @@ def _cut_layers(teacher: PreTrainedModel, layers: list[int], dtype: torch.dtype)
         elif int(found[1]) in position:
             state[layer.sub(f"{stacks[0]}.{position[int(found[1])]}.", name)] = tensor
     student.load_state_dict(state)
+    student.generation_config = teacher.generation_config
     return student
 
 

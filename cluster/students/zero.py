@@ -57,7 +57,7 @@ def rate(schedule: ScheduleSpec, batch: int, total: int) -> float:
     warmup = schedule.warmup * total
     if batch < warmup:
         return (batch + 1) / (warmup + 1)
-    done = (batch - warmup) / max(1.0, total - warmup)
+    done = min(1.0, (batch - warmup) / max(1.0, total - 1 - warmup))
     shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule.kind]
     return schedule.final + (1 - schedule.final) * shape
 

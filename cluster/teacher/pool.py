@@ -46,9 +46,7 @@ class TeacherPool:
 
     def __init__(self, spec: TeacherSpec, labels: LabelsSpec, model_dir: str, vocabulary: int, blocks: int) -> None:
         self._spec = spec
-        self._replicas = [
-            Replica(i, spec, labels, model_dir, vocabulary, blocks) for i in range(spec.replicas)
-        ]
+        self._replicas = [Replica(i, spec, labels, model_dir, vocabulary, blocks) for i in range(spec.replicas)]
         self._idle: asyncio.Queue[Replica] = asyncio.Queue()
         self._reference: np.ndarray | None = None
         self._deaths = dict.fromkeys(range(spec.replicas), 0)
@@ -128,7 +126,8 @@ class TeacherPool:
 
     async def _acquire(self) -> Replica:
         waiting = asyncio.ensure_future(self._idle.get())
-        await asyncio.wait({waiting, self._failed}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {waiting, self._failed}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if self._failed.done() and not waiting.done():
             waiting.cancel()
             await self._failed

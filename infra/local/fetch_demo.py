@@ -76,7 +76,7 @@ def main() -> None:
             shutil.move(Path(aside) / TEACHER, teacher)
         if not corpus.exists():
             write_corpus(Path(aside) / CORPUS)
-            os.replace(Path(aside) / CORPUS, corpus)
+            (Path(aside) / CORPUS).replace(corpus)
     print(f"demo teacher: {teacher}\ndemo corpus:  {corpus}")
 
 

@@ -64,9 +64,7 @@ def test_what_cannot_be_placed_is_refused(needs: list[Need], nodes: list[Node], 
 
 def test_the_refusal_says_all_that_is_needed_and_what_there_is() -> None:
     with pytest.raises(UserError) as caught:
-        check_capacity(
-            [Need("the teacher", 2, 1.5, 0), Need("student a", 1, 2, 1)], [{"CPU": 3, "GPU": 1}, {"CPU": 1}]
-        )
+        check_capacity([Need("the teacher", 2, 1.5, 0), Need("student a", 1, 2, 1)], [{"CPU": 3, "GPU": 1}, {"CPU": 1}])
     message = str(caught.value)
     parts = [
         "the teacher needs 2 x (1.5 CPU)",

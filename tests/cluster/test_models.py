@@ -155,9 +155,7 @@ def test_a_model_s_fingerprint_changes_with_one_byte_of_its_weights(
     assert model_fingerprint(model) != model_fingerprint(tiny_teacher)
 
 
-def test_a_model_s_fingerprint_changes_with_its_configuration_and_its_files(
-    tiny_teacher: Path, model: Path
-) -> None:
+def test_a_model_s_fingerprint_changes_with_its_configuration_and_its_files(tiny_teacher: Path, model: Path) -> None:
     (model / "more.safetensors").write_bytes(b"")
     with_file = model_fingerprint(model)
     configured(model, rms_norm_eps=1e-5)

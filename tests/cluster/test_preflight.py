@@ -88,9 +88,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("sections", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_work_is_refused(
-    check: Any, sections: dict[str, Any], said: str, stillhouse_home: Path
-) -> None:
+def test_what_cannot_work_is_refused(check: Any, sections: dict[str, Any], said: str, stillhouse_home: Path) -> None:
     with pytest.raises(UserError, match=said) as caught:
         check(**sections)
     assert "\n" not in str(caught.value)

@@ -57,9 +57,7 @@ def test_resuming_with_another_learning_rate_names_it_and_only_it(stillhouse_hom
 
 
 @pytest.mark.parametrize("section", [{"serving": {"requests": 3}}, {"tracking": {"uri": "http://elsewhere:5000"}}])
-def test_resuming_with_other_serving_or_tracking_is_accepted(
-    stillhouse_home: Path, section: dict[str, Any]
-) -> None:
+def test_resuming_with_other_serving_or_tracking_is_accepted(stillhouse_home: Path, section: dict[str, Any]) -> None:
     run = open_run(spec(), resume=False)
     assert open_run(spec(**section), resume=True).folder == run.folder
 

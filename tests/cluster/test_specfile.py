@@ -177,9 +177,7 @@ def test_a_remote_path_stays_as_it_is(file: Path, uri: str) -> None:
         ("teacher", {"dtype": "bfloat16"}, False),
     ],
 )
-def test_the_training_hash_covers_what_decides_the_weights(
-    section: str, fields: dict[str, Any], same: bool
-) -> None:
+def test_the_training_hash_covers_what_decides_the_weights(section: str, fields: dict[str, Any], same: bool) -> None:
     plain, other = (FamilySpec.model_validate(tiny_family(**more)) for more in ({}, {section: fields}))
     assert (training_hash(plain) == training_hash(other)) is same
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,30 @@ from cluster.watch import Status
 from tests.tiny import tiny_family, write_tiny_corpus, write_tiny_model
 
 
+def free_port() -> int:
+    """A free port whose neighbour 10,000 above, where SeaweedFS listens for gRPC, is free too."""
+    while True:
+        with socket.socket() as low, socket.socket() as high:
+            low.bind(("127.0.0.1", 0))
+            port = int(low.getsockname()[1])
+            if port < 50_000 and high.connect_ex(("127.0.0.1", port + 10_000)):
+                return port
+
+
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def s3_environment() -> Iterator[int]:
+    """Keys and the address of an S3 server that a test may start; set before Ray, whose processes inherit them."""
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", secrets.token_hex(8))
+        patch.setenv("AWS_SECRET_ACCESS_KEY", secrets.token_hex(16))
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield port
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_environment: int) -> Iterator[None]:
     """The cluster that ``stillhouse run`` starts on a laptop."""
     with ray_session():
         yield

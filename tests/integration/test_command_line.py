@@ -58,7 +58,7 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
 
 def own_files() -> set[str]:
     """Shared-memory files and the folders of Ray clusters that are on this machine now."""
-    return {f"/dev/shm/{name}" for name in os.listdir("/dev/shm")} | {str(p) for p in Path("/tmp").glob("still-*")}
+    return {str(path) for path in (*Path("/dev/shm").iterdir(), *Path("/tmp").glob("still-*"))}
 
 
 def left_behind(family: list[psutil.Process], before: set[str]) -> list[str]:
@@ -73,7 +73,9 @@ def final_weights(home: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_ctrl_c_leaves_nothing_and_resume_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_path: Path) -> None:
-    path = write_family(tmp_path, tiny, STUDENTS, corpus={"held_out": 0.2, "max_batches": 60}, checkpoints={"every": 10})
+    path = write_family(
+        tmp_path, tiny, STUDENTS, corpus={"held_out": 0.2, "max_batches": 60}, checkpoints={"every": 10}
+    )
     homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
     for home in homes:
         home.mkdir()
@@ -143,7 +145,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[s
     binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = environment(home, RAY_AUTH_TOKEN=secrets.token_hex(32), PATH=binaries)
     process = subprocess.Popen(
-        [str(ROOT / "infra/local/ray_head.sh"), str(port)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [str(ROOT / "infra/local/ray_head.sh"), str(port)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     address = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 90

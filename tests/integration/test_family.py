@@ -54,9 +54,7 @@ def test_ranks_stages_and_micro_batches_do_not_change_what_is_learnt(
     family: tuple[Checked, FamilyResult, list[Status]],
 ) -> None:
     _, result, _ = family
-    curves = {
-        name: [point.metrics["loss"] for point in result.points if point.student == name] for name in STUDENTS
-    }
+    curves = {name: [point.metrics["loss"] for point in result.points if point.student == name] for name in STUDENTS}
     assert len(curves["one"]) == BATCHES
     for name in ("two", "three"):
         assert curves[name] == pytest.approx(curves["one"], rel=1e-3)

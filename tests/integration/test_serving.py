@@ -301,9 +301,7 @@ def test_a_full_queue_is_told_so(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_slot(
-    endpoint: Endpoint, http_client: httpx.Client, stream: bool
-) -> None:
+def test_a_client_that_goes_away_frees_its_slot(endpoint: Endpoint, http_client: httpx.Client, stream: bool) -> None:
     """Every slot is taken by an answer of tens of thousands of tokens; the clients leave; the next is served."""
     address = httpx.URL(endpoint.url)
     body = json.dumps({"model": "small", "messages": CHAT, "temperature": 0, "stream": stream})

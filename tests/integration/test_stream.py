@@ -42,10 +42,12 @@ def corpus(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def stream(corpus: Any) -> Any:
     spec, folder = corpus
-    actor = ray.remote(Stream).options(num_cpus=0, max_concurrency=100).remote(
-        spec, str(folder), spec.teacher.model, VOCABULARY
+    actor = (
+        ray.remote(Stream)
+        .options(num_cpus=0, max_concurrency=100)
+        .remote(spec, str(folder), spec.teacher.model, VOCABULARY)
     )
-    assert ray.get(actor.start.remote()) == BATCHES
+    ray.get(actor.start.remote())
     yield actor
     ray.get(actor.stop.remote())
     ray.kill(actor)

@@ -43,9 +43,7 @@ def test_prompts(prompt: Any) -> None:
 
 def test_a_message_in_parts_is_joined_and_a_developer_is_the_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    request = read(
-        ChatRequest, messages=[{"role": "developer", "content": parts}, {"role": "user", "content": "c"}]
-    )
+    request = read(ChatRequest, messages=[{"role": "developer", "content": parts}, {"role": "user", "content": "c"}])
     assert [message.for_template() for message in request.messages] == [
         {"role": "system", "content": "ab"},
         {"role": "user", "content": "c"},

@@ -104,9 +104,7 @@ def test_times_counts_and_concurrency(server: Server) -> None:
 
 
 def test_each_model_gets_each_prompt_in_turn(server: Server) -> None:
-    result = run_bench(
-        server.url, requests=3, concurrency=1, max_tokens=9, prompts=["p", "q"], models=["x", "plain"]
-    )
+    result = run_bench(server.url, requests=3, concurrency=1, max_tokens=9, prompts=["p", "q"], models=["x", "plain"])
     assert server.seen[2:] == [("x", "p"), ("plain", "p"), ("x", "q"), ("plain", "q"), ("x", "p"), ("plain", "p")]
     assert [(arm.arm, arm.count) for arm in result.arms] == [("arm-of-x", 3), ("plain", 3)]
 

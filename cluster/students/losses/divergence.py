@@ -98,7 +98,9 @@ def _chunk_sweep(
     tile = TILE if logits_CV.device.type == "cpu" else logits_CV.shape[0]
     for start in range(0, logits_CV.shape[0], tile):
         rows = slice(start, start + tile)
-        kl, ce, grad_CV = _tile_loss(logits_CV[rows].to(wide), target.rows(rows), hard, soft, temperature, with_gradient)
+        kl, ce, grad_CV = _tile_loss(
+            logits_CV[rows].to(wide), target.rows(rows), hard, soft, temperature, with_gradient
+        )
         sums += torch.stack([kl.sum(dtype=torch.float64), ce.sum(dtype=torch.float64)])
         if grad_CV is not None:
             logits_CV[rows] = grad_CV
@@ -107,7 +109,7 @@ def _chunk_sweep(
 
 class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_TD: Tensor,
         weight_VD: Tensor,
@@ -139,7 +141,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         return (hard * ce + soft * temperature**2 * kl).to(wide), kl, ce
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
         # In place: the gradients were made in forward, belong to this node alone, and are used once.
         grad_hidden_TD = ctx.grad_hidden_TD.mul_(grad_loss.to(ctx.grad_hidden_TD.dtype))
         grad_weight_VD = ctx.grad_weight_VD.mul_(grad_loss).to(ctx.weight_dtype)

@@ -98,9 +98,7 @@ def test_too_small_a_corpus_is_refused_with_what_there_is_and_what_is_needed(
     assert [part for part in wanted if part not in str(caught.value)] == []
 
 
-@pytest.mark.parametrize(
-    ("fields", "held_out_batches"), [({"batch_sequences": 40}, 0), ({"batch_sequences": 5}, 2)]
-)
+@pytest.mark.parametrize(("fields", "held_out_batches"), [({"batch_sequences": 40}, 0), ({"batch_sequences": 5}, 2)])
 def test_a_corpus_that_is_just_large_enough_is_used_up(
     corpus: Path, fields: dict[str, Any], held_out_batches: int
 ) -> None:

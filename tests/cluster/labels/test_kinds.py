@@ -19,9 +19,7 @@ def labels(sequences: int = 6) -> TopK:
 
 
 def same(one: TopK, other: TopK) -> bool:
-    return all(
-        np.array_equal(getattr(one, n), getattr(other, n)) for n in ("ids_BSK", "logprobs_BSK", "log_tail_BS")
-    )
+    return all(np.array_equal(getattr(one, n), getattr(other, n)) for n in ("ids_BSK", "logprobs_BSK", "log_tail_BS"))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])

@@ -53,11 +53,13 @@ def test_evenly_spaced_layers_are_distinct_rising_and_reach_from_first_to_last(s
 
 @pytest.mark.parametrize("layers", [4, [0, 1, 2, 3]])
 def test_a_student_of_all_layers_is_the_teacher(teacher_dir: Path, layers: int | list[int]) -> None:
-    assert torch.equal(logits(student(TeacherLayers(layers=layers), teacher_dir)), logits(teacher(teacher_dir)))
+    assert torch.equal(
+        logits(student(TeacherLayers(source="teacher", layers=layers), teacher_dir)), logits(teacher(teacher_dir))
+    )
 
 
 def test_a_student_of_some_layers_has_their_weights_and_all_the_rest(teacher_dir: Path) -> None:
-    cut, whole = student(TeacherLayers(layers=[0, 3]), teacher_dir), teacher(teacher_dir)
+    cut, whole = student(TeacherLayers(source="teacher", layers=[0, 3]), teacher_dir), teacher(teacher_dir)
     assert cut.config.num_hidden_layers == len(cut.model.layers) == 2
     for new, old in ((0, 0), (1, 3)):
         theirs = whole.model.layers[old].state_dict()
@@ -71,10 +73,10 @@ def test_a_cut_student_says_what_a_teacher_that_was_cut_by_hand_says(teacher_dir
     by_hand = teacher(teacher_dir)
     by_hand.model.layers = torch.nn.ModuleList([by_hand.model.layers[0], by_hand.model.layers[3]])
     by_hand.config.num_hidden_layers = 2
-    assert torch.equal(logits(student(TeacherLayers(layers=2), teacher_dir)), logits(by_hand))
+    assert torch.equal(logits(student(TeacherLayers(source="teacher", layers=2), teacher_dir)), logits(by_hand))
 
 
-@pytest.mark.parametrize("init", [TeacherLayers(layers=2), SMALL], ids=["cut", "scratch"])
+@pytest.mark.parametrize("init", [TeacherLayers(source="teacher", layers=2), SMALL], ids=["cut", "scratch"])
 def test_a_head_is_tied_where_the_teacher_s_is(teacher_dir: Path, init: TeacherLayers | Scratch) -> None:
     model = student(init, teacher_dir)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -84,7 +86,7 @@ def test_a_head_is_tied_where_the_teacher_s_is(teacher_dir: Path, init: TeacherL
 @pytest.mark.parametrize("layers", [5, [0, 4]])
 def test_more_layers_than_the_teacher_has_are_refused(layers: int | list[int]) -> None:
     with pytest.raises(UserError, match=r"teacher's 4 layers \(0 to 3\)"):
-        chosen_layers(TeacherLayers(layers=layers), 4)
+        chosen_layers(TeacherLayers(source="teacher", layers=layers), 4)
 
 
 def test_only_lists_of_one_entry_per_layer_are_cut_in_a_configuration() -> None:

@@ -43,11 +43,9 @@ def labels(tiny_teacher: Path, delivery: Delivery) -> TopK:
     return made
 
 
-def gradients(
-    tiny_teacher: Path, delivery: Delivery, labels: TopK, micro: int, ranks: int = 1
-) -> dict[str, Tensor]:
+def gradients(tiny_teacher: Path, delivery: Delivery, labels: TopK, micro: int, ranks: int = 1) -> dict[str, Tensor]:
     """The gradient of one optimiser step: as the loop scales it and as DeepSpeed averages it."""
-    init = TeacherLayers(layers=[0, 3])
+    init = TeacherLayers(source="teacher", layers=[0, 3])
     model = initial_student(init, teacher_dir=str(tiny_teacher), student_dir=None, dtype=torch.float32)
     student, steps = Student(model), SEQUENCES // (micro * ranks)
     scale = ranks * steps / delivery.loss_tokens

