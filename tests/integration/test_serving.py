@@ -7,7 +7,6 @@ import http.client
 import json
 import math
 import socket
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -20,7 +19,6 @@ import httpx
 import openai
 import psutil  # type: ignore[import-untyped,unused-ignore]
 import pytest
-import ray
 from ray import serve
 
 from cluster.errors import RunError, UserError
@@ -80,28 +78,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    # Not pytest's tmp_path: Ray's socket paths must stay under 108 characters.
-    with (
-        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as temp,
-        pytest.MonkeyPatch.context() as env,
-    ):
-        env.setenv("HOME", temp)
-        env.setenv("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            num_cpus=2,
-            object_store_memory=100_000_000,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-            _temp_dir=temp,
-        )
-        yield
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def endpoint(cluster: None, models: dict[str, Path]) -> Iterator[Endpoint]:
+def endpoint(ray_cluster: None, models: dict[str, Path]) -> Iterator[Endpoint]:
     arms = [Arm(name, str(path)) for name, path in models.items()]
     with deploy(arms, port=0, dtype="float32", concurrency_per_arm=SLOTS, queue_per_arm=QUEUE) as running:
         yield running
@@ -315,8 +292,10 @@ def test_a_client_that_goes_away_frees_its_slot(endpoint: Endpoint, http_client:
         connections.append(connection)
 
     short = {"model": "small", "prompt": "a", "max_tokens": 1}
-    with pytest.raises(httpx.ReadTimeout):  # the slots really are taken
-        http_client.post("/v1/completions", json=short, timeout=2.0)
+    with pytest.raises(httpx.ReadTimeout):  # the slots really are taken, once the long requests have arrived
+        for _ in range(20):
+            http_client.post("/v1/completions", json=short, timeout=2.0)
+            time.sleep(0.5)
     for connection in connections:
         connection.close()
     assert http_client.post("/v1/completions", json=short, timeout=15).status_code == 200
