@@ -16,15 +16,16 @@ from cluster.capacity import check_capacity, needs_of
 from cluster.corpus.batches import Batches, CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import RunError
+from cluster.evaluate.figures import StudentResult
+from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
 from cluster.registry import Registry, code_version
-from cluster.result import FamilyResult
 from cluster.runs import Run
 from cluster.session import alive_nodes, here
 from cluster.spec import FamilySpec
 from cluster.specfile import home
 from cluster.stream import Stream
-from cluster.students.job import StudentJob, StudentResult
+from cluster.students.job import StudentJob
 from cluster.students.trainer import Trainers
 from cluster.watch import Status, Watch
 

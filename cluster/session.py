@@ -26,8 +26,8 @@ WORKER_ENV = {
 
 
 @contextlib.contextmanager
-def ray_session() -> Iterator[bool]:
-    """A Ray connection for the time of the ``with`` block; yields True when the cluster was started here.
+def ray_session() -> Iterator[None]:
+    """A Ray connection for the time of the ``with`` block.
 
     Inside a submitted job, or where ``RAY_ADDRESS`` names a cluster, that cluster is joined. Otherwise one is started
     on loopback with a token of its own; its processes end and its files go when the block ends, however it ends.
@@ -36,7 +36,7 @@ def ray_session() -> Iterator[bool]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(address=os.environ["RAY_ADDRESS"], **options)
         try:
-            yield False
+            yield
         finally:
             ray.shutdown()
         return
@@ -56,7 +56,7 @@ def ray_session() -> Iterator[bool]:
             _temp_dir=folder,
             **options,
         )
-        yield True
+        yield
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)

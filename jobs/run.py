@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import StillhouseError
+from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked, preflight
-from cluster.result import FamilyResult
 from cluster.runs import Run, open_run
 from cluster.specfile import load_spec
 from cluster.watch import Status

@@ -21,3 +21,22 @@ class Fidelity:
     student_perplexity: float
     teacher_perplexity: float
     tokens: int
+
+
+@dataclass(frozen=True)
+class StudentResult:
+    """A finished student.
+
+    Attributes:
+        model_dir: the trained model with its tokenizer, in safetensors.
+        parameters: number of weights, tied ones counted once.
+        seconds: from the first batch to the last, in the rank that wrote it (a resumed run counts its own part).
+    """
+
+    name: str
+    model_dir: str
+    parameters: int
+    before: Fidelity
+    after: Fidelity
+    batches: int
+    seconds: float

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from cluster.board import Point
-from cluster.result import FamilyResult
+from cluster.evaluate.result import FamilyResult
 from cluster.spec import FamilySpec
 
 

@@ -1,4 +1,4 @@
-"""What a student's ranks are told, and what comes back."""
+"""What a student's ranks are told, and what its checkpoints hold."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from ray.actor import ActorHandle
 
-from cluster.evaluate.figures import Fidelity
 from cluster.spec import FamilySpec, StudentSpec
 
 # What a checkpoint of a student holds, beside ZeRO's own state: the commit always, the model when it has finished.
@@ -40,22 +39,3 @@ class StudentJob:
     def spec(self) -> StudentSpec:
         """The student's own part of the spec."""
         return self.family.students[self.name]
-
-
-@dataclass(frozen=True)
-class StudentResult:
-    """A finished student.
-
-    Attributes:
-        model_dir: the trained model with its tokenizer, in safetensors.
-        parameters: number of weights, tied ones counted once.
-        seconds: from the first batch to the last, in the rank that wrote it (a resumed run counts its own part).
-    """
-
-    name: str
-    model_dir: str
-    parameters: int
-    before: Fidelity
-    after: Fidelity
-    batches: int
-    seconds: float

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from cluster.errors import RunError
-from cluster.evaluate.figures import Fidelity
-from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob, StudentResult
+from cluster.evaluate.figures import Fidelity, StudentResult
+from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
 
 
 class Trainers:

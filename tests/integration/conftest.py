@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.evaluate.result import FamilyResult
 from cluster.family import run_family
 from cluster.preflight import Checked, preflight
-from cluster.result import FamilyResult
 from cluster.runs import open_run
 from cluster.session import ray_session
 from cluster.specfile import load_spec

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.evaluate.report import write_report
+from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
 from cluster.registry import fetch_model
-from cluster.result import FamilyResult
 from cluster.watch import Status
 from tests.integration.conftest import run_here, write_family
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from cluster.board import Point
 from cluster.corpus.batches import CorpusFacts
+from cluster.evaluate.figures import StudentResult
 from cluster.runs import Run
 from cluster.stream import StreamStats
-from cluster.students.job import StudentResult
 
 
 @dataclass

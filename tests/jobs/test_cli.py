@@ -1,0 +1,123 @@
+"""Mistakes on the command line: one line on stderr, exit code 2, nothing started and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from jobs.cli import main
+from tests.tiny import tiny_family, write_tiny_model
+
+
+@pytest.fixture
+def spec(tmp_path: Path, tiny_teacher: Path, tiny_corpus: Path) -> Path:
+    path = tmp_path / "family.yaml"
+    path.write_text(yaml.safe_dump(tiny_family(tiny_teacher, tiny_corpus)))
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def typed(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stillhouse", *arguments])
+        capfd.readouterr()  # what making the mistake has printed
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0), out, err
+
+    return typed
+
+
+def other_tokenizer(tmp_path: Path) -> str:
+    """A model whose tokenizer knows one token by another name."""
+    model = write_tiny_model(tmp_path / "other")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    token = next(token for token, number in vocabulary.items() if number == 10)
+    vocabulary["Q" * 9] = vocabulary.pop(token)
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return f"students.small.init={{source: pretrained, model: {model}}}"
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], str], list[str]]] = {
+    "no such model": (lambda _: "teacher.model=/nowhere/teacher", ["teacher.model", "/nowhere/teacher is not there"]),
+    "no such corpus": (lambda _: "corpus.paths=[/nowhere/a.jsonl]", ["corpus.paths", "/nowhere/a.jsonl is not there"]),
+    "an empty corpus": (
+        lambda folder: f"corpus.paths=[{shutil.copy('/dev/null', folder / 'empty.txt')}]",
+        ["corpus.paths", "empty.txt is empty"],
+    ),
+    "k above the vocabulary": (lambda _: "labels.k=301", ["labels.k", "got 301", "300 tokens"]),
+    "another tokenizer": (other_tokenizer, ["students.small.init.model", "has another tokenizer"]),
+    "a wrong ZeRO stage": (lambda _: "students.small.zero_stage=4", ["students.small.zero_stage: got 4", "1, 2 or 3"]),
+    "an unknown field": (lambda _: "students.small.learning_rate=1", ["students.small.learning_rate: no such field"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_mistake_in_the_family_costs_one_line_and_starts_nothing(
+    command: str, mistake: str, run: Callable[..., tuple[int, str, str]], spec: Path, stillhouse_home: Path
+) -> None:
+    make, says = MISTAKES[mistake]
+    before = {process.pid for process in psutil.Process().children(recursive=True)}
+    code, out, err = run(command, str(spec), "--set", make(spec.parent))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert [part for part in says if part not in err] == []
+    assert not stillhouse_home.exists()
+    assert {process.pid for process in psutil.Process().children(recursive=True)} <= before
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: [", "not valid YAML at line"),
+        ("students:\n  a: {}\n  a: {}\n", "'a' is given twice, on lines 2 and 3"),
+        ("- a\n", "is a YAML mapping"),
+        ("name: x\n", "teacher: is required"),
+    ],
+)
+def test_a_file_that_is_no_family_costs_one_line(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, text: str, says: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    code, out, err = run("run", str(tmp_path / "bad.yaml"))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+def test_a_good_family_is_called_good_and_its_schema_is_printed(
+    run: Callable[..., tuple[int, str, str]], spec: Path
+) -> None:
+    code, out, _ = run("check", str(spec))
+    assert code == 0
+    assert "good" in out
+    code, out, _ = run("schema")
+    assert code == 0
+    assert json.loads(out)["title"] == "FamilySpec"
+
+
+def test_resume_without_a_run_says_so(
+    run: Callable[..., tuple[int, str, str]], spec: Path, stillhouse_home: Path
+) -> None:
+    code, _, err = run("run", str(spec), "--resume")
+    assert code == 2
+    assert "no run" in err
+
+
+@pytest.mark.parametrize("arguments", [["serve"], ["serve", "--arm", "/nowhere"], ["submit", "x", "--address", "y"]])
+def test_wrong_arguments_of_other_commands_end_with_2(
+    run: Callable[..., tuple[int, str, str]], arguments: list[str]
+) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "Traceback" not in err

@@ -1,0 +1,88 @@
+"""What a person sees: libraries are silenced at the level of descriptors, and the display suits what it is shown on."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.stream import StreamStats
+from cluster.teacher.pool import PoolStats
+from cluster.watch import Status, StudentStatus
+from jobs.console import Display, quiet
+
+STATS = StreamStats(
+    total=10,
+    scored={0: 1, 1: 1, 2: 1},
+    delivered={"small": 2},
+    waiting=["small"],
+    waited_s={"small": 1.5},
+    blocked_by=None,
+    window_used=1,
+    pool=PoolStats(ready=2),
+    error=None,
+)
+METRICS = {"loss": 1.25, "kl": 1.5, "tokens_per_second": 321.0}
+RUNNING = Status("distilling", {"small": StudentStatus("training", 2, METRICS, 1.5)}, STATS)
+
+
+def test_what_libraries_and_children_print_goes_into_the_log(tmp_path: Path) -> None:
+    script = (
+        "import os, subprocess, sys; from pathlib import Path; from jobs.console import quiet\n"
+        f"with quiet(Path({str(tmp_path / 'log')!r})) as console:\n"
+        "    print('from python', flush=True); os.write(2, b'from C\\n'); subprocess.run(['echo', 'from a child'])\n"
+        "    console.print('for the person')\n"
+        "print('afterwards')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "for the person\nafterwards\n"
+    assert done.stderr == ""
+    log = (tmp_path / "log").read_text()
+    assert all(text in log for text in ("from python", "from C", "from a child"))
+
+
+def test_descriptors_are_put_back_after_an_error(tmp_path: Path) -> None:
+    before = os.fstat(1), os.fstat(2)
+    with pytest.raises(RuntimeError), quiet(tmp_path / "log"):
+        raise RuntimeError
+    assert (os.fstat(1), os.fstat(2)) == before
+
+
+def test_a_pipe_gets_plain_lines_and_not_one_per_look() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=200)) as display:
+        display.show(Status("reading the corpus"))
+        for _ in range(5):
+            display.show(RUNNING)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].endswith("reading the corpus")
+    assert "scored 3/10 | small training 2/10 KL 1.50, 321 tok/s | small waits for the teacher" in lines[1]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_terminal_gets_one_live_table() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=120, force_terminal=True)) as display:
+        display.show(RUNNING)
+    shown = out.getvalue()
+    assert all(part in shown for part in ("teacher", "small", "3/10", "2/10", "1.25", "321", "2 replicas ready"))
+
+
+@pytest.mark.parametrize(
+    ("blocked_by", "waiting", "words"),
+    [
+        ("small", [], "the teacher waits for small"),
+        (None, ["a", "b"], "a, b wait for the teacher"),
+        (None, ["a"], "a waits for the teacher"),
+        (None, [], ""),
+    ],
+)
+def test_who_waits_for_whom_is_said_in_words(blocked_by: str | None, waiting: list[str], words: str) -> None:
+    stats = StreamStats(**{**vars(STATS), "blocked_by": blocked_by, "waiting": waiting})
+    assert Status("distilling", {}, stats).waits == words
