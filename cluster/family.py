@@ -165,6 +165,7 @@ def _distil(
                 students[name] = ray.get(ref)
             except ray.exceptions.RayTaskError as error:
                 failed[name] = str(error.cause).splitlines()[0]
+                actors.board.phase.remote(name, "failed")
                 continue
             if name not in run.versions:
                 registering[_register(actors.registry, spec, students[name], lineage)] = name

@@ -21,7 +21,6 @@ WORKER_ENV = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DS_IGNORE_CUDA_DETECTION": "1",
 }
 
 
@@ -53,6 +52,7 @@ def ray_session() -> Iterator[None]:
             address="local",
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
+            _node_ip_address="127.0.0.1",
             _temp_dir=folder,
             **options,
         )

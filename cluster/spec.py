@@ -50,7 +50,7 @@ class TeacherSpec(Section):
     start_timeout_s: PositiveFloat = 600.0
     """Seconds that a replica may take to be placed, to load and to answer its probe."""
     trust_remote_code: bool = False
-    """Run Python that comes with the model. Leave off unless you have read it."""
+    """Run Python that comes with the model (not with its tokenizer). Leave off unless you have read it."""
 
     @model_validator(mode="after")
     def _revision_needs_hub(self) -> TeacherSpec:

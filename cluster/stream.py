@@ -43,18 +43,26 @@ class Consumer:
 
     Attributes:
         next_of_rank: the batch that each rank asks for next. All before it were delivered once.
+        lives: how often each rank has attached. A call from an earlier life must not move the present one.
         active: False once it has finished, failed or was taken out; then nobody waits for it.
-        attached: ranks that have said where they start.
         waited_s: seconds that its rank 0 waited for labels.
     """
 
     ranks: int
-    next_of_rank: list[int]
+    next_of_rank: list[int] = field(init=False)
+    lives: list[int] = field(init=False)
     active: bool = True
-    attached: int = 0
     waiting: bool = False
     waited_s: float = 0.0
     delivered: int = 0
+
+    def __post_init__(self) -> None:
+        self.next_of_rank, self.lives = [0] * self.ranks, [0] * self.ranks
+
+    @property
+    def attached(self) -> bool:
+        """Whether every rank has said where it starts."""
+        return all(self.lives)
 
     @property
     def position(self) -> int:
@@ -103,7 +111,7 @@ class Stream:
         self._spec = spec
         self._blocks = spec.blocks_per_batch
         self._model = (model_dir, vocabulary)
-        self._consumers = {name: Consumer(s.ranks, [0] * s.ranks) for name, s in spec.students.items()}
+        self._consumers = {name: Consumer(student.ranks) for name, student in spec.students.items()}
         self._window = _Window()
         self._scored: dict[int, int] = {}
         self._held_out: dict[int, asyncio.Task[list[ray.ObjectRef]]] = {}
@@ -134,7 +142,7 @@ class Stream:
         """The lowest batch that an active student still needs, is inside the window, and is not there yet."""
         active = self._active()
         # Where a student starts is known when its ranks attach; to begin before that could score a batch twice.
-        if not active or any(c.attached < c.ranks for c in active):
+        if not active or not all(c.attached for c in active):
             return None
         positions = [c.position for c in active]
         first = min(positions)
@@ -180,7 +188,7 @@ class Stream:
         async with self._changed:
             consumer = self._consumers[student]
             consumer.next_of_rank[rank] = start
-            consumer.attached = min(consumer.attached + 1, consumer.ranks)
+            consumer.lives[rank] += 1
             consumer.active = True
             self._changed.notify_all()
 
@@ -193,7 +201,7 @@ class Stream:
         consumer = self._consumers[student]
         if number != consumer.next_of_rank[rank]:
             raise RunError(f"{student} rank {rank} asked for batch {number}, its next is {consumer.next_of_rank[rank]}")
-        started = time.monotonic()
+        started, life = time.monotonic(), consumer.lives[rank]
         async with self._changed:
             self._drop_consumed()
             self._changed.notify_all()
@@ -202,6 +210,8 @@ class Stream:
                     raise RunError(self._error)
                 consumer.waiting = True
                 await self._changed.wait()
+                if consumer.lives[rank] != life:
+                    raise RunError(f"{student} rank {rank} has been started again; this call is from before")
             blocks = self._window.ready[number]
             consumer.waiting = False
             consumer.next_of_rank[rank] = number + 1
@@ -257,7 +267,7 @@ class Stream:
         assert self._pool is not None
         active = {name: c for name, c in self._consumers.items() if c.active}
         slowest = min(active, key=lambda name: active[name].position, default=None)
-        started = all(c.attached == c.ranks for c in active.values())
+        started = all(c.attached for c in active.values())
         full = bool(active) and started and self._next_to_score() is None and not self._window.in_flight
         left = slowest is not None and active[slowest].position + self._spec.stream.window < self._batches.count
         return StreamStats(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import signal
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -13,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.errors import StillhouseError
+from cluster.errors import RunError, StillhouseError, UserError
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked, preflight
 from cluster.runs import Run, open_run
@@ -39,9 +41,15 @@ def run(path: Path, overrides: Sequence[str], resume: bool) -> None:
             again = f"stillhouse run {path} --resume"
             console.print(f"interrupted; nothing of it is left running. Go on with: {again}", highlight=False)
             raise
-        except StillhouseError:
+        except UserError:
             _discard_empty(folder)
             raise
+        except StillhouseError:
+            raise
+        except Exception as error:
+            traceback.print_exc()  # into the log
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+            raise RunError(f"the run broke off: {reason}; the whole of it is in {folder.log_path}") from error
         _print_result(console, checked, result, serving)
 
 
@@ -52,8 +60,6 @@ def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
 def _discard_empty(run: Run) -> None:
     """Forget a run in which no student ever started: there is nothing to resume."""
     if not run.mlflow and not run.resumed:
-        import shutil
-
         shutil.rmtree(run.folder)
 
 

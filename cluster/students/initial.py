@@ -83,20 +83,28 @@ def _cut_layers(teacher: PreTrainedModel, layers: list[int], dtype: torch.dtype)
 
 
 def initial_student(
-    init: TeacherLayers | Pretrained | Scratch, *, teacher_dir: str, student_dir: str | None, dtype: torch.dtype
+    init: TeacherLayers | Pretrained | Scratch,
+    *,
+    teacher_dir: str,
+    student_dir: str | None,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Build a student before training. Deterministic: every rank builds the same one.
 
     Args:
         teacher_dir: local directory of the teacher.
         student_dir: local directory of the pretrained model, for :class:`Pretrained`.
+        trust_remote_code: run Python that comes with the teacher.
     """
     if isinstance(init, Pretrained):
         return AutoModelForCausalLM.from_pretrained(student_dir, dtype=dtype, use_safetensors=True)
     if isinstance(init, Scratch):
-        config = scratch_config(AutoConfig.from_pretrained(teacher_dir), init)
+        config = scratch_config(AutoConfig.from_pretrained(teacher_dir, trust_remote_code=trust_remote_code), init)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(init.seed)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
-    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=dtype, use_safetensors=True)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        teacher_dir, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
     return _cut_layers(teacher, chosen_layers(init, teacher.config.num_hidden_layers), dtype)

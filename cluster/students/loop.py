@@ -46,7 +46,11 @@ class _Rank:
 
         dtype = torch.bfloat16 if self.spec.precision == "bfloat16" else torch.float32
         self.model = initial_student(
-            self.spec.init, teacher_dir=self.job.teacher_dir, student_dir=self.job.student_dir, dtype=dtype
+            self.spec.init,
+            teacher_dir=self.job.teacher_dir,
+            student_dir=self.job.student_dir,
+            dtype=dtype,
+            trust_remote_code=self.job.family.teacher.trust_remote_code,
         ).to(self.device)
         self.model.train()
         if self.spec.gradient_checkpointing:
@@ -212,7 +216,9 @@ def train_student(config: dict[str, StudentJob]) -> None:
         rank.learn(number)
         if every and (number + 1) % every == 0 and number + 1 < job.batches:
             rank.commit(number + 1)
-    ray.get(job.stream.detach.remote(job.name)) if rank.rank == 0 else None
+    if rank.rank == 0:
+        # The last batch ended with a collective, so the other ranks have read it too.
+        ray.get(job.stream.detach.remote(job.name))
     rank.say("measuring after")
     after = rank.measure()
     rank.say("saving")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -19,6 +19,8 @@ from cluster.spec import LabelsSpec, TeacherSpec
 from cluster.teacher.replica import Replica
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Largest difference in probability between two replicas on the probe text. The same weights in bfloat16 on other
 # hardware differ by rounding; a half-loaded teacher differs by orders of magnitude more.
@@ -133,24 +135,30 @@ class TeacherPool:
             await self._failed
         return await waiting
 
-    async def _call(self, method: str, batch: Batch) -> list[ray.ObjectRef]:
+    async def _run(self, what: str, work: Callable[[Replica], Awaitable[T]]) -> T:
+        """Do some work on whichever replica is idle; when that one dies, do it again on another."""
         while True:
             replica = await self._acquire()
             try:
-                receipt, blocks = await replica.call(method, batch)
+                result = await work(replica)
             except RayActorError as error:
                 self.stats.ready -= 1
                 self.stats.rescored += 1
                 self._begin(self._replace(replica, error))
                 continue
             except Exception as error:
-                reason = f"the teacher failed on batch {batch.number}: {_first_line(error)}"
+                # The model itself fails on this input: another replica would too.
+                reason = f"the teacher failed on {what}: {_first_line(error)}"
                 self._fail(reason)
                 raise RunError(reason) from error
             self._idle.put_nowait(replica)
-            self.stats.busy_seconds += receipt.seconds
-            self.stats.label_bytes += receipt.nbytes
-            return blocks
+            return result
+
+    async def _call(self, method: str, batch: Batch) -> list[ray.ObjectRef]:
+        receipt, blocks = await self._run(f"batch {batch.number}", lambda replica: replica.call(method, batch))
+        self.stats.busy_seconds += receipt.seconds
+        self.stats.label_bytes += receipt.nbytes
+        return blocks
 
     async def score(self, batch: Batch) -> list[ray.ObjectRef]:
         """Labels of a batch in the spec's kind, one reference per block.
@@ -164,13 +172,9 @@ class TeacherPool:
         """Last hidden states of a batch, one reference per block."""
         return await self._call("hidden", batch)
 
-    async def head(self) -> Any:
+    async def head(self) -> np.ndarray:
         """The teacher's head weight, see :meth:`Shard.head`."""
-        replica = await self._acquire()
-        try:
-            return await replica.head()
-        finally:
-            self._idle.put_nowait(replica)
+        return await self._run("its head", lambda replica: replica.head())
 
     def stop(self) -> None:
         """End all replicas."""

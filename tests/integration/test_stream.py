@@ -139,3 +139,17 @@ def test_held_out_batches_are_scored_once_for_all_students(stream: ActorHandle) 
     halves = [ray.get(stream.held_out.remote("b", rank, 0)) for rank in range(2)]
     assert first.labels == [ref for half in halves for ref in half.labels]
     np.testing.assert_array_equal(np.concatenate([h.batch.tokens_BS for h in halves]), first.batch.tokens_BS)
+
+
+def test_a_call_from_a_rank_that_has_died_does_not_move_its_successor(stream: ActorHandle) -> None:
+    for student, ranks in RANKS.items():
+        for rank in range(ranks):
+            ray.get(stream.attach.remote(student, rank, 0))
+    for number in range(WINDOW):
+        ray.get(stream.next.remote("a", 0, number))
+    ghost = stream.next.remote("a", 0, WINDOW)  # b and c have read nothing, so this one has to wait
+    time.sleep(0.5)
+    ray.get(stream.attach.remote("a", 0, 1))
+    with pytest.raises(ray.exceptions.RayTaskError, match="has been started again"):
+        ray.get(ghost)
+    assert ray.get(stream.next.remote("a", 0, 1)).batch.number == 1
