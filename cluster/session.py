@@ -29,7 +29,7 @@ def ray_session() -> Iterator[None]:
     """A Ray connection for the time of the ``with`` block.
 
     Inside a submitted job, or where ``RAY_ADDRESS`` names a cluster, that cluster is joined. Otherwise one is started
-    on loopback with a token of its own; its processes end and its files go when the block ends, however it ends.
+    with a token of its own; its processes end and its files go when the block ends, however it ends.
     """
     options = {"log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENV}}
     if os.environ.get("RAY_ADDRESS"):
@@ -52,7 +52,6 @@ def ray_session() -> Iterator[None]:
             address="local",
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
-            _node_ip_address="127.0.0.1",
             _temp_dir=folder,
             **options,
         )

@@ -19,6 +19,7 @@ from rich.text import Text
 from cluster.watch import Status
 
 PLAIN_INTERVAL_S = 10.0
+PIPE_WIDTH = 150
 
 
 @contextlib.contextmanager
@@ -35,7 +36,8 @@ def quiet(log: Path) -> Iterator[Console]:
         os.dup2(file.fileno(), 2)
     try:
         with os.fdopen(os.dup(saved[0]), "w", encoding="utf-8") as terminal:
-            yield Console(file=terminal, soft_wrap=True)
+            # A pipe has no width of its own; the result table needs this much.
+            yield Console(file=terminal, soft_wrap=True, width=None if terminal.isatty() else PIPE_WIDTH)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -55,7 +57,14 @@ class Display:
 
     def __enter__(self) -> Display:
         if self._console.is_terminal:
-            self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+            # What is printed to sys.stdout belongs into the log: rich would bring it back above the display.
+            self._live = Live(
+                console=self._console,
+                refresh_per_second=4,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
             self._live.start()
         return self
 

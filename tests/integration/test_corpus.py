@@ -111,6 +111,12 @@ def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     yield client
     server.kill()
     server.wait()
+    for port in ports.values():
+        for socket in (
+            *Path("/tmp").glob(f"seaweedfs-*-{port}.sock"),
+            *Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"),
+        ):
+            socket.unlink()
 
 
 def test_a_bucket_gives_the_tokens_of_the_same_local_files(s3: Any, tiny: Path, tmp_path: Path) -> None:
