@@ -8,6 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import ray
 
@@ -31,9 +32,8 @@ def ray_session() -> Iterator[None]:
     Inside a submitted job, or where ``RAY_ADDRESS`` names a cluster, that cluster is joined. Otherwise one is started
     with a token of its own; its processes end and its files go when the block ends, however it ends.
     """
-    options = {"log_to_driver": True, "runtime_env": {"env_vars": WORKER_ENV}}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], **options)
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=True, runtime_env={"env_vars": WORKER_ENV})
         try:
             yield
         finally:
@@ -47,13 +47,17 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Short, because the paths of Unix sockets below it are limited to 107 bytes.
     folder = tempfile.mkdtemp(prefix="still-", dir="/tmp")
+    # What the workers put aside goes with it too, also when they are killed over it.
+    temporary = Path(folder) / "tmp"
+    temporary.mkdir()
     try:
         ray.init(
             address="local",
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             _temp_dir=folder,
-            **options,
+            log_to_driver=True,
+            runtime_env={"env_vars": {**WORKER_ENV, "TMPDIR": str(temporary)}},
         )
         yield
     finally:

@@ -57,8 +57,9 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
 
 
 def own_files() -> set[str]:
-    """Shared-memory files and the folders of Ray clusters that are on this machine now."""
-    return {str(path) for path in (*Path("/dev/shm").iterdir(), *Path("/tmp").glob("still-*"))}
+    """Shared-memory files, folders of Ray clusters and temporary ones that are on this machine now."""
+    places = (*Path("/dev/shm").iterdir(), *Path("/tmp").glob("still-*"), *Path("/tmp").glob("tmp*"))
+    return {str(path) for path in places}
 
 
 def left_behind(family: list[psutil.Process], before: set[str]) -> list[str]:

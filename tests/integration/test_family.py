@@ -76,7 +76,9 @@ def test_each_student_is_registered_with_its_lineage(family: tuple[Checked, Fami
         assert tags["stillhouse.code"]
 
 
-def test_runs_hold_curves_and_the_resolved_spec(family: tuple[Checked, FamilyResult, list[Status]]) -> None:
+def test_runs_hold_curves_and_the_resolved_spec(
+    family: tuple[Checked, FamilyResult, list[Status]], tmp_path: Path
+) -> None:
     checked, result, _ = family
     client = mlflow.MlflowClient(checked.tracking_uri)
     parent = client.get_run(result.run.mlflow[""])
@@ -89,7 +91,8 @@ def test_runs_hold_curves_and_the_resolved_spec(family: tuple[Checked, FamilyRes
         assert [metric.step for metric in history] == list(range(1, BATCHES + 1))
         assert run.data.metrics["kl_after"] == pytest.approx(result.students[name].after.kl)
         assert run.data.params["zero_stage"] == str(STUDENTS[name]["zero_stage"])
-        resolved = json.loads(Path(client.download_artifacts(run.info.run_id, "spec.json")).read_text())
+        downloaded = client.download_artifacts(run.info.run_id, "spec.json", dst_path=str(tmp_path))
+        resolved = json.loads(Path(downloaded).read_text())
         assert resolved == checked.spec.model_dump(mode="json")
 
 
