@@ -135,23 +135,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except ModuleNotFoundError as error:
-        if error.name and error.name.split(".")[0] in EXTRAS:
-            extra = EXTRAS[error.name.split(".")[0]]
-            print(f"error: {error.name} is not installed; pip install 'stillhouse[{extra}]'", file=sys.stderr)  # noqa: T201
-            sys.exit(2)
-        raise
-
-
-# Which extra brings a library that the light base leaves out.
-EXTRAS = {
-    "torch": "train",
-    "transformers": "train",
-    "deepspeed": "train",
-    "mlflow": "train",
-    "pyarrow": "train",
-    "pandas": "train",
-    "jinja2": "train",
-    "matplotlib": "train",
-    "fastapi": "serve",
-    "httpx": "serve",
-}
+        missing = (error.name or "").split(".")[0]
+        if missing in ("", "cluster", "jobs", "serving"):
+            raise
+        # The light base brings what it takes to submit; the rest comes by extras.
+        print(f"error: {missing} is not installed; pip install 'stillhouse[train,serve]'", file=sys.stderr)  # noqa: T201
+        sys.exit(2)

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.specfile import home
@@ -43,7 +44,7 @@ def doctor(address: str | None) -> int:
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
         mark = "[green]ok[/]" if finding.good else "[red]--[/]"
-        table.add_row(mark, finding.what, finding.found, finding.missing)
+        table.add_row(mark, finding.what, escape(finding.found), escape(finding.missing))
     Console().print(table)
     return 0 if all(f.good for f in findings) else 1
 
