@@ -36,6 +36,15 @@ def needs_of(spec: FamilySpec) -> list[Need]:
     ]
 
 
+def serving_needs_of(spec: FamilySpec) -> list[Need]:
+    """What the comparison of the endpoints asks for, after the training has given its resources back."""
+    options = spec.serving
+    if options is None:
+        return []
+    arms = len(spec.students) + options.include_teacher
+    return [Need("serving", arms, options.cpus_per_arm, options.gpus_per_arm)]
+
+
 def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> None:
     """Place every process on the first node with room, the largest first.
 
@@ -55,7 +64,7 @@ def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) 
             if room is None:
                 raise UserError(
                     f"the cluster is too small: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
-                    f"there is {there}. Lower cpus_per_shard, cpus_per_rank, ranks or shards, or add nodes"
+                    f"there is {there}. Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes"
                 )
             room[0] -= need.cpus
             room[1] -= need.gpus

@@ -12,7 +12,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.board import Board
-from cluster.capacity import check_capacity, needs_of
+from cluster.capacity import check_capacity, needs_of, serving_needs_of
 from cluster.corpus.batches import Batches, CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import RunError
@@ -57,7 +57,8 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
     """
     started = time.monotonic()
     spec = checked.spec
-    check_capacity(needs_of(spec), alive_nodes())
+    for needs in (needs_of(spec), serving_needs_of(spec)):
+        check_capacity(needs, alive_nodes())
     report(Status("reading the corpus"))
     # Both take seconds to import what they need, so they begin before they have work.
     trainers = ray.remote(Trainers).options(num_cpus=0, max_concurrency=len(spec.students)).remote()
@@ -164,7 +165,7 @@ def _distil(
             try:
                 students[name] = ray.get(ref)
             except ray.exceptions.RayTaskError as error:
-                failed[name] = str(error.cause).splitlines()[0]
+                failed[name] = str(error.cause)
                 actors.board.phase.remote(name, "failed")
                 continue
             if name not in run.versions:

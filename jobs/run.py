@@ -36,7 +36,7 @@ def run(path: Path, overrides: Sequence[str], resume: bool) -> None:
     with quiet(folder.log_path) as console:
         console.print(f"run {folder.name}, log {folder.log_path}", highlight=False)
         try:
-            result, serving = _run(checked, folder, console)
+            result, serving, trouble = _run(checked, folder, console)
         except KeyboardInterrupt:
             again = f"stillhouse run {path} --resume"
             console.print(f"interrupted; nothing of it is left running. Go on with: {again}", highlight=False)
@@ -51,6 +51,8 @@ def run(path: Path, overrides: Sequence[str], resume: bool) -> None:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
             raise RunError(f"the run broke off: {reason}; the whole of it is in {folder.log_path}") from error
         _print_result(console, checked, result, serving)
+    if trouble:
+        raise RunError("; ".join(trouble))
 
 
 def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
@@ -63,7 +65,8 @@ def _discard_empty(run: Run) -> None:
         shutil.rmtree(run.folder)
 
 
-def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, list[dict[str, Any]]]:
+def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, list[dict[str, Any]], list[str]]:
+    """The family's result, the comparison's rows, and what went wrong without ending the run."""
     # Imported here, because they load Ray Data and MLflow, which a refused spec need not wait for.
     from cluster.evaluate.report import write_report
     from cluster.family import run_family
@@ -72,13 +75,17 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
 
     with Display(console) as display, ray_session():
         result = run_family(checked, run, display.show)
+        trouble = [f"student {name} failed: {why}" for name, why in result.failed.items()]
         serving: list[dict[str, Any]] = []
         if checked.spec.serving is not None:
             display.show(Status("comparing the endpoints"))
-            serving = compare(checked, result)
+            try:
+                serving = compare(checked, result)
+            except StillhouseError as error:  # the students are trained and registered all the same
+                trouble.append(f"the endpoints could not be compared: {error}")
         write_report(checked.spec, result, serving, environment())
         attach_report(checked.tracking_uri, run.mlflow[""], run.report_path)
-    return result, serving
+    return result, serving, trouble
 
 
 def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
@@ -167,6 +174,4 @@ def _print_result(
         + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),
         highlight=False,
     )
-    for name, reason in result.failed.items():
-        console.print(f"student {name} failed: {reason}", style="red", highlight=False)
     console.print(f"MLflow {checked.tracking_uri}\nreport {result.run.report_path}", highlight=False)

@@ -54,10 +54,21 @@ def run_student(job: StudentJob) -> StudentResult:
             failure_config=ray.train.FailureConfig(max_failures=spec.max_failures),
         ),
     )
-    result = trainer.fit()
-    if result.error is not None or result.checkpoint is None:
-        raise RunError(f"student {job.name} failed: {result.error}")
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RunError(_root_cause(error)) from error
+    if result.checkpoint is None:
+        raise RunError("it ended without a checkpoint")
     return student_result(job.name, Path(result.checkpoint.path))
+
+
+def _root_cause(error: Exception) -> str:
+    """What the first rank that failed said, in one line."""
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    rank, cause = min(failures.items())
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"rank {rank}: {lines[-1] if lines else type(cause).__name__}"
 
 
 def student_result(name: str, folder: Path) -> StudentResult:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cluster.capacity import Need, check_capacity, needs_of
+from cluster.capacity import Need, check_capacity, needs_of, serving_needs_of
 from cluster.errors import UserError
 from cluster.spec import FamilySpec
 from tests.tiny import tiny_family
@@ -85,3 +85,11 @@ def test_a_family_needs_every_shard_of_every_replica_and_every_rank() -> None:
         Need("student small", 1, 1.0, 0.0),
         Need("student wide", 4, 2.0, 0.0),
     ]
+
+
+def test_serving_needs_an_arm_for_every_student_and_one_for_the_teacher() -> None:
+    tree = tiny_family(serving={"cpus_per_arm": 0.4})
+    assert serving_needs_of(FamilySpec.model_validate(tree)) == [Need("serving", 2, 0.4, 0.0)]
+    without = tiny_family(serving={"include_teacher": False, "gpus_per_arm": 1.0})
+    assert serving_needs_of(FamilySpec.model_validate(without)) == [Need("serving", 1, 0.5, 1.0)]
+    assert serving_needs_of(FamilySpec.model_validate(tiny_family())) == []
