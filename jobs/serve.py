@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -26,10 +27,11 @@ def serve(
     Raises:
         UserError: an arm, a name or the port cannot be used. Nothing has been started.
     """
-    from serving.arms import parse_arms
+    from serving.arms import locate, parse_arms
 
-    parsed = parse_arms(arms)
     uri = tracking_uri or f"sqlite:///{home() / 'mlflow.db'}"
+    # Found and checked here, before a cluster is started for them.
+    parsed = [replace(arm, source=str(locate(arm, uri))) for arm in parse_arms(arms)]
     home().mkdir(parents=True, exist_ok=True)
     log = home() / "serve.log"
     ended = threading.Event()

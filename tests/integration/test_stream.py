@@ -119,7 +119,8 @@ def test_a_restarted_student_gets_its_batches_again_and_they_are_the_same(stream
         np.testing.assert_array_equal(tokens, old_tokens)
         np.testing.assert_array_equal(ids, old_ids)
     scored = ray.get(stream.stats.remote()).scored
-    assert {n: c for n, c in scored.items() if c != 1} == {4: 2, 5: 2, 6: 2, 7: 2}
+    # It said that it would go on at 8, so the teacher may have begun with the ones after.
+    assert {n: c for n, c in scored.items() if c != 1 and n < 8} == {4: 2, 5: 2, 6: 2, 7: 2}
 
 
 def test_a_batch_out_of_turn_is_refused(stream: ActorHandle) -> None:
