@@ -28,6 +28,7 @@ class _StrictLoader(yaml.SafeLoader):
     """YAML that refuses a key given twice: the second would silently replace the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping of a YAML node, or a refusal that names both lines of a key given twice."""
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
             key, line = str(key_node.value), key_node.start_mark.line + 1

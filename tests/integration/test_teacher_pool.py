@@ -95,16 +95,24 @@ def test_blocks_outlive_the_replica_that_made_them(tiny: Path) -> None:
 
 
 def test_two_replicas_share_the_batches(tiny: Path) -> None:
-    async def many() -> TeacherPool:
+    async def both_at_work() -> tuple[int, int, list[TopK]]:
         pool = pool_of(tiny, replicas=2)
         pool.start()
-        await asyncio.gather(*(score(pool, number) for number in range(6)))
-        while pool.stats.ready < 2:
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(60):
+            while pool.stats.ready < 2:
+                await asyncio.sleep(0.1)
+        idle_before = pool._idle.qsize()
+        scoring = [asyncio.ensure_future(score(pool, 7)) for _ in range(2)]
+        await asyncio.sleep(0)  # each takes a replica and waits for it
+        await asyncio.sleep(0)
+        idle_during = pool._idle.qsize()
+        labels = await asyncio.gather(*scoring)
         pool.stop()
-        return pool
+        return idle_before, idle_during, labels
 
-    assert asyncio.run(many()).stats.label_bytes > 0
+    idle_before, idle_during, (one, other) = asyncio.run(both_at_work())
+    assert (idle_before, idle_during) == (2, 0)
+    np.testing.assert_array_equal(one.logprobs_BSK, other.logprobs_BSK)
 
 
 def test_a_replica_that_keeps_dying_ends_the_pool_with_the_reason(tiny: Path) -> None:
