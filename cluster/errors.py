@@ -22,3 +22,7 @@ class RunError(StillhouseError):
     """A run that had started could not go on. What it had committed is kept."""
 
     exit_code = 1
+
+
+class LabelError(RunError):
+    """A label block that must not be learnt from: damaged, of another format, or of another teacher or batch."""

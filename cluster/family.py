@@ -68,7 +68,7 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
         .remote(checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts"))
     )
     try:
-        corpus = prepare_corpus(spec.corpus, str(checked.teacher_dir), run.folder / "corpus")
+        corpus = prepare_corpus(spec.corpus, checked.teacher.folder, run.folder / "corpus")
         batches = Batches(run.folder / "corpus", spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
         run.mlflow = ray.get(
@@ -100,9 +100,9 @@ def _lineage(checked: Checked, run: Run, corpus: CorpusFacts) -> dict[str, str]:
         "stillhouse.family": spec.name,
         "stillhouse.run": run.name,
         "stillhouse.teacher": spec.teacher.model,
-        "stillhouse.teacher_fingerprint": checked.teacher_fingerprint,
+        "stillhouse.teacher_fingerprint": checked.teacher.fingerprint,
         "stillhouse.corpus": corpus.address,
-        "stillhouse.labels": f"{spec.labels.kind} k={spec.labels.k} T={spec.labels.temperature:g}",
+        "stillhouse.labels": " ".join(f"{name}={value}" for name, value in spec.labels.model_dump().items()),
         "stillhouse.spec": run.spec_hash,
         "stillhouse.code": code_version(),
     }
@@ -112,11 +112,7 @@ def _start_stream(checked: Checked, run: Run) -> ActorHandle:
     # On this node, because the packed corpus lies here.
     placed = NodeAffinitySchedulingStrategy(here(), soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": placed}
-    return (
-        ray.remote(Stream)
-        .options(**options)
-        .remote(checked.spec, str(run.folder / "corpus"), str(checked.teacher_dir), checked.vocabulary)
-    )
+    return ray.remote(Stream).options(**options).remote(checked.spec, str(run.folder / "corpus"), checked.teacher)
 
 
 def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[StudentJob]:
@@ -124,9 +120,8 @@ def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[Stu
         StudentJob(
             name=name,
             family=checked.spec,
-            teacher_dir=str(checked.teacher_dir),
+            teacher=checked.teacher,
             student_dir=str(checked.student_dirs[name]) if name in checked.student_dirs else None,
-            vocabulary=checked.vocabulary,
             batches=batches,
             stream=actors.stream,
             board=actors.board,
@@ -185,6 +180,9 @@ def _register(registry: ActorHandle, spec: FamilySpec, student: StudentResult, l
         "agreement_after": student.after.agreement,
         "perplexity_before": student.before.student_perplexity,
         "perplexity_after": student.after.student_perplexity,
+        "calibration_error_before": student.before.calibration_error,
+        "calibration_error_after": student.after.calibration_error,
+        "teacher_calibration_error": student.after.teacher_calibration_error,
         "teacher_perplexity": student.after.teacher_perplexity,
         "parameters": float(student.parameters),
     }

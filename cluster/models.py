@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
 from cluster.registry import fetch_model
+
+
+@dataclass(frozen=True)
+class TeacherModel:
+    """The teacher as its shards and its students must know it.
+
+    Attributes:
+        folder: its local directory.
+        vocabulary: the tokenizer's real size; padded model vocabularies are cut to it.
+        fingerprint, tokenizer: 16 hex digits each, which every label block carries.
+    """
+
+    folder: str
+    vocabulary: int
+    fingerprint: str
+    tokenizer: str
 
 
 def local_model(name: str, *, revision: str | None, tracking_uri: str, field: str) -> Path:

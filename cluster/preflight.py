@@ -8,8 +8,15 @@ from typing import Any
 
 from cluster.corpus.files import find_files
 from cluster.errors import UserError
-from cluster.models import load_config, load_tokenizer, local_model, model_fingerprint, tokenizer_fingerprint
-from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers
+from cluster.models import (
+    TeacherModel,
+    load_config,
+    load_tokenizer,
+    local_model,
+    model_fingerprint,
+    tokenizer_fingerprint,
+)
+from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers, TopKLabels
 from cluster.specfile import home
 
 
@@ -18,15 +25,12 @@ class Checked:
     """A family that may start.
 
     Attributes:
-        vocabulary: the tokenizer's real size; padded model vocabularies are cut to it.
         student_dirs: local directories of the pretrained students.
         tracking_uri: the spec's, or the embedded one.
     """
 
     spec: FamilySpec
-    teacher_dir: Path
-    teacher_fingerprint: str
-    vocabulary: int
+    teacher: TeacherModel
     student_dirs: dict[str, Path]
     tracking_uri: str
 
@@ -48,7 +52,7 @@ def preflight(spec: FamilySpec) -> Checked:
     config = load_config(folder, "teacher.model", teacher.trust_remote_code)
     tokenizer = load_tokenizer(folder, "teacher.model")
     vocabulary = min(len(tokenizer), config.vocab_size)
-    if spec.labels.k > vocabulary:
+    if isinstance(spec.labels, TopKLabels) and spec.labels.k > vocabulary:
         raise UserError(f"labels.k: got {spec.labels.k}; the teacher's vocabulary has {vocabulary} tokens")
     _check_length(spec, config, "the teacher")
     _check_shards(spec, config)
@@ -59,7 +63,8 @@ def preflight(spec: FamilySpec) -> Checked:
         if isinstance(student.init, Pretrained):
             dirs[name] = _check_pretrained(field, student.init, spec, tokenizer, uri)
     find_files(spec.corpus.paths)
-    return Checked(spec, folder, model_fingerprint(folder), vocabulary, dirs, uri)
+    fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
+    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri)
 
 
 def _check_shards(spec: FamilySpec, config: Any) -> None:

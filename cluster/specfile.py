@@ -15,7 +15,11 @@ from pydantic import ValidationError
 from cluster.errors import UserError
 from cluster.spec import FamilySpec
 
-INIT_SOURCES = "'teacher', 'pretrained', 'scratch'"
+# Unions in the spec: the field that tells the branches apart, and their names.
+UNIONS = {
+    "init": ("source", ("teacher", "pretrained", "scratch")),
+    "labels": ("kind", ("topk", "sampled", "hidden", "dense")),
+}
 REMOTE_SCHEMES = ("s3://", "hf://", "models:/")
 
 
@@ -69,7 +73,8 @@ def _apply_override(tree: dict[str, Any], assignment: str) -> None:
 def _spell(location: tuple[int | str, ...]) -> str:
     """Path of a field as it is written in YAML; pydantic's own union tags are left out."""
     # What pydantic puts behind a field to say which branch of a union it tried.
-    branches = {"init": ("teacher", "pretrained", "scratch"), "layers": ("int", "list[int]")}
+    branches = {field: names for field, (_, names) in UNIONS.items()}
+    branches |= {"layers": ("int", "list[int]"), "soft": ("number", "ramp"), "temperature": ("number", "ramp")}
     parts = [str(p) for i, p in enumerate(location) if not (i and p in branches.get(str(location[i - 1]), ()))]
     return ".".join(part for part in parts if part != "[key]")
 
@@ -80,10 +85,12 @@ def _explain(error: ValidationError) -> str:
     for detail in error.errors(include_url=False):
         path, message = _spell(detail["loc"]), detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
-            problem = f"{path}: no such field; see `stillhouse schema` for those there are"
+            of = f" of {detail['loc'][1]} labels" if detail["loc"][0] == "labels" else ""
+            problem = f"{path}: no such field{of}; see `stillhouse schema` for those there are"
         elif detail["type"].startswith("union_tag"):
-            given = repr(detail["input"].get("source")) if isinstance(detail["input"], dict) else "no mapping"
-            problem = f"{path}.source: got {given}; allowed are {INIT_SOURCES}"
+            key, names = UNIONS[path.rpartition(".")[2]]
+            given = repr(detail["input"].get(key)) if isinstance(detail["input"], dict) else "no mapping"
+            problem = f"{path}.{key}: got {given}; allowed are {', '.join(map(repr, names))}"
         elif detail["type"] == "missing":
             problem = f"{path}: is required and was not given"
         elif detail["type"] == "value_error" and isinstance(detail["input"], dict):

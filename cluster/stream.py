@@ -18,6 +18,7 @@ import ray
 
 from cluster.corpus.batches import Batch, Batches
 from cluster.errors import RunError
+from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
 from cluster.teacher.pool import PoolStats, TeacherPool
 
@@ -106,11 +107,11 @@ class Stream:
         corpus_dir: the packed corpus, readable on this actor's node.
     """
 
-    def __init__(self, spec: FamilySpec, corpus_dir: str, model_dir: str, vocabulary: int) -> None:
+    def __init__(self, spec: FamilySpec, corpus_dir: str, teacher: TeacherModel) -> None:
         self._batches = Batches(Path(corpus_dir), spec.corpus, spec.evaluation.batches)
         self._spec = spec
         self._blocks = spec.blocks_per_batch
-        self._model = (model_dir, vocabulary)
+        self._teacher = teacher
         self._consumers = {name: Consumer(student.ranks) for name, student in spec.students.items()}
         self._window = _Window()
         self._scored: dict[int, int] = {}
@@ -123,8 +124,7 @@ class Stream:
 
     async def start(self) -> None:
         """Begin to start the teacher and to score."""
-        model_dir, vocabulary = self._model
-        self._pool = TeacherPool(self._spec.teacher, self._spec.labels, model_dir, vocabulary, self._blocks)
+        self._pool = TeacherPool(self._spec.teacher, self._spec.labels, self._teacher, self._blocks)
         self._pool.start()
         self._spawn(self._dispatch())
 

@@ -49,7 +49,9 @@ def check(spec: SpecPath, overrides: Overrides = None) -> None:
 
     checked = preflight(load_spec(spec, overrides or []))
     names = ", ".join(checked.spec.students)
-    typer.echo(f"{spec}: good; teacher {checked.teacher_dir}, students {names}, vocabulary {checked.vocabulary}")
+    typer.echo(
+        f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
+    )
 
 
 @app.command()

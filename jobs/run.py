@@ -103,7 +103,7 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     assert options is not None
     arms = [Arm(spec.model_name(n), f"models:/{spec.model_name(n)}/{result.versions[n]}", 1.0) for n in result.students]
     if options.include_teacher:
-        arms.append(Arm("teacher", str(checked.teacher_dir), 0.0))
+        arms.append(Arm("teacher", checked.teacher.folder, 0.0))
     with deploy(
         arms,
         port=0,

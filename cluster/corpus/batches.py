@@ -6,9 +6,11 @@ costs nothing and a batch costs its own bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,7 @@ from cluster.errors import UserError
 from cluster.spec import CorpusSpec
 
 TOKENS_FILE = "tokens.npy"
+STARTS_FILE = "starts.npy"
 FACTS_FILE = "corpus.json"
 
 
@@ -28,7 +31,7 @@ class CorpusFacts:
         documents: texts that were read and were not empty.
         tokens: tokens kept, after the last partial sequence was dropped.
         sequences: packed sequences.
-        address: sha256 over the packed tokens, the corpus' content address.
+        address: over the packed tokens and the documents' starts, the corpus' content address.
     """
 
     documents: int
@@ -54,21 +57,51 @@ class Batch:
         number: its place in the pass, from 0.
         tokens_BS: token ids, int32.
         loss_mask_BS: True where a position carries loss. Position t is scored on token t + 1, so a sequence's last
-            position never does.
+            position never does, nor a document's last.
+        positions_BS: each token's place in its own document, int32. Documents that are packed into one sequence do
+            not see each other; a document that goes on from the sequence before begins anew.
+        address: 32 hex digits over all three columns of the whole batch, its content address.
     """
 
     number: int
     tokens_BS: npt.NDArray[np.int32]
     loss_mask_BS: npt.NDArray[np.bool_]
+    positions_BS: npt.NDArray[np.int32]
+    address: str
 
     @property
     def loss_tokens(self) -> int:
         """Positions that carry loss, in the whole global batch: what a loss is divided by."""
         return int(self.loss_mask_BS.sum())
 
+    @property
+    def packed(self) -> bool:
+        """Whether some sequence holds more than one document."""
+        return bool((self.positions_BS[:, 1:] == 0).any())
+
     def rows(self, start: int, stop: int) -> Batch:
         """The sequences ``start`` to ``stop``."""
-        return Batch(self.number, self.tokens_BS[start:stop], self.loss_mask_BS[start:stop])
+        part = slice(start, stop)
+        return replace(
+            self,
+            tokens_BS=self.tokens_BS[part],
+            loss_mask_BS=self.loss_mask_BS[part],
+            positions_BS=self.positions_BS[part],
+        )
+
+
+def positions_of(starts_BS: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Each token's place in its document, from where documents start; a sequence's first token always starts one."""
+    place_S = np.arange(starts_BS.shape[1], dtype=np.int32)
+    return place_S - np.maximum.accumulate(np.where(starts_BS, place_S, 0), axis=1)
+
+
+def content_address(*columns: npt.NDArray[Any]) -> str:
+    """32 hex digits over the bytes and the shape of some columns."""
+    digest = hashlib.sha256(repr([column.shape for column in columns]).encode())
+    for column in columns:
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()[:32]
 
 
 class Batches:
@@ -84,6 +117,7 @@ class Batches:
     def __init__(self, folder: Path, spec: CorpusSpec, held_out_batches: int) -> None:
         self.facts = CorpusFacts.read(folder)
         self._tokens_NS = np.load(folder / TOKENS_FILE, mmap_mode="r")
+        self._starts_NS = np.load(folder / STARTS_FILE, mmap_mode="r")
         self._size, self._seed = spec.batch_sequences, spec.seed
         total = len(self._tokens_NS)
         held_out = max(1, round(total * spec.held_out))
@@ -106,7 +140,11 @@ class Batches:
         tokens_BS = np.ascontiguousarray(self._tokens_NS[sequences])
         loss_mask_BS = np.ones(tokens_BS.shape, dtype=np.bool_)
         loss_mask_BS[:, -1] = False
-        return Batch(number, tokens_BS, loss_mask_BS)
+        starts_BS = self._starts_NS[sequences]
+        loss_mask_BS[:, :-1] &= ~starts_BS[:, 1:]
+        positions_BS = positions_of(starts_BS)
+        address = content_address(tokens_BS, loss_mask_BS, positions_BS)
+        return Batch(number, tokens_BS, loss_mask_BS, positions_BS, address)
 
     def train(self, number: int) -> Batch:
         """Training batch ``number``, from 0 to ``count - 1``."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import logging
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
-from cluster.corpus.batches import TOKENS_FILE, CorpusFacts
+from cluster.corpus.batches import STARTS_FILE, TOKENS_FILE, CorpusFacts, content_address
 from cluster.corpus.files import SUFFIXES, filesystem_of, find_files
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
@@ -101,7 +100,7 @@ def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> Corpus
     """Read, tokenise, shuffle by the seed and pack a corpus into ``folder``.
 
     Documents are laid end to end in an order that the seed decides and cut into sequences; the last partial one is
-    dropped.
+    dropped. Where each document starts is kept beside the tokens.
 
     Raises:
         UserError: the corpus cannot be read, has no text, or too little for one sequence.
@@ -128,9 +127,13 @@ def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> Corpus
     order = np.random.default_rng(spec.seed).permutation(len(documents))
     flat = np.concatenate([documents[i] for i in order])[: sequences * spec.sequence_length]
     packed_NS = flat.reshape(sequences, spec.sequence_length).astype(np.int32, copy=False)
-    aside = folder / f".{TOKENS_FILE}.part.npy"
-    np.save(aside, packed_NS)
-    aside.replace(folder / TOKENS_FILE)
-    facts = CorpusFacts(len(documents), flat.size, sequences, hashlib.sha256(packed_NS.tobytes()).hexdigest())
+    starts = np.zeros(tokens + 1, dtype=np.bool_)
+    starts[np.cumsum([0, *(len(documents[i]) for i in order)])] = True
+    starts_NS = starts[: flat.size].reshape(packed_NS.shape)
+    for name, column in ((TOKENS_FILE, packed_NS), (STARTS_FILE, starts_NS)):
+        aside = folder / f".{name}.part.npy"
+        np.save(aside, column)
+        aside.replace(folder / name)
+    facts = CorpusFacts(len(documents), flat.size, sequences, content_address(packed_NS, starts_NS))
     facts.write(folder)
     return facts

@@ -3,52 +3,80 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cluster.evaluate.figures import Fidelity
 
+# Bins of equal width over the confidence, as in Guo et al. (2017).
+CALIBRATION_BINS = 15
+# kl, agreements, student and teacher cross-entropy, tokens; then per bin of either side: tokens, hits, confidence
+FIDELITY_SUMS = 5 + 2 * 3 * CALIBRATION_BINS
+
+
+def _calibration(probabilities_CV: Tensor, next_C: Tensor) -> Tensor:
+    """Per bin of confidence: tokens, how often the likeliest token was the next one, confidence (float64, flat)."""
+    confidence_C, likeliest_C = probabilities_CV.max(-1)
+    bin_C = (confidence_C * CALIBRATION_BINS).long().clamp_max(CALIBRATION_BINS - 1)
+    facts_3C = torch.stack([torch.ones_like(confidence_C), (likeliest_C == next_C).float(), confidence_C]).double()
+    return (
+        torch.zeros(3, CALIBRATION_BINS, dtype=torch.float64, device=bin_C.device)
+        .index_add(1, bin_C, facts_3C)
+        .view(-1)
+    )
+
+
+def _calibration_error(sums: Tensor) -> float:
+    """Expected calibration error (Guo et al., 2017): mean gap between confidence and accuracy over the bins."""
+    tokens_B, hits_B, confidence_B = sums.view(3, CALIBRATION_BINS)
+    return float((hits_B - confidence_B).abs().sum() / tokens_B.sum())
+
 
 def fidelity_sums(
-    student_TD: Tensor,
-    student_head_VD: Tensor,
-    teacher_TD: Tensor,
-    teacher_head_VD: Tensor,
-    next_T: Tensor,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
     *,
+    teacher_logits: Callable[[slice], Tensor],
+    next_T: Tensor,
     vocabulary: int,
     chunk: int = 64,
 ) -> Tensor:
-    """Sums over tokens: KL, agreements, the student's and the teacher's cross-entropy, and the tokens (float64, [5]).
+    """Sums over tokens that ranks can add before :func:`fidelity_of` divides (float64, [FIDELITY_SUMS]).
 
-    Sums, so that ranks can add theirs before :func:`fidelity_of` divides.
+    Args:
+        hidden_TD, weight_VD: the student's last hidden states at the loss tokens, and its head.
+        teacher_logits: the teacher's logits [C, vocabulary] of some of these tokens, made when they are asked for.
+        next_T: the token after each of them.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=student_TD.device)
-    for start in range(0, student_TD.shape[0], chunk):
+    sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=hidden_TD.device)
+    for start in range(0, hidden_TD.shape[0], chunk):
         rows = slice(start, start + chunk)
-        q_CV = (student_TD[rows] @ student_head_VD[:vocabulary].T).float()
-        p_CV = (teacher_TD[rows] @ teacher_head_VD[:vocabulary].T).float()
-        agreed = (p_CV.argmax(-1) == q_CV.argmax(-1)).sum()
-        log_norm_q_C, log_norm_p_C = q_CV.logsumexp(-1), p_CV.logsumexp(-1)
-        student_ce = (log_norm_q_C - q_CV.gather(1, next_T[rows, None])[:, 0]).sum(dtype=torch.float64)
-        teacher_ce = (log_norm_p_C - p_CV.gather(1, next_T[rows, None])[:, 0]).sum(dtype=torch.float64)
-        # KL = sum_v p_v (z_p - z_q)_v - log Z_p + log Z_q, with the difference of the logits made in place
-        gap_CV = q_CV.neg_().add_(p_CV)
-        mean_gap_C = p_CV.sub_(log_norm_p_C[:, None]).exp_().mul_(gap_CV).sum(-1)
-        kl = (mean_gap_C - log_norm_p_C + log_norm_q_C).sum(dtype=torch.float64)
-        tokens = torch.tensor(float(len(mean_gap_C)), dtype=torch.float64, device=sums.device)
-        sums += torch.stack([kl, agreed.double(), student_ce, teacher_ce, tokens])
+        z_CV, y_CV = (hidden_TD[rows] @ weight_VD[:vocabulary].T).float(), teacher_logits(rows).float()
+        log_norm_q_C, log_norm_p_C = z_CV.logsumexp(-1), y_CV.logsumexp(-1)
+        student_ce_C = log_norm_q_C - z_CV.gather(1, next_T[rows, None])[:, 0]
+        teacher_ce_C = log_norm_p_C - y_CV.gather(1, next_T[rows, None])[:, 0]
+        q_CV, p_CV = z_CV.softmax(-1), y_CV.softmax(-1)
+        agreed_C = q_CV.argmax(-1) == p_CV.argmax(-1)
+        # KL = sum_v p_v (y_v - z_v) - log Z_p + log Z_q, with the difference of the logits made in place
+        kl_C = y_CV.sub_(z_CV).mul_(p_CV).sum(-1) - log_norm_p_C + log_norm_q_C
+        columns = (kl_C, agreed_C, student_ce_C, teacher_ce_C, torch.ones_like(kl_C))
+        means = torch.stack([column_C.sum(dtype=torch.float64) for column_C in columns])
+        sums += torch.cat([means, *(_calibration(each_CV, next_T[rows]) for each_CV in (q_CV, p_CV))])
     return sums
 
 
 def fidelity_of(sums: Tensor) -> Fidelity:
     """The means behind :func:`fidelity_sums`."""
-    kl, agreed, student_ce, teacher_ce, tokens = sums.tolist()
+    kl, agreed, student_ce, teacher_ce, tokens = sums[:5].tolist()
+    student_bins, teacher_bins = sums[5:].chunk(2)
     return Fidelity(
         kl=kl / tokens,
         agreement=agreed / tokens,
         student_perplexity=math.exp(min(student_ce / tokens, 700.0)),
         teacher_perplexity=math.exp(min(teacher_ce / tokens, 700.0)),
+        calibration_error=_calibration_error(student_bins),
+        teacher_calibration_error=_calibration_error(teacher_bins),
         tokens=int(tokens),
     )

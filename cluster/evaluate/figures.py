@@ -13,6 +13,8 @@ class Fidelity:
         kl: KL(teacher || student) in nats, over the whole vocabulary at T = 1.
         agreement: share of tokens where both find the same token likeliest.
         student_perplexity, teacher_perplexity: exp of the mean cross-entropy with the text.
+        calibration_error, teacher_calibration_error: expected gap between the likeliest token's probability and how
+            often it is the next one, over 15 bins of equal width (Guo et al., 2017).
         tokens: loss tokens measured.
     """
 
@@ -20,6 +22,8 @@ class Fidelity:
     agreement: float
     student_perplexity: float
     teacher_perplexity: float
+    calibration_error: float
+    teacher_calibration_error: float
     tokens: int
 
 

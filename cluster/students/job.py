@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import ray
 from ray.actor import ActorHandle
 
-from cluster.spec import FamilySpec, StudentSpec
+from cluster.labels.kinds import Labels, joined
+from cluster.labels.wire import Stamp, read_block
+from cluster.models import TeacherModel
+from cluster.spec import FamilySpec, LabelsSpec, StudentSpec
+from cluster.stream import Delivery
 
 # What a checkpoint of a student holds, beside ZeRO's own state: the commit always, the model when it has finished.
 COMMIT_FILE = "commit.json"
@@ -18,8 +23,7 @@ class StudentJob:
     """All that the ranks of one student need.
 
     Attributes:
-        teacher_dir, student_dir: local model directories; the second for a pretrained student only.
-        vocabulary: the tokenizer's real size.
+        student_dir: local model directory, for a pretrained student only.
         batches: how many the pass has.
         stream, board: handles of the family's actors.
         storage: the run's folder or bucket, for checkpoints.
@@ -27,9 +31,8 @@ class StudentJob:
 
     name: str
     family: FamilySpec
-    teacher_dir: str
+    teacher: TeacherModel
     student_dir: str | None
-    vocabulary: int
     batches: int
     stream: ActorHandle
     board: ActorHandle
@@ -39,3 +42,12 @@ class StudentJob:
     def spec(self) -> StudentSpec:
         """The student's own part of the spec."""
         return self.family.students[self.name]
+
+    def labels(self, delivery: Delivery, spec: LabelsSpec) -> Labels:
+        """A delivery's labels, fetched, and refused unless they are this teacher's, of this kind and this batch.
+
+        Raises:
+            LabelError: a block is damaged or was made from something else.
+        """
+        expected = Stamp.of(self.teacher.fingerprint, self.teacher.tokenizer, spec, delivery.batch.address)
+        return joined([read_block(block, expected) for block in ray.get(delivery.labels)])

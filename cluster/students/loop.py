@@ -7,23 +7,24 @@ import os
 import tempfile
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from torch import Tensor
 
 from cluster.board import Point
-from cluster.evaluate.fidelity import fidelity_of, fidelity_sums
+from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
-from cluster.labels.from_hidden import as_tensor
-from cluster.labels.kinds import joined
 from cluster.students.initial import initial_student
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
-from cluster.students.losses.divergence import distillation_loss
-from cluster.students.module import Student, tokens_and_mask, topk_targets
+from cluster.students.losses.from_labels import targets_of
+from cluster.students.losses.fused import distillation_loss
+from cluster.students.losses.objective import objective_at
+from cluster.students.measures import Measures
+from cluster.students.module import Student, inputs_of
 from cluster.students.zero import adamw, gathered_state, schedule_of, use_plain_gloo, zero_config
 
 ZERO_FOLDER = "zero"
@@ -38,6 +39,7 @@ class _Rank:
         self.device = torch.device("cuda", 0) if self.spec.gpus_per_rank else torch.device("cpu")
         torch.set_num_threads(max(1, int(self.spec.cpus_per_rank)))
         self._build()
+        self.measures = Measures(job, self.engine, self.rank, self.device)
         self.before: Fidelity | None = None
         self.trained_s = 0.0
 
@@ -47,7 +49,7 @@ class _Rank:
         dtype = torch.bfloat16 if self.spec.precision == "bfloat16" else torch.float32
         self.model = initial_student(
             self.spec.init,
-            teacher_dir=self.job.teacher_dir,
+            teacher_dir=self.job.teacher.folder,
             student_dir=self.job.student_dir,
             dtype=dtype,
             trust_remote_code=self.job.family.teacher.trust_remote_code,
@@ -111,85 +113,55 @@ class _Rank:
             from transformers import AutoTokenizer
 
             self.model.save_pretrained(folder, state_dict=state)
-            AutoTokenizer.from_pretrained(self.job.teacher_dir).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(self.job.teacher.folder).save_pretrained(folder)
 
     # -- learning --------------------------------------------------------------------------------------------------
 
     def learn(self, number: int) -> None:
-        """Consume one batch: forward and backward over its micro-batches, one optimiser step, one point posted."""
-        delivery = ray.get(self.job.stream.next.remote(self.job.name, self.rank, number))
-        labels = joined(ray.get(delivery.labels))
+        """Consume one batch: forward and backward over its micro-batches, one optimiser step, one point posted.
+
+        Raises:
+            LabelError: the labels must not be learnt from.
+            RunError: the loss is not finite; no step is taken on it.
+        """
+        job, device = self.job, self.device
+        delivery = ray.get(job.stream.next.remote(job.name, self.rank, number))
+        labels = job.labels(delivery, job.family.labels)
         started = time.perf_counter()
-        family, weights = self.job.family, self.spec.loss
+        objective = objective_at(self.spec.loss, job.family.labels, number, job.batches)
         rows, size = len(delivery.batch.tokens_BS), self.spec.micro_batch
         # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over the whole global batch
         # divided by its loss tokens, however it is cut up.
         scale = self.spec.ranks * (rows // size) / delivery.loss_tokens
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
         for first in range(0, rows, size):
-            part = slice(first, first + size)
-            tokens_BS, mask_BS = tokens_and_mask(delivery, part, self.device)
-            target = topk_targets(tokens_BS, mask_BS, labels.rows(part.start, part.stop))
-
-            def use(hidden_TD: Tensor, weight_VD: Tensor, target: Any = target) -> tuple[Tensor, Tensor, Tensor]:
-                return distillation_loss(
-                    hidden_TD,
-                    weight_VD,
-                    target,
-                    vocabulary=self.job.vocabulary,
-                    hard=weights.hard,
-                    soft=weights.soft,
-                    temperature=family.labels.temperature,
-                )
-
-            loss, kl, cross_entropy = self.engine(tokens_BS, mask_BS, use)
+            inputs = inputs_of(delivery.batch.rows(first, first + size), device)
+            target = targets_of(labels.rows(first, first + size), inputs.next_T, self.measures.kept_head())
+            use = partial(distillation_loss, target=target, objective=objective, vocabulary=job.teacher.vocabulary)
+            loss, parts = self.engine(inputs, use)
+            if not loss.isfinite():
+                raise RunError(f"the loss of batch {number} is not finite ({loss.item()}); no step was taken on it")
             self.engine.backward(loss * scale)
             self.engine.step()
-            sums += torch.stack([loss.detach().double(), kl, cross_entropy])
-        self._post(number, sums / delivery.loss_tokens, delivery.loss_tokens, time.perf_counter() - started)
-
-    def _post(self, number: int, means: Tensor, loss_tokens: int, seconds: float) -> None:
-        if self.spec.ranks > 1:
-            torch.distributed.all_reduce(means)
+            sums += torch.cat([loss.detach().double()[None], parts])
+        seconds = time.perf_counter() - started
         self.trained_s += seconds
-        if self.rank == 0:
-            loss, kl, cross_entropy = means.tolist()
-            metrics = {
-                "loss": loss,
-                "kl": kl,
-                "cross_entropy": cross_entropy,
-                "lr": self.engine.get_lr()[0],
-                "tokens_per_second": loss_tokens / seconds,
-            }
-            self.job.board.post.remote(Point(self.job.name, number + 1, metrics))
-
-    # -- measuring -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def measure(self) -> Fidelity:
-        """Fidelity on the held-out batches; every rank measures its rows and the sums are added."""
-        stream, name = self.job.stream, self.job.name
-        # A copy: what comes out of Ray's store is read-only.
-        teacher_head_VD = as_tensor(ray.get(stream.teacher_head.remote())).to(self.device)
-        self.engine.eval()
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        for number in range(self.job.family.evaluation.batches):
-            delivery = ray.get(stream.held_out.remote(name, self.rank, number))
-            teacher_BSD = as_tensor(joined(ray.get(delivery.labels)).hidden_BSD).to(self.device)
-            rows, size = len(delivery.batch.tokens_BS), self.spec.micro_batch
-            for first in range(0, rows, size):
-                part = slice(first, first + size)
-                tokens_BS, mask_BS = tokens_and_mask(delivery, part, self.device)
-                teacher_TD, next_T = teacher_BSD[part][mask_BS], tokens_BS.roll(-1, dims=1)[mask_BS]
-
-                def use(hidden_TD: Tensor, weight_VD: Tensor, t: Tensor = teacher_TD, n: Tensor = next_T) -> Tensor:
-                    return fidelity_sums(hidden_TD, weight_VD, t, teacher_head_VD, n, vocabulary=self.job.vocabulary)
-
-                sums += self.engine.module(tokens_BS, mask_BS, use)
-        self.engine.train()
+        facts = labels.sums()
+        sums = torch.cat([sums, torch.tensor(list(facts.values()), dtype=torch.float64, device=device)])
         if self.spec.ranks > 1:
             torch.distributed.all_reduce(sums)
-        return fidelity_of(sums)
+        names = ["loss", "divergence", "kl", "cross_entropy", *facts]
+        means = dict(zip(names, (sums / delivery.loss_tokens).tolist(), strict=True))
+        self._post(number, {**means, "tokens_per_second": delivery.loss_tokens / seconds})
+
+    def _post(self, number: int, metrics: dict[str, float]) -> None:
+        """Add what is measured at this batch only, and put all of it on the board."""
+        every = self.job.family.evaluation.angle_every
+        if every and number % every == 0 and (angle := self.measures.gradient_angle(number)) is not None:
+            metrics["gradient_angle"] = angle
+        if self.rank == 0:
+            metrics["lr"] = self.engine.get_lr()[0]
+            self.job.board.post.remote(Point(self.job.name, number + 1, metrics))
 
 
 def train_student(config: dict[str, StudentJob]) -> None:
@@ -209,7 +181,7 @@ def train_student(config: dict[str, StudentJob]) -> None:
     ray.get(job.stream.attach.remote(job.name, rank.rank, first))
     if rank.before is None:
         rank.say("measuring before")
-        rank.before = rank.measure()
+        rank.before = rank.measures.fidelity()
     rank.say("training")
     every = job.family.checkpoints.every
     for number in range(first, job.batches):
@@ -220,7 +192,7 @@ def train_student(config: dict[str, StudentJob]) -> None:
         # The last batch ended with a collective, so the other ranks have read it too.
         ray.get(job.stream.detach.remote(job.name))
     rank.say("measuring after")
-    after = rank.measure()
+    after = rank.measures.fidelity()
     rank.say("saving")
     rank.commit(job.batches, after)
     rank.say("finished")

@@ -7,6 +7,7 @@ weight (the fused loss, the evaluation) is handed to the head as a function.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -14,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cluster.labels.kinds import TopK
-from cluster.stream import Delivery
-from cluster.students.losses.divergence import TopKTargets
+from cluster.corpus.batches import Batch
 
 R = TypeVar("R")
 
@@ -33,6 +32,33 @@ class Head(nn.Module):
         return use(hidden_TD, self.weight)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Some sequences as a student reads them, on its device.
+
+    Attributes:
+        tokens_BS: int64.
+        positions_BS: places in the documents, int64; none where every sequence is one document.
+        loss_mask_BS: True where a position carries loss.
+    """
+
+    tokens_BS: Tensor
+    positions_BS: Tensor | None
+    loss_mask_BS: Tensor
+
+    @property
+    def next_T(self) -> Tensor:
+        """The token after each loss token: what position t is scored on."""
+        return self.tokens_BS.roll(-1, dims=1)[self.loss_mask_BS]
+
+
+def inputs_of(batch: Batch, device: torch.device) -> Inputs:
+    """A batch's columns as tensors of their own, for arrays out of Ray's store are read-only."""
+    tokens_BS = torch.from_numpy(batch.tokens_BS.astype(np.int64)).to(device)
+    positions_BS = torch.from_numpy(batch.positions_BS.astype(np.int64)).to(device) if batch.packed else None
+    return Inputs(tokens_BS, positions_BS, torch.from_numpy(batch.loss_mask_BS.copy()).to(device))
+
+
 class Student(nn.Module):
     """A causal language model without its logits."""
 
@@ -41,25 +67,9 @@ class Student(nn.Module):
         self.backbone = model.base_model
         self.head = Head(model.get_output_embeddings().weight)
 
-    def forward(self, tokens_BS: Tensor, loss_mask_BS: Tensor, use: Callable[[Tensor, Tensor], R]) -> R:
+    def forward(self, inputs: Inputs, use: Callable[[Tensor, Tensor], R]) -> R:
         """Run the backbone and hand the hidden states of the loss tokens, [T, D], with the head to ``use``."""
-        hidden_BSD = self.backbone(input_ids=tokens_BS, use_cache=False).last_hidden_state
-        return self.head(hidden_BSD[loss_mask_BS], use)
-
-
-def tokens_and_mask(delivery: Delivery, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (int64) and loss mask of some rows of a delivery, on the student's device."""
-    tokens_BS = torch.from_numpy(delivery.batch.tokens_BS[rows].astype(np.int64)).to(device)
-    return tokens_BS, torch.from_numpy(delivery.batch.loss_mask_BS[rows].copy()).to(device)
-
-
-def topk_targets(tokens_BS: Tensor, loss_mask_BS: Tensor, labels: TopK) -> TopKTargets:
-    """The loss tokens' labels: position t is scored on token t + 1 with the teacher's distribution at t."""
-    device = tokens_BS.device
-    mask = loss_mask_BS.cpu().numpy()
-    return TopKTargets(
-        next_T=tokens_BS.roll(-1, dims=1)[loss_mask_BS],
-        ids_TK=torch.from_numpy(labels.ids_BSK[mask].astype(np.int64)).to(device),
-        logprobs_TK=torch.from_numpy(labels.logprobs_BSK[mask]).to(device),
-        log_tail_T=torch.from_numpy(labels.log_tail_BS[mask]).to(device),
-    )
+        hidden_BSD = self.backbone(
+            input_ids=inputs.tokens_BS, position_ids=inputs.positions_BS, use_cache=False
+        ).last_hidden_state
+        return self.head(hidden_BSD[inputs.loss_mask_BS], use)

@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 
 from cluster.corpus.batches import Batch
 from cluster.errors import RunError
+from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
 from cluster.teacher.replica import Replica
 
@@ -46,9 +47,9 @@ class TeacherPool:
         blocks: parts that a batch's labels are returned in.
     """
 
-    def __init__(self, spec: TeacherSpec, labels: LabelsSpec, model_dir: str, vocabulary: int, blocks: int) -> None:
+    def __init__(self, spec: TeacherSpec, labels: LabelsSpec, model: TeacherModel, blocks: int) -> None:
         self._spec = spec
-        self._replicas = [Replica(i, spec, labels, model_dir, vocabulary, blocks) for i in range(spec.replicas)]
+        self._replicas = [Replica(i, spec, labels, model, blocks) for i in range(spec.replicas)]
         self._idle: asyncio.Queue[Replica] = asyncio.Queue()
         self._reference: np.ndarray | None = None
         self._deaths = dict.fromkeys(range(spec.replicas), 0)

@@ -12,6 +12,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
 from cluster.teacher.shard import Receipt, Shard
 
@@ -22,12 +23,10 @@ DEATH_GRACE_S = 5.0
 class Replica:
     """One replica. It holds no state worth saving: when any shard dies, the whole replica is stopped and replaced."""
 
-    def __init__(
-        self, index: int, spec: TeacherSpec, labels: LabelsSpec, model_dir: str, vocabulary: int, blocks: int
-    ) -> None:
+    def __init__(self, index: int, spec: TeacherSpec, labels: LabelsSpec, model: TeacherModel, blocks: int) -> None:
         self.index = index
         self._spec, self._blocks = spec, blocks
-        self._arguments = (spec, labels, model_dir, vocabulary, blocks)
+        self._arguments = (spec, labels, model, blocks)
         self._group: PlacementGroup | None = None
         self._shards: list[ActorHandle] = []
 

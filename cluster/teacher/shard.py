@@ -12,10 +12,13 @@ import numpy as np
 import ray
 
 from cluster.corpus.batches import Batch
-from cluster.labels.kinds import Hidden, Labels, TopK
-from cluster.spec import LabelsSpec, TeacherSpec
+from cluster.errors import LabelError
+from cluster.labels.kinds import Labels, TopK
+from cluster.labels.wire import Stamp, encode
+from cluster.models import TeacherModel
+from cluster.spec import HiddenLabels, LabelsSpec, TeacherSpec, TopKLabels
 
-PROBE_TOKENS = 32
+PROBE_TOKENS, PROBE_LIKELIEST = 32, 64
 
 
 @dataclass(frozen=True)
@@ -30,16 +33,13 @@ class Shard:
     """A Ray actor. ``join`` first, on all ranks of the replica at once; then every call goes to all ranks.
 
     Args:
-        model_dir: local directory of the teacher.
-        vocabulary: the tokenizer's real size; the head's columns past it are padding.
+        model: the teacher; the head's columns past its vocabulary are padding.
         blocks: parts that a batch's labels are returned in.
     """
 
-    def __init__(
-        self, spec: TeacherSpec, labels: LabelsSpec, model_dir: str, vocabulary: int, blocks: int, rank: int
-    ) -> None:
-        self._spec, self._labels, self._model_dir = spec, labels, model_dir
-        self._vocabulary, self._blocks, self._rank = vocabulary, blocks, rank
+    def __init__(self, spec: TeacherSpec, labels: LabelsSpec, model: TeacherModel, blocks: int, rank: int) -> None:
+        self._spec, self._labels, self._teacher = spec, labels, model
+        self._blocks, self._rank = blocks, rank
 
     def free_address(self) -> tuple[str, int]:
         """Host and a free port on it, for the replica's process group."""
@@ -60,7 +60,7 @@ class Shard:
         else:
             options["device_map"] = self._device
         self._model = AutoModelForCausalLM.from_pretrained(
-            self._model_dir,
+            self._teacher.folder,
             dtype=getattr(torch, self._spec.dtype),
             use_safetensors=True,
             trust_remote_code=self._spec.trust_remote_code,
@@ -82,77 +82,87 @@ class Shard:
         torch.distributed.init_process_group("nccl" if self._spec.gpus_per_shard else "gloo")
         return DistributedConfig(tp_size=self._spec.shards)
 
-    def _hidden(self, tokens_BS: np.ndarray) -> Any:
-        """Last hidden states after the final norm; no KV cache, no logits."""
+    def _hidden(self, batch: Batch) -> Any:
+        """Last hidden states after the final norm; no KV cache, no logits, no document sees another."""
         import torch
 
-        tokens = torch.from_numpy(tokens_BS.astype(np.int64)).to(self._device)
-        return self._model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        tokens = torch.from_numpy(batch.tokens_BS.astype(np.int64)).to(self._device)
+        positions = None
+        if batch.packed:
+            positions = torch.from_numpy(batch.positions_BS.astype(np.int64)).to(self._device)
+        return self._model.base_model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
 
-    def _topk(self, tokens_BS: np.ndarray) -> TopK | None:
+    def _labels_of(self, batch: Batch, spec: LabelsSpec) -> Labels | None:
+        """Labels of a batch in a kind; None off rank 0."""
         import torch
 
-        from cluster.labels.from_hidden import topk_labels
+        from cluster.labels.make import make_labels
 
         with torch.inference_mode():
-            labels = topk_labels(
-                self._hidden(tokens_BS),
+            return make_labels(
+                spec,
+                self._hidden(batch),
+                batch.loss_mask_BS,
                 self._model.get_output_embeddings(),
-                k=self._labels.k,
-                temperature=self._labels.temperature,
-                vocabulary=self._vocabulary,
+                vocabulary=self._teacher.vocabulary,
+                address=batch.address,
                 chunk=self._spec.tokens_per_chunk,
                 keep=self._rank == 0,
             )
-        if labels is not None and not np.isfinite(labels.logprobs_BSK).all():
-            raise FloatingPointError("the teacher's output is not finite")
-        return labels
 
-    def score(self, batch: Batch) -> Any:
-        """Labels of a batch.
-
-        Raises:
-            FloatingPointError: the teacher's output is not finite.
-
-        Returns:
-            On rank 0 a receipt and then one ``TopK`` per block, as separate return values so that a rank of a
-            student fetches only its own. On other ranks a receipt.
-        """
+    def _answer(self, batch: Batch, spec: LabelsSpec) -> Any:
         started = time.perf_counter()
-        labels = self._topk(batch.tokens_BS)
+        labels = self._labels_of(batch, spec)
         if labels is None:
             return Receipt(time.perf_counter() - started, 0)
-        return Receipt(time.perf_counter() - started, labels.nbytes), *_cut(labels, self._blocks)
+        stamp = Stamp.of(self._teacher.fingerprint, self._teacher.tokenizer, spec, batch.address)
+        blocks = [encode(part, stamp) for part in _cut(labels, self._blocks)]
+        return Receipt(time.perf_counter() - started, sum(block.nbytes for block in blocks)), *blocks
+
+    def score(self, batch: Batch) -> Any:
+        """Labels of a batch in the family's kind.
+
+        Raises:
+            LabelError: the teacher's output is not finite, or uniform.
+
+        Returns:
+            On rank 0 a receipt and then the encoded blocks, as separate return values so that a rank of a student
+            fetches only its own. On other ranks a receipt.
+        """
+        return self._answer(batch, self._labels)
 
     def hidden(self, batch: Batch) -> Any:
-        """The last hidden states of a batch as labels, cut like :meth:`score`."""
-        import torch
-
-        from cluster.labels.from_hidden import hidden_labels
-
-        started = time.perf_counter()
-        with torch.inference_mode():
-            hidden: Hidden = hidden_labels(self._hidden(batch.tokens_BS))
-        if self._rank:
-            return Receipt(time.perf_counter() - started, 0)
-        return Receipt(time.perf_counter() - started, hidden.nbytes), *_cut(hidden, self._blocks)
+        """The last hidden states of a batch as labels, as :meth:`score` returns them."""
+        return self._answer(batch, HiddenLabels(kind="hidden"))
 
     def head(self) -> np.ndarray | None:
-        """The teacher's head weight [V, D] without padding, as :class:`Hidden` keeps its states; None off rank 0."""
+        """The teacher's head weight [V, D] without padding, as ``Hidden`` keeps its states; None off rank 0.
+
+        Raises:
+            LabelError: it is not finite.
+        """
         import torch
 
-        from cluster.labels.from_hidden import hidden_labels
+        from cluster.labels.make import kept
 
         with torch.inference_mode():
             weight = self._model.get_output_embeddings().weight
             whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            return None if self._rank else hidden_labels(whole[: self._vocabulary]).hidden_BSD
+            if self._rank:
+                return None
+            if not whole.isfinite().all():
+                raise LabelError("the teacher's head is not finite")
+            return kept(whole[: self._teacher.vocabulary])
 
     def probe(self) -> np.ndarray | None:
         """Probabilities of the likeliest tokens on a fixed text, by which replicas are held against each other."""
-        tokens_BS = (np.arange(PROBE_TOKENS, dtype=np.int32) * 7919 % self._vocabulary)[None]
-        labels = self._topk(tokens_BS)
-        return None if labels is None else np.exp(labels.logprobs_BSK)
+        vocabulary = self._teacher.vocabulary
+        tokens_BS = (np.arange(PROBE_TOKENS, dtype=np.int32) * 7919 % vocabulary)[None]
+        everywhere = np.ones(tokens_BS.shape, dtype=np.bool_)
+        positions_BS = np.arange(PROBE_TOKENS, dtype=np.int32)[None]
+        batch = Batch(0, tokens_BS, everywhere, positions_BS, "0" * 32)
+        labels = self._labels_of(batch, TopKLabels(k=min(PROBE_LIKELIEST, vocabulary)))
+        return np.exp(labels.buckets()[0]) if isinstance(labels, TopK) else None
 
 
 def _cut(labels: Labels, blocks: int) -> list[Labels]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import UserError
-from cluster.models import model_fingerprint
+from cluster.models import load_tokenizer, model_fingerprint, tokenizer_fingerprint
 from cluster.preflight import Checked, preflight
 from cluster.spec import FamilySpec
 from tests.tiny import POSITIONS, VOCABULARY, tiny_family, write_tiny_model
@@ -31,9 +31,10 @@ def check(tiny_teacher: Path, tiny_corpus: Path, stillhouse_home: Path) -> Any:
 
 def test_a_family_that_may_start_is_described(check: Any, tiny_teacher: Path, stillhouse_home: Path) -> None:
     checked = check()
-    assert checked.vocabulary == VOCABULARY < 320
-    assert (checked.teacher_dir, checked.student_dirs) == (tiny_teacher, {})
-    assert checked.teacher_fingerprint == model_fingerprint(tiny_teacher)
+    assert checked.teacher.vocabulary == VOCABULARY < 320
+    assert (checked.teacher.folder, checked.student_dirs) == (str(tiny_teacher), {})
+    assert checked.teacher.fingerprint == model_fingerprint(tiny_teacher)
+    assert checked.teacher.tokenizer == tokenizer_fingerprint(load_tokenizer(tiny_teacher, "teacher.model"))
     assert checked.tracking_uri == f"sqlite:///{stillhouse_home}/mlflow.db"
     assert not stillhouse_home.exists()
 

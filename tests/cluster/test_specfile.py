@@ -61,6 +61,20 @@ def test_an_unknown_field_is_named_by_its_path(file: Path, override: str, path: 
         ("teacher.dtype=float16", ["teacher.dtype: got 'float16'", "'float32' or 'bfloat16'"]),
         ("students.small.init.source=air", ["students.small.init", "'air'", "'teacher', 'pretrained', 'scratch'"]),
         ("students.small.init.layers=[2, 1]", ["students.small.init.layers: got [2, 1]", "rising order"]),
+        ("labels.kind=logits", ["labels.kind: got 'logits'; allowed are 'topk', 'sampled', 'hidden', 'dense'"]),
+        ("labels.kind=null", ["labels.kind: got None; allowed are 'topk'"]),
+        ("labels=hidden", ["labels: got 'hidden'"]),
+        ("labels={kind: sampled, draws: 0}", ["labels.draws: got 0", "greater than or equal to 1"]),
+        ("labels.draws=3", ["labels.draws: no such field of topk labels; see `stillhouse schema`"]),
+        ("labels={kind: hidden, k: 3}", ["labels.k: no such field of hidden labels"]),
+        ("students.small.loss.soft=-1", ["students.small.loss.soft: got -1", "greater than or equal to 0"]),
+        ("students.small.loss.soft={start: 1}", ["students.small.loss.soft.end: is required"]),
+        ("students.small.loss.soft={start: 1, end: 2, over: 0}", ["students.small.loss.soft.over: got 0"]),
+        ("students.small.loss.soft={start: 1, end: 2, x: 0}", ["students.small.loss.soft.x: no such field;"]),
+        ("students.small.loss.temperature=0", ["students.small.loss.temperature: got 0", "greater than 0"]),
+        ("students.small.loss.temperature=3", ["students.small.loss: temperature 3", "Set labels.temperature"]),
+        ("students.small.loss.divergence=adaptive_kl", ["students.small.loss: divergence adaptive_kl"]),
+        ("students.small.loss.mix=0.5", ["students.small.loss: mix has no effect on forward_kl"]),
         ("students.small.ranks=3", ["students.small: ranks 3", "does not divide corpus.batch_sequences 8"]),
     ],
 )
@@ -74,7 +88,7 @@ def test_a_wrong_value_is_complained_about_once(file: Path, override: str) -> No
     assert refusal(file, override).count("got ") == 1
 
 
-@pytest.mark.parametrize("name", ["int", "teacher", "init", "scratch"])
+@pytest.mark.parametrize("name", ["int", "teacher", "init", "scratch", "soft", "number", "ramp", "topk"])
 def test_a_student_s_name_is_never_left_out_of_a_path(file: Path, name: str) -> None:
     message = refusal(file, f"students.{name}={{init: {{source: teacher, layers: 2, depth: 1}}, lr: 0}}")
     assert f"students.{name}.lr: got 0" in message
@@ -173,13 +187,23 @@ def test_a_remote_path_stays_as_it_is(file: Path, uri: str) -> None:
         ("evaluation", {"batches": 1}, True),
         ("checkpoints", {"every": 5}, True),
         ("corpus", {"seed": 1}, False),
+        ("evaluation", {"angle_every": None}, True),
         ("labels", {"k": 9}, False),
+        ("labels", {"temperature": 2.0}, False),
         ("teacher", {"dtype": "bfloat16"}, False),
     ],
 )
 def test_the_training_hash_covers_what_decides_the_weights(section: str, fields: dict[str, Any], same: bool) -> None:
     plain, other = (FamilySpec.model_validate(tiny_family(**more)) for more in ({}, {section: fields}))
     assert (training_hash(plain) == training_hash(other)) is same
+
+
+def test_the_training_hash_sees_the_kind_of_labels_and_the_loss(file: Path) -> None:
+    overrides = ["labels.k=64", "labels.kind=sampled", "labels.kind=hidden", "labels.kind=dense"]
+    overrides += [f"students.small.loss.soft={{start: 0, end: 1, shape: {shape}}}" for shape in ("linear", "cosine")]
+    hashes = [training_hash(load_spec(file, [override])) for override in overrides]
+    assert len(set(hashes)) == len(overrides)
+    assert hashes[0] == training_hash(load_spec(file))
 
 
 def test_the_training_hash_sees_the_learning_rate_and_not_the_yaml_s_order(file: Path) -> None:

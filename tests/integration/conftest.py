@@ -66,7 +66,9 @@ def write_family(folder: Path, tiny: Path, students: dict[str, dict[str, Any]] |
         students: instead of the tiny family's one.
         sections: fields that are added to the other sections.
     """
+    labels = sections.pop("labels", None)
     tree = tiny_family(tiny / "teacher", tiny / "corpus.jsonl", **sections)
+    tree["labels"] = labels or tree["labels"]
     tree["students"] = students or tree["students"]
     tree["teacher"] = {"cpus_per_shard": 0.2, **tree["teacher"]}
     tree["students"] = {name: {"cpus_per_rank": 0.2, **student} for name, student in tree["students"].items()}

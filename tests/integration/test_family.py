@@ -72,7 +72,7 @@ def test_each_student_is_registered_with_its_lineage(family: tuple[Checked, Fami
         tags = client.get_model_version(f"tiny-{name}", version.version).tags
         assert tags["stillhouse.teacher"] == checked.spec.teacher.model
         assert tags["stillhouse.corpus"] == result.corpus.address
-        assert tags["stillhouse.labels"] == "topk k=8 T=1"
+        assert tags["stillhouse.labels"] == "kind=topk k=8 temperature=1.0"
         assert tags["stillhouse.code"]
 
 
@@ -118,7 +118,7 @@ def test_the_model_that_left_zero_3_is_the_one_that_was_measured(
     tokens = torch.arange(24)[None]
     logits = {name: model(tokens).logits for name, model in models.items()}
     torch.testing.assert_close(logits["three"], logits["one"], rtol=1e-2, atol=1e-2)
-    start = AutoModelForCausalLM.from_pretrained(checked.teacher_dir, dtype=torch.float32)(tokens).logits
+    start = AutoModelForCausalLM.from_pretrained(checked.teacher.folder, dtype=torch.float32)(tokens).logits
     assert (logits["three"] - start).abs().max() > 0.1
 
 

@@ -12,6 +12,8 @@ import ray
 from ray.actor import ActorHandle
 
 from cluster.corpus.prepare import prepare_corpus
+from cluster.labels.wire import decode
+from cluster.models import TeacherModel
 from cluster.specfile import load_spec
 from cluster.stream import Delivery, Stream
 from tests.integration.conftest import write_family
@@ -45,7 +47,7 @@ def stream(corpus: Any) -> Any:
     actor = (
         ray.remote(Stream)
         .options(num_cpus=0, max_concurrency=100)
-        .remote(spec, str(folder), spec.teacher.model, VOCABULARY)
+        .remote(spec, str(folder), TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8))
     )
     ray.get(actor.start.remote())
     yield actor
@@ -61,7 +63,7 @@ def read(stream: ActorHandle, student: str, rank: int, first: int, last: int, pa
     for number in range(first, last):
         delivery: Delivery = ray.get(stream.next.remote(student, rank, number))
         blocks = ray.get(delivery.labels)
-        ids = np.concatenate([block.ids_BSK for block in blocks])
+        ids = np.concatenate([decode(block)[0].ids_TK for block in blocks])
         seen.append((delivery.batch.number, delivery.batch.tokens_BS, ids))
         time.sleep(pause)
     return seen

@@ -13,25 +13,28 @@ import psutil
 import pytest
 import ray
 
-from cluster.corpus.batches import Batch
+from cluster.corpus.batches import Batch, content_address
 from cluster.errors import RunError
 from cluster.labels.kinds import TopK, joined
-from cluster.spec import LabelsSpec, TeacherSpec
+from cluster.labels.wire import decode
+from cluster.models import TeacherModel
+from cluster.spec import TeacherSpec, TopKLabels
 from cluster.teacher.pool import TeacherPool
 from tests.tiny import VOCABULARY
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
-LABELS = LabelsSpec(k=8)
+LABELS = TopKLabels(k=8)
 
 
 def a_batch(number: int = 0) -> Batch:
     tokens_BS = np.random.default_rng(number).integers(0, VOCABULARY, (4, 32), dtype=np.int32)
-    return Batch(number, tokens_BS, np.ones(tokens_BS.shape, dtype=np.bool_))
+    positions_BS = np.broadcast_to(np.arange(32, dtype=np.int32), tokens_BS.shape)
+    return Batch(number, tokens_BS, np.ones(tokens_BS.shape, dtype=np.bool_), positions_BS, content_address(tokens_BS))
 
 
 def pool_of(tiny: Path, **settings: Any) -> TeacherPool:
     spec = TeacherSpec(model=str(tiny / "teacher"), dtype="float32", cpus_per_shard=0.2, **settings)
-    return TeacherPool(spec, LABELS, spec.model, VOCABULARY, blocks=2)
+    return TeacherPool(spec, LABELS, TeacherModel(spec.model, VOCABULARY, "aa" * 8, "bb" * 8), blocks=2)
 
 
 def shard_processes() -> list[psutil.Process]:
@@ -40,7 +43,13 @@ def shard_processes() -> list[psutil.Process]:
 
 async def score(pool: TeacherPool, number: int = 0) -> TopK:
     blocks = await pool.score(a_batch(number))
-    return joined([await ref for ref in blocks])
+    return read([await ref for ref in blocks])
+
+
+def read(blocks: list[np.ndarray]) -> TopK:
+    labels = joined([decode(block)[0] for block in blocks])
+    assert isinstance(labels, TopK)
+    return labels
 
 
 def test_two_shards_give_the_labels_of_one_process(tiny: Path) -> None:
@@ -56,10 +65,10 @@ def test_two_shards_give_the_labels_of_one_process(tiny: Path) -> None:
         return labels[0], labels[1], heads[0], heads[1]
 
     one, two, head_one, head_two = asyncio.run(both())
-    assert one.ids_BSK.shape == (4, 32, LABELS.k)
-    np.testing.assert_array_equal(one.ids_BSK, two.ids_BSK)
-    np.testing.assert_allclose(one.logprobs_BSK, two.logprobs_BSK, atol=1e-4)
-    np.testing.assert_allclose(one.log_tail_BS, two.log_tail_BS, atol=1e-4)
+    assert one.ids_TK.shape == (4 * 32, LABELS.k)
+    np.testing.assert_array_equal(one.ids_TK, two.ids_TK)
+    np.testing.assert_allclose(one.buckets()[0], two.buckets()[0], atol=5e-4)  # and the rounding of 16 bits
+    np.testing.assert_allclose(one.log_tail_T, two.log_tail_T, atol=1e-4)
     assert head_one.shape == (VOCABULARY, 64)
     np.testing.assert_array_equal(head_one, head_two)
 
@@ -78,8 +87,8 @@ def test_a_killed_replica_is_replaced_and_its_batch_scored_again(tiny: Path, sha
     before, after, pool = asyncio.run(kill_one())
     assert pool.stats.restarts == 1
     assert pool.stats.rescored == 1
-    np.testing.assert_array_equal(before.ids_BSK, after.ids_BSK)
-    np.testing.assert_array_equal(before.logprobs_BSK, after.logprobs_BSK)
+    np.testing.assert_array_equal(before.ids_TK, after.ids_TK)
+    np.testing.assert_array_equal(before.codes_TK, after.codes_TK)
 
 
 def test_blocks_outlive_the_replica_that_made_them(tiny: Path) -> None:
@@ -89,9 +98,9 @@ def test_blocks_outlive_the_replica_that_made_them(tiny: Path) -> None:
         blocks = await pool.score(a_batch())
         pool.stop()
         await asyncio.sleep(1)
-        return joined(await asyncio.to_thread(ray.get, blocks))
+        return read(await asyncio.to_thread(ray.get, blocks))
 
-    assert np.isfinite(asyncio.run(read_after_stop()).logprobs_BSK).all()
+    assert np.isfinite(asyncio.run(read_after_stop()).codes_TK).all()
 
 
 def test_two_replicas_share_the_batches(tiny: Path) -> None:
@@ -112,7 +121,7 @@ def test_two_replicas_share_the_batches(tiny: Path) -> None:
 
     idle_before, idle_during, (one, other) = asyncio.run(both_at_work())
     assert (idle_before, idle_during) == (2, 0)
-    np.testing.assert_array_equal(one.logprobs_BSK, other.logprobs_BSK)
+    np.testing.assert_array_equal(one.codes_TK, other.codes_TK)
 
 
 def test_a_replica_that_keeps_dying_ends_the_pool_with_the_reason(tiny: Path) -> None:
@@ -144,7 +153,7 @@ def test_a_teacher_whose_output_is_not_finite_is_refused(tiny: Path, tmp_path: P
 
     async def try_it() -> None:
         spec = TeacherSpec(model=str(tmp_path / "broken"), dtype="float32", cpus_per_shard=0.2)
-        pool = TeacherPool(spec, LABELS, spec.model, VOCABULARY, blocks=1)
+        pool = TeacherPool(spec, LABELS, TeacherModel(spec.model, VOCABULARY, "aa" * 8, "bb" * 8), blocks=1)
         pool.start()
         try:
             await pool.score(a_batch())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cluster.evaluate.fidelity import fidelity_of, fidelity_sums
+from cluster.evaluate.fidelity import CALIBRATION_BINS, FIDELITY_SUMS, fidelity_of, fidelity_sums
 from cluster.evaluate.figures import Fidelity
 
 TOKENS, VOCABULARY, PADDED = 70, 40, 48
@@ -26,8 +26,24 @@ NEXT_T = torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().man
 
 
 def sums(student: tuple[Tensor, Tensor] = STUDENT, rows: slice = slice(None), chunk: int = 64) -> Tensor:
-    arguments = (student[0][rows], student[1], TEACHER[0][rows], TEACHER[1], NEXT_T[rows])
-    return fidelity_sums(*arguments, vocabulary=VOCABULARY, chunk=chunk)
+    return fidelity_sums(
+        student[0][rows],
+        student[1],
+        teacher_logits=lambda part: TEACHER[0][rows][part] @ TEACHER[1][:VOCABULARY].T,
+        next_T=NEXT_T[rows],
+        vocabulary=VOCABULARY,
+        chunk=chunk,
+    )
+
+
+def plain_calibration(log_p_TV: Tensor) -> float:
+    """Guo et al. (2017), token by token."""
+    bins: list[list[float]] = [[] for _ in range(CALIBRATION_BINS)]
+    for log_p_V, following in zip(log_p_TV, NEXT_T, strict=True):
+        confidence = float(log_p_V.max().exp())
+        hit = float(log_p_V.argmax() == following)
+        bins[min(int(confidence * CALIBRATION_BINS), CALIBRATION_BINS - 1)].append(hit - confidence)
+    return sum(abs(sum(gaps)) for gaps in bins) / len(NEXT_T)
 
 
 def plain() -> Fidelity:
@@ -37,6 +53,8 @@ def plain() -> Fidelity:
         agreement=float((p.argmax(-1) == q.argmax(-1)).double().mean()),
         student_perplexity=math.exp(F.nll_loss(q, NEXT_T)),
         teacher_perplexity=math.exp(F.nll_loss(p, NEXT_T)),
+        calibration_error=plain_calibration(q),
+        teacher_calibration_error=plain_calibration(p),
         tokens=TOKENS,
     )
 
@@ -55,6 +73,7 @@ def test_a_student_that_is_the_teacher_is_faithful() -> None:
     assert found.kl == pytest.approx(0, abs=1e-9)
     assert found.agreement == 1
     assert found.student_perplexity == found.teacher_perplexity
+    assert found.calibration_error == found.teacher_calibration_error > 0
 
 
 @pytest.mark.parametrize("shift", [5.0, -80.0])
@@ -70,7 +89,8 @@ def test_the_sums_of_ranks_add_up_to_those_of_the_whole() -> None:
     parts = sums(rows=slice(0, 13)) + sums(rows=slice(13, 14)) + sums(rows=slice(14, TOKENS))
     torch.testing.assert_close(parts, sums(), rtol=1e-6, atol=0)
     assert parts.dtype == torch.float64
-    assert parts[-1] == TOKENS
+    assert parts.shape == (FIDELITY_SUMS,)
+    assert fidelity_of(parts).tokens == TOKENS
 
 
 @pytest.mark.parametrize("chunk", [1, 7, TOKENS, 1000])
@@ -87,3 +107,59 @@ def test_a_hopeless_student_has_a_finite_perplexity() -> None:
     hopeless = (torch.ones(TOKENS, 1), torch.where(torch.arange(PADDED) == 0, 1e4, 0.0)[:, None])
     found = fidelity_of(sums(hopeless))
     assert all(math.isfinite(value) for value in vars(found).values())
+
+
+def test_the_teacher_s_logits_are_asked_for_a_chunk_at_a_time_and_are_left_alone() -> None:
+    teacher_TV = (TEACHER[0] @ TEACHER[1].T)[:, :VOCABULARY].contiguous()
+    before, asked = teacher_TV.clone(), []
+
+    def teacher_logits(rows: slice) -> Tensor:
+        asked.append(len(range(TOKENS)[rows]))
+        return teacher_TV[rows].clone()
+
+    fidelity_sums(*STUDENT, teacher_logits=teacher_logits, next_T=NEXT_T, vocabulary=VOCABULARY, chunk=32)
+    assert asked == [32, 32, 6]
+    assert torch.equal(teacher_TV, before)
+
+
+def judged(student_TV: Tensor, teacher_TV: Tensor, next_T: Tensor) -> Fidelity:
+    """Fidelity of logits that are given as they are."""
+    vocabulary = student_TV.shape[1]
+    head_VD = torch.eye(vocabulary)
+    return fidelity_of(
+        fidelity_sums(
+            student_TV,
+            head_VD,
+            teacher_logits=lambda rows: teacher_TV[rows].clone(),
+            next_T=next_T,
+            vocabulary=vocabulary,
+            chunk=7,
+        )
+    )
+
+
+def test_a_side_that_is_right_as_often_as_it_is_sure_is_calibrated_and_one_that_is_sure_and_wrong_is_not() -> None:
+    # 20 tokens: half of them 0.8 sure and right 8 times of 10, half 0.5 sure and right 5 times of 10.
+    calibrated_TV = torch.tensor([[0.8, 0.1, 0.1]] * 10 + [[0.3, 0.5, 0.2]] * 10).log()
+    next_T = torch.tensor([0] * 8 + [1] * 2 + [1] * 5 + [0] * 3 + [2] * 2)
+    wrong_TV = 200.0 * torch.nn.functional.one_hot((next_T + 1) % 3, 3).float()
+    found = judged(wrong_TV, calibrated_TV, next_T)
+    assert found.teacher_calibration_error == pytest.approx(0, abs=1e-6)
+    assert found.calibration_error == pytest.approx(1, abs=1e-6)
+    turned = judged(calibrated_TV, wrong_TV, next_T)
+    assert turned.calibration_error == found.teacher_calibration_error
+    assert turned.teacher_calibration_error == found.calibration_error
+
+
+def test_gaps_of_one_bin_cancel_and_gaps_of_two_bins_do_not() -> None:
+    next_T = torch.tensor([0, 1])
+    one_bin_TV = torch.tensor([[0.5, 0.3, 0.2]] * 2).log()
+    two_bins_TV = torch.tensor([[0.4, 0.3, 0.3], [0.6, 0.2, 0.2]]).log()
+    found = judged(one_bin_TV, two_bins_TV, next_T)
+    assert found.calibration_error == pytest.approx(0, abs=1e-6)
+    assert found.teacher_calibration_error == pytest.approx(0.6, abs=1e-6)
+
+
+def test_a_token_of_which_a_side_is_wholly_sure_falls_into_the_last_bin() -> None:
+    sure_TV = torch.tensor([[1e4, 0.0]] * 3)
+    assert judged(sure_TV, sure_TV, torch.tensor([0, 0, 0])).calibration_error == 0

@@ -1,0 +1,217 @@
+"""Labels from the teacher's last hidden states, one chunk of tokens at a time.
+
+The full ``[tokens, vocabulary]`` matrix of logits never exists: a chunk's logits are reduced to its labels before
+the next chunk is made. Only loss tokens are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cluster.errors import LabelError
+from cluster.labels.kinds import LOGPROB_RANGE, Dense, Hidden, Labels, Sampled, TopK
+from cluster.labels.reduce import draw_offsets, probabilities, systematic_draws, top_k
+from cluster.spec import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
+
+Head = Callable[[Tensor], Tensor]
+Columns = dict[str, Tensor]
+
+# A teacher whose every distribution is this close to uniform, in nats, has no weights worth learning from.
+UNIFORM_WITHIN = 1e-4
+
+
+class HostColumns:
+    """Collects a batch's columns in host memory, chunk by chunk.
+
+    From a CUDA device the copies run on a stream of their own into pinned memory, so that the teacher computes the
+    next chunk meanwhile; only :meth:`arrays` waits.
+    """
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self._tokens = tokens
+        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._columns: Columns = {}
+
+    def put(self, first: int, chunk: Columns) -> None:
+        """Copy a chunk whose first row is ``first``."""
+        for name, values in chunk.items():
+            if name not in self._columns:
+                shape = (self._tokens, *values.shape[1:])
+                self._columns[name] = torch.empty(shape, dtype=values.dtype, pin_memory=self._aside is not None)
+            into = self._columns[name][first : first + len(values)]
+            if self._aside is None:
+                into.copy_(values)
+                continue
+            self._aside.wait_stream(torch.cuda.current_stream(values.device))
+            with torch.cuda.stream(self._aside):
+                into.copy_(values, non_blocking=True)
+            values.record_stream(self._aside)
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The columns, once all copies have arrived."""
+        if self._aside is not None:
+            self._aside.synchronize()
+        return {name: _array(column) for name, column in self._columns.items()}
+
+
+def _array(tensor: Tensor) -> npt.NDArray[Any]:
+    """A tensor on the host as numpy; bfloat16 and 16-bit numbers as uint16."""
+    if tensor.dtype in (torch.bfloat16, torch.int16):
+        bits: npt.NDArray[Any] = tensor.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    return tensor.numpy()
+
+
+def _short(numbers: Tensor) -> Tensor:
+    """Whole numbers below 65,536 as the 16 bits of an int16, which every device can copy."""
+    return numbers.to(torch.int32).to(torch.int16)
+
+
+def _ids(ids: Tensor, vocabulary: int) -> Tensor:
+    return _short(ids) if vocabulary <= 2**16 else ids.to(torch.int32)
+
+
+def _as_kept(values: Tensor) -> Tensor:
+    """In a precision that a block knows: bfloat16 as it is, all else as float32 (float16 would overflow)."""
+    return values if values.dtype == torch.bfloat16 else values.float()
+
+
+def _topk_chunk(spec: TopKLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
+    p_CV, entropy_C = probabilities(logits_CV, spec.temperature)
+    ids_CK, logprobs_CK, log_tail_C = top_k(p_CV, spec.k)
+    codes_CK = ((logprobs_CK / -LOGPROB_RANGE).clamp(0.0, 1.0).sqrt() * 65535).round()
+    codes = _short(codes_CK.nan_to_num())  # what is not finite shows in the entropy
+    return {
+        "ids_TK": _ids(ids_CK, logits_CV.shape[1]),
+        "codes_TK": codes,
+        "log_tail_T": log_tail_C,
+        "entropy_T": entropy_C,
+    }
+
+
+def _sampled_chunk(spec: SampledLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
+    p_CV, entropy_C = probabilities(logits_CV, spec.temperature)
+    ids_CN, counts_CN = systematic_draws(p_CV, offsets_C, spec.draws)
+    return {"ids_TN": _ids(ids_CN, logits_CV.shape[1]), "counts_TN": _short(counts_CN), "entropy_T": entropy_C}
+
+
+def _dense_chunk(spec: DenseLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
+    _, entropy_C = probabilities(logits_CV, 1.0)
+    return {"logits_TV": _as_kept(logits_CV), "entropy_T": entropy_C}
+
+
+_CHUNKS: dict[type, Callable[[Any, Tensor, Tensor], Columns]] = {
+    TopKLabels: _topk_chunk,
+    SampledLabels: _sampled_chunk,
+    DenseLabels: _dense_chunk,
+}
+
+
+def hidden_labels(hidden_BSD: Tensor, loss_mask_BS: npt.NDArray[np.bool_], vocabulary: int) -> Hidden:
+    """The hidden states of the loss tokens themselves as labels."""
+    host = HostColumns(int(loss_mask_BS.sum()), hidden_BSD.device)
+    host.put(0, {"hidden_TD": _as_kept(hidden_BSD[_on(loss_mask_BS, hidden_BSD.device)])})
+    labels = Hidden(loss_mask_BS, vocabulary, 1.0, **host.arrays())
+    if not np.isfinite(_widened(labels.hidden_TD)).all():
+        raise LabelError("the teacher's hidden states are not finite")
+    return labels
+
+
+def _on(mask: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
+    return torch.tensor(mask, device=device)
+
+
+def _widened(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Hidden states or logits as float32 numpy."""
+    if values.dtype != np.uint16:
+        return values
+    return (values.astype(np.uint32) << 16).view(np.float32)
+
+
+def kept(values: Tensor) -> npt.NDArray[Any]:
+    """Hidden states, logits or a head as a block keeps them; :func:`as_tensor` undoes it."""
+    return _array(_as_kept(values).detach().cpu().contiguous())
+
+
+def as_tensor(values: npt.NDArray[Any]) -> Tensor:
+    """Hidden states, logits or a head as a tensor in the precision that the teacher computed."""
+    # A copy, because arrays out of Ray's store are read-only and torch tensors cannot be.
+    return (
+        torch.from_numpy(values.copy().view(np.int16)).view(torch.bfloat16)
+        if values.dtype == np.uint16
+        else (torch.from_numpy(values.copy()))
+    )
+
+
+def make_labels(
+    spec: LabelsSpec,
+    hidden_BSD: Tensor,
+    loss_mask_BS: npt.NDArray[np.bool_],
+    head: Head,
+    *,
+    vocabulary: int,
+    address: str,
+    chunk: int,
+    keep: bool = True,
+) -> Labels | None:
+    """Labels of a batch in the spec's kind.
+
+    Args:
+        hidden_BSD: last hidden states, after the final norm.
+        head: maps hidden [tokens, D] to logits [tokens, at least ``vocabulary``].
+        vocabulary: the tokenizer's real size; padded columns are cut before the softmax.
+        address: the batch's content address, which decides its draws.
+        chunk: tokens whose logits exist at a time.
+        keep: False on the shards that only take part in the head's collective; returns None.
+
+    Raises:
+        LabelError: the teacher's output is not finite, or uniform for every token.
+    """
+    if isinstance(spec, HiddenLabels):
+        return hidden_labels(hidden_BSD, loss_mask_BS, vocabulary) if keep else None
+    hidden_TD = hidden_BSD[_on(loss_mask_BS, hidden_BSD.device)]
+    tokens, device = len(hidden_TD), hidden_TD.device
+    host = HostColumns(tokens, device)
+    offsets_T = torch.from_numpy(draw_offsets(address, tokens)).to(device)
+    # One round at least, so that a batch without loss tokens has its columns too.
+    for first in range(0, max(1, tokens), chunk):
+        logits_CV = head(hidden_TD[first : first + chunk])[:, :vocabulary]
+        if keep:
+            host.put(first, _CHUNKS[type(spec)](spec, logits_CV, offsets_T[first : first + chunk]))
+    if not keep:
+        return None
+    columns = host.arrays()
+    _refuse_noise(columns["entropy_T"], vocabulary)
+    return _assembled(spec, loss_mask_BS, vocabulary, columns)
+
+
+def _assembled(
+    spec: LabelsSpec, loss_mask_BS: npt.NDArray[np.bool_], vocabulary: int, columns: dict[str, Any]
+) -> Labels:
+    """The kind around its columns."""
+    ids = "ids_TK" if isinstance(spec, TopKLabels) else "ids_TN"
+    if ids in columns and vocabulary > 2**16:
+        columns[ids] = columns[ids].view(np.uint32)
+    if isinstance(spec, SampledLabels):
+        return Sampled(loss_mask_BS, vocabulary, spec.temperature, **columns, draws=spec.draws)
+    del columns["entropy_T"]
+    if isinstance(spec, TopKLabels):
+        return TopK(loss_mask_BS, vocabulary, spec.temperature, **columns)
+    return Dense(loss_mask_BS, vocabulary, 1.0, **columns)
+
+
+def _refuse_noise(entropy_T: npt.NDArray[np.float32], vocabulary: int) -> None:
+    """A teacher whose weights are broken or missing must not be learnt from."""
+    if not np.isfinite(entropy_T).all():
+        raise LabelError("the teacher's logits are not finite")
+    if entropy_T.size and float(entropy_T.min()) > math.log(vocabulary) - UNIFORM_WITHIN:
+        raise LabelError(
+            f"the teacher gives all {vocabulary} tokens the same probability at every position: are its weights there?"
+        )

@@ -1,0 +1,133 @@
+"""The distillation loss fused with the student's head: loss and gradient in one sweep over chunks of tokens.
+
+The student's ``[tokens, vocabulary]`` logits exist for one chunk at a time and are not kept for the backward pass;
+their gradient is computed while they are there (the idea of Liger's fused linear cross-entropy, Hsu et al., 2024).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.students.losses.objective import Objective
+from cluster.students.losses.targets import Targets, Tile, TileTargets, softmax
+
+# Floats of a tile of logits on a CPU: small enough for its caches, large enough to hide the cost of a call.
+TILE_FLOATS = 1 << 19
+
+
+def _tile_sweep(
+    z_CV: Tensor, target: TileTargets, objective: Objective, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sums of divergence, KL and cross-entropy of one tile (float64, [3]), and the loss' gradient by its logits."""
+    hard, temperature = objective.hard, objective.temperature
+    q_CV, log_norm_C = softmax(z_CV)
+    ce_C = log_norm_C - z_CV.gather(1, target.next_T[:, None])[:, 0]
+    if temperature == 1.0:
+        soft = target.soft(Tile(z_CV, q_CV, log_norm_C), objective, hard if with_gradient else None)
+    else:
+        scaled_CV = z_CV / temperature
+        soft = target.soft(Tile(scaled_CV, *softmax(scaled_CV)), objective, 0.0 if with_gradient else None)
+    sums = torch.stack([column_C.sum(dtype=torch.float64) for column_C in (soft.divergence_C, soft.kl_C, ce_C)])
+    grad_CV = soft.grad_CV
+    if grad_CV is None or not hard:
+        return sums, grad_CV
+    if temperature != 1.0:
+        grad_CV.add_(q_CV, alpha=hard)
+    return sums, grad_CV.scatter_add_(1, target.next_T[:, None], grad_CV.new_full((len(grad_CV), 1), -hard))
+
+
+def _chunk_sweep(logits_CV: Tensor, target: TileTargets, objective: Objective, with_gradient: bool) -> Tensor:
+    """Sums over one chunk, see :func:`_tile_sweep`; its logits are overwritten by their gradient.
+
+    On a CPU it works through small tiles: their float32 columns then stay in the processor's cache, which is worth
+    more than the arithmetic.
+    """
+    tokens, vocabulary = logits_CV.shape
+    wide = torch.promote_types(logits_CV.dtype, torch.float32)
+    sums = torch.zeros(3, dtype=torch.float64, device=logits_CV.device)
+    tile = max(1, TILE_FLOATS // vocabulary) if logits_CV.device.type == "cpu" else max(1, tokens)
+    for start in range(0, tokens, tile):
+        rows = slice(start, start + tile)
+        tile_sums, grad_CV = _tile_sweep(logits_CV[rows].to(wide), target.rows(rows), objective, with_gradient)
+        sums += tile_sums
+        if grad_CV is not None:
+            logits_CV[rows] = grad_CV
+    return sums
+
+
+class _FusedHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        target: Targets,
+        objective: Objective,
+        vocabulary: int,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        needed = hidden_TD.requires_grad or weight_VD.requires_grad
+        head_VD = weight_VD[:vocabulary]
+        wide = torch.promote_types(hidden_TD.dtype, torch.float32)
+        if needed:
+            ctx.grad_hidden_TD = torch.empty_like(hidden_TD)
+            ctx.grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
+        sums = hidden_TD.new_zeros(3, dtype=torch.float64)
+        for start in range(0, hidden_TD.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            h_CD = hidden_TD[rows]
+            logits_CV = h_CD @ head_VD.T
+            sums += _chunk_sweep(logits_CV, target.chunk(rows), objective, needed)
+            if needed:
+                torch.mm(logits_CV, head_VD, out=ctx.grad_hidden_TD[rows])
+                _add_product(ctx.grad_weight_VD[:vocabulary], logits_CV.T, h_CD)
+        divergence, _, ce = sums
+        ctx.mark_non_differentiable(sums)
+        ctx.weight_dtype = weight_VD.dtype
+        return (objective.hard * ce + objective.soft * objective.temperature**2 * divergence).to(wide), sums
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Any, ...]:
+        # In place: the gradients were made in forward, belong to this node alone, and are used once.
+        grad_hidden_TD = ctx.grad_hidden_TD.mul_(grad_loss.to(ctx.grad_hidden_TD.dtype))
+        grad_weight_VD = ctx.grad_weight_VD.mul_(grad_loss).to(ctx.weight_dtype)
+        del ctx.grad_hidden_TD, ctx.grad_weight_VD
+        return grad_hidden_TD, grad_weight_VD, None, None, None, None
+
+
+def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
+    """``into += a @ b``, without a matrix in between where one precision serves for all three."""
+    if into.dtype == a.dtype:
+        into.addmm_(a, b)
+    else:
+        into += a @ b
+
+
+def distillation_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target: Targets,
+    objective: Objective,
+    *,
+    vocabulary: int,
+    chunk: int = 512,
+) -> tuple[Tensor, Tensor]:
+    """``sum_t hard * CE_t + soft * T^2 * D_t`` over loss tokens, from hidden states and the head's weight.
+
+    The temperature-squared factor keeps the soft gradient's size independent of T (Hinton et al., 2015, section 2).
+
+    Args:
+        hidden_TD: the student's last hidden states at the loss tokens.
+        weight_VD: the head's weight; rows past ``vocabulary`` are padding and get no gradient.
+        target: labels of the same tokens, in the same order.
+        chunk: tokens whose logits exist at a time.
+
+    Returns:
+        The loss (a sum, float32 or wider, differentiable), and the sums of the divergence, the forward KL and the
+        cross-entropy (float64, [3], nats, for reporting only).
+    """
+    out: tuple[Tensor, Tensor] = _FusedHeadLoss.apply(hidden_TD, weight_VD, target, objective, vocabulary, chunk)
+    return out

@@ -1,0 +1,127 @@
+"""What a student is measured by while and after it learns: fidelity, calibration, and the angle of its gradient."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of, fidelity_sums
+from cluster.evaluate.figures import Fidelity
+from cluster.labels.kinds import Labels
+from cluster.labels.make import as_tensor, make_labels
+from cluster.spec import HiddenLabels
+from cluster.stream import Delivery
+from cluster.students.angle import angle_sums
+from cluster.students.job import StudentJob
+from cluster.students.losses.from_labels import targets_of
+from cluster.students.losses.objective import objective_at
+from cluster.students.losses.targets import HiddenTargets
+from cluster.students.module import Inputs, inputs_of
+
+HIDDEN = HiddenLabels(kind="hidden")
+
+
+class Measures:
+    """Measures one rank's share of a student on the held-out batches, which the teacher scored exactly.
+
+    Args:
+        engine: DeepSpeed's, around a :class:`~cluster.students.module.Student`. All ranks measure at the same time.
+    """
+
+    def __init__(self, job: StudentJob, engine: Any, rank: int, device: torch.device) -> None:
+        self._job, self._engine, self._rank, self._device = job, engine, rank, device
+        self._kept: Tensor | None = None
+
+    def _head(self) -> Tensor:
+        """The teacher's head [V, D] on this rank's device."""
+        return as_tensor(ray.get(self._job.stream.teacher_head.remote())).to(self._device)
+
+    def kept_head(self) -> Tensor | None:
+        """The teacher's head where the labels need it at every batch, else None; fetched once."""
+        if self._job.family.labels.kind != "hidden":
+            return None
+        if self._kept is None:
+            self._kept = self._head()
+        return self._kept
+
+    def _held_out(self, number: int) -> Delivery:
+        delivery: Delivery = ray.get(self._job.stream.held_out.remote(self._job.name, self._rank, number))
+        return delivery
+
+    def _all_ranks(self, sums: Tensor) -> Tensor:
+        if self._job.spec.ranks > 1:
+            torch.distributed.all_reduce(sums)
+        return sums
+
+    @torch.no_grad()
+    def fidelity(self) -> Fidelity:
+        """Fidelity on the held-out batches; every rank measures its rows and the sums are added."""
+        job, size = self._job, self._job.spec.micro_batch
+        kept = self.kept_head()
+        head_VD = self._head() if kept is None else kept
+        self._engine.eval()
+        sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=self._device)
+        for number in range(job.family.evaluation.batches):
+            delivery = self._held_out(number)
+            labels = job.labels(delivery, HIDDEN)
+            for first in range(0, labels.sequences, size):
+                inputs = inputs_of(delivery.batch.rows(first, first + size), self._device)
+                teacher = _exact(labels.rows(first, first + size), inputs, head_VD)
+                use = partial(fidelity_sums, teacher_logits=teacher.logits, next_T=inputs.next_T)
+                sums += self._engine.module(inputs, partial(use, vocabulary=job.teacher.vocabulary))
+        self._engine.train()
+        return fidelity_of(self._all_ranks(sums))
+
+    @torch.no_grad()
+    def gradient_angle(self, number: int) -> float | None:
+        """Degrees between the gradient that the labels in use give and the exact one, see :func:`angle_sums`.
+
+        Measured on one held-out sequence per rank. None where it says nothing: the labels are exact, or a rank has
+        no token that carries loss.
+        """
+        job = self._job
+        if job.family.labels.kind in ("hidden", "dense"):
+            return None
+        delivery = self._held_out(0)
+        head_VD = self._head()
+        batch = delivery.batch.rows(0, 1)
+        inputs = inputs_of(batch, self._device)
+        exact = _exact(job.labels(delivery, HIDDEN).rows(0, 1), inputs, head_VD)
+        labels = make_labels(
+            job.family.labels,
+            _on_grid(exact.hidden_TD, inputs),
+            batch.loss_mask_BS,
+            lambda hidden_TD: hidden_TD @ head_VD.T,
+            vocabulary=job.teacher.vocabulary,
+            address=delivery.batch.address,
+            chunk=job.family.teacher.tokens_per_chunk,
+        )
+        assert labels is not None
+        target = targets_of(labels, inputs.next_T, None)
+        objective = objective_at(job.spec.loss, job.family.labels, number, job.batches)
+        use = partial(angle_sums, target=target, exact=exact, objective=objective)
+        dot, own, whole = self._all_ranks(
+            self._engine.module(inputs, partial(use, vocabulary=job.teacher.vocabulary))
+        ).tolist()
+        if not own or not whole:
+            return None
+        return math.degrees(math.acos(max(-1.0, min(1.0, dot / math.sqrt(own * whole)))))
+
+
+def _exact(labels: Labels, inputs: Inputs, head_VD: Tensor) -> HiddenTargets:
+    """The teacher's exact distributions at the loss tokens of some sequences."""
+    target = targets_of(labels, inputs.next_T, head_VD)
+    assert isinstance(target, HiddenTargets)
+    return target
+
+
+def _on_grid(hidden_TD: Tensor, inputs: Inputs) -> Tensor:
+    """Hidden states of the loss tokens at their places in the sequence; zeros elsewhere."""
+    grid_BSD = hidden_TD.new_zeros(*inputs.loss_mask_BS.shape, hidden_TD.shape[1])
+    grid_BSD[inputs.loss_mask_BS] = hidden_TD
+    return grid_BSD
