@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cluster.specfile import load_spec
 SPEC_FILE = "family.yaml"
 CORPUS_FOLDER = "corpus"
 SHIPPED_LIMIT = 50 * 1024**2
+AGENT_WAIT_S = 30.0
 
 
 def submit(path: Path, overrides: Sequence[str], address: str, follow: bool) -> int:
@@ -34,7 +36,8 @@ def submit(path: Path, overrides: Sequence[str], address: str, follow: bool) -> 
     client = connect(address)
     with tempfile.TemporaryDirectory(prefix="stillhouse-submit-") as folder:
         size = pack(spec, Path(folder))
-        job = client.submit_job(
+        job = _start(
+            client,
             entrypoint=f"python -m jobs run {SPEC_FILE}",
             runtime_env={"working_dir": folder},
             metadata={"stillhouse.family": spec.name},
@@ -44,6 +47,22 @@ def submit(path: Path, overrides: Sequence[str], address: str, follow: bool) -> 
         _say(f"follow it with: ray job logs {job} --follow --address {address}")
         return 0
     return _follow(client, job, address)
+
+
+def _start(client: Any, **job: Any) -> str:
+    """Submit a job; a head that has only just started refuses for a few seconds, until its job agent is up.
+
+    Raises:
+        RunError: the cluster refuses the job.
+    """
+    deadline = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise RunError(f"the cluster refuses the job: {str(error).splitlines()[0]}") from error
+        time.sleep(1.0)
 
 
 def connect(address: str) -> Any:
