@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,20 @@ def packed_text(sequences: int, length: int, skip: int = 0) -> torch.Tensor:
     return whole[stop - sequences : stop]
 
 
-def seconds_of(work: Any, repeats: int) -> float:
-    """The least wall-clock seconds of a call over some repeats, after one that does not count."""
-    best = float("inf")
-    for turn in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        if turn:
-            best = min(best, time.perf_counter() - started)
+def seconds_in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The least wall-clock seconds of each call, over some rounds in which all have their turn.
+
+    In turn, so that a machine that slows down for a while slows all of them; one round before does not count.
+    """
+    best = dict.fromkeys(works, float("inf"))
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - started)
     return best
 
 

@@ -37,7 +37,7 @@ STAMP = Stamp("00" * 8, "00" * 8, "00" * 8, "00" * 16)
 def kinds() -> dict[str, LabelsSpec]:
     """The kinds that are measured, by the name they have in the table."""
     named: dict[str, LabelsSpec] = {f"top-{k}": TopKLabels(k=k) for k in (12, 64, 256)}
-    for draws in (12, 24, 32, 50, 80):
+    for draws in (12, 24, 40, 50, 96):
         named[f"sampled N={draws}"] = SampledLabels(kind="sampled", draws=draws)
     return {"dense": DenseLabels(kind="dense"), **named}
 

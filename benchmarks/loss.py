@@ -1,7 +1,7 @@
 """What a distillation loss costs next to plain cross-entropy: time and memory, all in one run.
 
 Every fused loss goes through the same chunked head as the plain cross-entropy that it is divided by; the naive
-formula on full logits is the third column. ``python benchmarks/loss.py`` (add ``--small`` on a small machine).
+formula on full logits is the third column. ``python benchmarks/loss.py`` (with ``--tokens 1024`` on a small machine).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from common import arguments, device, hardware, seconds_of, write
+from common import arguments, device, hardware, seconds_in_turn, write
 from torch import Tensor
 
 from cluster.students.losses.fused import distillation_loss
@@ -83,27 +83,31 @@ def naive(hidden_TD: Tensor, weight_VD: Tensor, target: FullTargets, objective: 
     return objective.hard * hard + objective.soft * (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum()
 
 
-def case(name: str, size: Size, on: torch.device) -> Callable[[], None]:
-    """One step of a loss: forward and backward to the hidden states and the head."""
-    hidden_TD = torch.randn(size.tokens, size.width, device=on, dtype=size.dtype, requires_grad=True)
-    weight_VD = (torch.randn(size.vocabulary, size.width, device=on, dtype=size.dtype) * 0.05).requires_grad_()
-    # The same weights for all: with cross-entropy alone they only scale it.
-    objective = Objective(hard=1.0, soft=0.0) if name == "cross-entropy" else Objective(hard=0.1, soft=0.9)
-    if name == "naive":
-        hidden = targets("hidden", size, on)
-        assert isinstance(hidden, HiddenTargets)
+class Case:
+    """Hidden states and a head, and one step of any loss on them: forward, and backward to both."""
 
-    target = targets(name, size, on)
+    def __init__(self, size: Size, on: torch.device) -> None:
+        self.size, self.on = size, on
+        hidden_TD = torch.randn(size.tokens, size.width, device=on, dtype=size.dtype)
+        weight_VD = torch.randn(size.vocabulary, size.width, device=on, dtype=size.dtype) * 0.05
+        self.hidden_TD, self.weight_VD = hidden_TD.requires_grad_(), weight_VD.requires_grad_()
 
-    def step() -> None:
-        if name == "naive":
-            loss = naive(hidden_TD, weight_VD, hidden.chunk(slice(None)), objective)
-        else:
-            loss, _ = distillation_loss(hidden_TD, weight_VD, target, objective, vocabulary=size.vocabulary)
-        loss.backward()
-        hidden_TD.grad = weight_VD.grad = None
+    def step(self, name: str) -> Callable[[], None]:
+        """One step of a loss."""
+        # The same weights for all: with cross-entropy alone they only scale it.
+        objective = Objective(hard=1.0, soft=0.0) if name == "cross-entropy" else Objective(hard=0.1, soft=0.9)
+        target = targets("hidden" if name == "naive" else name, self.size, self.on)
 
-    return step
+        def step() -> None:
+            if isinstance(target, HiddenTargets) and name == "naive":
+                loss = naive(self.hidden_TD, self.weight_VD, target.chunk(slice(None)), objective)
+            else:
+                options = {"vocabulary": self.size.vocabulary}
+                loss, _ = distillation_loss(self.hidden_TD, self.weight_VD, target, objective, **options)
+            loss.backward()
+            self.hidden_TD.grad = self.weight_VD.grad = None
+
+        return step
 
 
 def peak_above_now(step: Callable[[], None], on: torch.device) -> int:
@@ -133,25 +137,32 @@ def memory(name: str, arguments: list[str]) -> int:
     return int(done.stdout.split()[-1])
 
 
+def in_turn(case: Case, rounds: int, options: list[str]) -> dict[str, tuple[float, int]]:
+    """Seconds and bytes of each loss."""
+    seconds = seconds_in_turn({name: case.step(name) for name in LOSSES}, rounds)
+    return {name: (took, memory(name, options)) for name, took in seconds.items()}
+
+
 def main() -> None:
     """Measure all losses in turn, several times, and print ratios."""
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="1,024 tokens x 32,064 vocabulary x 1,024 wide")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--small", action="store_true", help="a vocabulary of 32,064 and 1,024 wide")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="times that each loss is timed")
     parser.add_argument("--memory-of", choices=LOSSES, help="only this loss' memory")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
-    shape = (1024, 32_064, 1024) if given.small else (4096, 128_256, 2048)
+    shape = (given.tokens, *((32_064, 1024) if given.small else (128_256, 2048)))
     size, on = Size(*shape, getattr(torch, given.dtype)), device()
     if given.memory_of:
-        print(peak_above_now(case(given.memory_of, size, on), on))
+        print(peak_above_now(Case(size, on).step(given.memory_of), on))
         return
-    options = [*(["--small"] if given.small else []), "--dtype", given.dtype, "--threads", str(given.threads)]
+    options = [*(["--small"] if given.small else []), "--tokens", str(given.tokens), "--dtype", given.dtype, "--threads", str(given.threads)]
     figures: dict[str, Any] = {"size": {"tokens": shape[0], "vocabulary": shape[1], "width": shape[2]}}
     print(f"{shape[0]} tokens, vocabulary {shape[1]}, width {shape[2]}, {given.dtype}; {hardware()}")
-    rows = {name: (seconds_of(case(name, size, on), given.repeats), memory(name, options)) for name in LOSSES}
+    rows = in_turn(Case(size, on), given.rounds, options)
     plain_s, plain_bytes = rows["cross-entropy"]
     print(f"{'':16} {'seconds':>8} {'/ plain CE':>10} {'/ naive':>8} {'peak MB':>8} {'/ plain CE':>10} {'/ naive':>8}")
     for name, (took, held) in rows.items():

@@ -1,8 +1,11 @@
-"""Whole numbers packed to as many bits as their range needs.
+"""Whole numbers packed to as many bits as their range needs, or as few as their order leaves them.
 
 A number's low bytes lie in a plane of ``uint8``, ``uint16`` or ``uint32``, which is read as it lies, and what is left
 of its bits in a second, densely packed plane behind it. So 8, 16 and 32 bits are unpacked without a copy, and 17 bits
 (a vocabulary of 128,256) cost one extra bit each, not a byte.
+
+Numbers that rise are kept by Elias-Fano coding (Elias, 1974; Fano, 1971): their low bits as above, and their high parts
+as a bitmap with one zero per step up and one one per number. Some 2 bits more than ``log2(universe / count)`` each.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ def pack(values: npt.NDArray[np.unsignedinteger], bits: int) -> npt.NDArray[np.u
         rest = values.astype(np.uint32) >> np.uint32(low)
         shifts = np.arange(bits - low, dtype=np.uint32)
         planes.append(np.packbits((rest[:, None] >> shifts).astype(np.uint8) & 1, axis=None, bitorder="little"))
-    return np.concatenate(planes) if len(planes) > 1 else planes[0]
+    return np.concatenate(planes) if planes else np.empty(0, dtype=np.uint8)
 
 
 def unpack(buffer: npt.NDArray[np.uint8], count: int, bits: int) -> npt.NDArray[np.unsignedinteger]:
@@ -60,3 +63,34 @@ def unpack(buffer: npt.NDArray[np.uint8], count: int, bits: int) -> npt.NDArray[
     for bit, column in enumerate(flat.reshape(count, width).T):
         out |= column.astype(out.dtype) << out.dtype.type(low + bit)
     return out
+
+
+def _split(count: int, universe: int) -> int:
+    """The number of low bits that Elias-Fano coding keeps as they are."""
+    return min(32, max(0, (universe // max(1, count)).bit_length() - 1))
+
+
+def rising_size(count: int, universe: int) -> int:
+    """Bytes that ``count`` rising numbers below ``universe`` take."""
+    low = _split(count, universe)
+    return packed_size(count, low) + (count + (universe >> low) + 7) // 8
+
+
+def pack_rising(values: npt.NDArray[np.int64], universe: int) -> npt.NDArray[np.uint8]:
+    """Pack a flat array of rising numbers below ``universe``, which may be large, into bytes."""
+    low = _split(values.size, universe)
+    steps = np.zeros(values.size + (universe >> low), dtype=np.uint8)
+    steps[(values >> low) + np.arange(values.size)] = 1
+    rest = (values & ((1 << low) - 1)).astype(np.uint32)
+    return np.concatenate([pack(rest, low), np.packbits(steps, bitorder="little")])
+
+
+def unpack_rising(buffer: npt.NDArray[np.uint8], count: int, universe: int) -> npt.NDArray[np.int64]:
+    """Undo :func:`pack_rising`. Of bytes that it did not write come other than ``count`` numbers, or falling ones."""
+    low = _split(count, universe)
+    size = packed_size(count, low)
+    steps = np.unpackbits(buffer[size:], count=count + (universe >> low), bitorder="little")
+    high = np.flatnonzero(steps)
+    if high.size != count:
+        return high
+    return ((high - np.arange(count)) << low) | unpack(buffer, count, low)

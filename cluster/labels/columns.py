@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import LabelError
-from cluster.labels.bits import bits_for, pack, packed_size, unpack
+from cluster.labels.bits import (
+    bits_for,
+    pack,
+    pack_rising,
+    packed_size,
+    rising_size,
+    smallest_uint,
+    unpack,
+    unpack_rising,
+)
 from cluster.labels.kinds import Dense, Hidden, Labels, Sampled, TopK
 from cluster.spec.labels import MAX_DRAWS
 
@@ -108,7 +117,10 @@ def _sampled_columns(labels: Sampled) -> Columns:
     # Each token has N draws, so its draws lie at N bits of their own: no offsets are needed.
     begins = np.zeros(labels.tokens * labels.draws, dtype=np.uint8)
     begins[counts_U.cumsum() - counts_U] = 1
-    parts = [pack(ids_U, bits_for(labels.vocabulary)), np.packbits(begins, bitorder="little"), _raw(labels.entropy_T)]
+    # A token's ids rise, and with its row before them so do all ids of the block: that is what makes them small.
+    row_U = np.repeat(np.arange(labels.tokens), drawn_TN.sum(-1))
+    ids = pack_rising(row_U * labels.vocabulary + ids_U, labels.tokens * labels.vocabulary)
+    parts = [ids, np.packbits(begins, bitorder="little"), _raw(labels.entropy_T)]
     return Columns(Shape(labels.tokens, labels.vocabulary, labels.draws, items=ids_U.size), parts)
 
 
@@ -116,14 +128,19 @@ def _read_sampled(read: Reader, shape: Shape) -> dict[str, Any]:
     draws, total = shape.width, shape.tokens * shape.width
     if not 1 <= draws <= MAX_DRAWS:
         raise LabelError(f"label block is damaged: it says {draws} draws a token; 1 to {MAX_DRAWS} are allowed")
-    ids_U = read.ids(shape.items, shape.vocabulary)
+    if not shape.vocabulary:
+        raise LabelError("label block is damaged: it says that its vocabulary has no token")
+    universe = shape.tokens * shape.vocabulary
+    at_U = unpack_rising(read.take(rising_size(shape.items, universe)), shape.items, universe)
     begins = np.unpackbits(read.take((total + 7) // 8), count=total, bitorder="little")
     first_U = np.flatnonzero(begins)
-    if first_U.size != shape.items or not begins[::draws].all():
+    row_U = first_U // draws
+    together = at_U.size == first_U.size == shape.items and bool(begins[::draws].all())
+    if not together or (at_U // shape.vocabulary != row_U).any() or (np.diff(at_U) <= 0).any():
         raise LabelError("label block is damaged: its draws and its ids do not belong together")
-    unique_T = np.bincount(first_U // draws, minlength=shape.tokens)
-    drawn_TN = np.arange(draws) < unique_T[:, None]
-    ids_TN = np.zeros((shape.tokens, draws), dtype=ids_U.dtype)
+    drawn_TN = np.arange(draws) < np.bincount(row_U, minlength=shape.tokens)[:, None]
+    ids_U = at_U - row_U * shape.vocabulary
+    ids_TN = np.zeros((shape.tokens, draws), dtype=smallest_uint(bits_for(shape.vocabulary)))
     counts_TN = np.zeros((shape.tokens, draws), dtype=np.uint16)
     ids_TN[drawn_TN], counts_TN[drawn_TN] = ids_U, np.diff(first_U, append=total)
     entropy_T = read.array(np.float32, (shape.tokens,))

@@ -7,12 +7,12 @@
     columns  those of the kind, one row per loss token, each starting at a multiple of 8 bytes
 
     topk     ids (bits that the vocabulary needs) | 16-bit log-probabilities | float32 log of the tail mass
-    sampled  ids of the different draws | one bit per draw: does it begin a new id | float32 entropy
+    sampled  rising ids of the different draws (Elias-Fano) | one bit per draw: does it begin a new id | float32 entropy
     hidden   hidden states
     dense    logits
 
 Decoding costs no copy of a column whose bits numpy can read as they lie: hidden states, logits, log-probabilities,
-tails and entropies always, ids at 8, 16 or 32 bits.
+tails and entropies always, ids of ``topk`` at 8, 16 or 32 bits.
 """
 
 from __future__ import annotations

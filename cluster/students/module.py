@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluster.corpus.batches import Batch
+from cluster.prefill import last_hidden
 
 R = TypeVar("R")
 
@@ -69,7 +70,5 @@ class Student(nn.Module):
 
     def forward(self, inputs: Inputs, use: Callable[[Tensor, Tensor], R]) -> R:
         """Run the backbone and hand the hidden states of the loss tokens, [T, D], with the head to ``use``."""
-        hidden_BSD = self.backbone(
-            input_ids=inputs.tokens_BS, position_ids=inputs.positions_BS, use_cache=False
-        ).last_hidden_state
+        hidden_BSD = last_hidden(self.backbone, inputs.tokens_BS, inputs.positions_BS)
         return self.head(hidden_BSD[inputs.loss_mask_BS], use)

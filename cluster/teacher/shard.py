@@ -83,14 +83,16 @@ class Shard:
         return DistributedConfig(tp_size=self._spec.shards)
 
     def _hidden(self, batch: Batch) -> Any:
-        """Last hidden states after the final norm; no KV cache, no logits, no document sees another."""
+        """Last hidden states [B, S, D] of a batch."""
         import torch
+
+        from cluster.prefill import last_hidden
 
         tokens = torch.from_numpy(batch.tokens_BS.astype(np.int64)).to(self._device)
         positions = None
         if batch.packed:
             positions = torch.from_numpy(batch.positions_BS.astype(np.int64)).to(self._device)
-        return self._model.base_model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+        return last_hidden(self._model.base_model, tokens, positions)
 
     def _labels_of(self, batch: Batch, spec: LabelsSpec) -> Labels | None:
         """Labels of a batch in a kind; None off rank 0."""

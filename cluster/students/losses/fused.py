@@ -16,6 +16,8 @@ from cluster.students.losses.targets import Targets, Tile, TileTargets, softmax
 
 # Floats of a tile of logits on a CPU: small enough for its caches, large enough to hide the cost of a call.
 TILE_FLOATS = 1 << 19
+# Rows of the head whose gradient is added at a time: on a CPU few enough for its caches.
+PRODUCT_ROWS = {"cpu": 1024, "cuda": 16384}
 
 
 def _tile_sweep(
@@ -83,7 +85,7 @@ class _FusedHeadLoss(torch.autograd.Function):
             sums += _chunk_sweep(logits_CV, target.chunk(rows), objective, needed)
             if needed:
                 torch.mm(logits_CV, head_VD, out=ctx.grad_hidden_TD[rows])
-                _add_product(ctx.grad_weight_VD[:vocabulary], logits_CV.T, h_CD)
+                _add_product(ctx.grad_weight_VD[:vocabulary], logits_CV, h_CD)
         divergence, _, ce = sums
         ctx.mark_non_differentiable(sums)
         ctx.weight_dtype = weight_VD.dtype
@@ -98,12 +100,19 @@ class _FusedHeadLoss(torch.autograd.Function):
         return grad_hidden_TD, grad_weight_VD, None, None, None, None
 
 
-def _add_product(into: Tensor, a: Tensor, b: Tensor) -> None:
-    """``into += a @ b``, without a matrix in between where one precision serves for all three."""
-    if into.dtype == a.dtype:
-        into.addmm_(a, b)
-    else:
-        into += a @ b
+def _add_product(into_VD: Tensor, logits_CV: Tensor, h_CD: Tensor) -> None:
+    """``into_VD += logits_CV.T @ h_CD``; in blocks where two precisions meet.
+
+    A sum of two precisions is made through a copy, which for the whole weight would cost more time than the product
+    and more memory than all else here.
+    """
+    if into_VD.dtype == h_CD.dtype:
+        into_VD.addmm_(logits_CV.T, h_CD)
+        return
+    step = PRODUCT_ROWS[into_VD.device.type]
+    for start in range(0, len(into_VD), step):
+        rows = slice(start, start + step)
+        into_VD[rows] += logits_CV[:, rows].T @ h_CD
 
 
 def distillation_loss(

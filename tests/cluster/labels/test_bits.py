@@ -1,11 +1,22 @@
 """Numbers packed to the bits they need: the same again, in the bytes that were announced, uncopied where it can be."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.labels.bits import bits_for, pack, packed_size, smallest_uint, unpack
+from cluster.labels.bits import (
+    bits_for,
+    pack,
+    pack_rising,
+    packed_size,
+    rising_size,
+    smallest_uint,
+    unpack,
+    unpack_rising,
+)
 
 
 @st.composite
@@ -76,3 +87,34 @@ TYPES = {1: np.uint8, 8: np.uint8, 9: np.uint16, 16: np.uint16, 17: np.uint32, 3
 @pytest.mark.parametrize(("bits", "dtype"), TYPES.items())
 def test_the_type_is_the_smallest_that_holds_the_bits(bits: int, dtype: type[np.unsignedinteger]) -> None:
     assert smallest_uint(bits) is dtype
+
+
+@st.composite
+def rising(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+    """Up to 300 different numbers in rising order below a bound of up to 2**45, crowded or far apart."""
+    universe = draw(st.integers(1, 2000) | st.integers(1, 2**45))
+    count = draw(st.integers(0, min(300, universe)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    values = np.unique(rng.integers(0, universe, count))
+    edges = draw(st.sampled_from([[], [0], [universe - 1], [0, universe - 1]]))
+    return np.union1d(values, np.array(edges, dtype=np.int64)), universe
+
+
+@given(rising())
+def test_rising_numbers_come_back_as_they_were_in_the_bytes_announced(given: tuple[np.ndarray, int]) -> None:
+    values, universe = given
+    packed = pack_rising(values, universe)
+    assert packed.size == rising_size(values.size, universe)
+    assert np.array_equal(unpack_rising(packed, values.size, universe), values)
+
+
+@pytest.mark.parametrize(("count", "universe"), [(1000, 2**20), (17_000, 49_152_000), (17_000, 128_256_000)])
+def test_rising_numbers_take_two_bits_more_than_their_mean_gap(count: int, universe: int) -> None:
+    assert 8 * rising_size(count, universe) / count <= math.log2(universe / count) + 2 + 0.1
+
+
+@given(rising())
+def test_bytes_that_say_no_rising_numbers_give_none(given: tuple[np.ndarray, int]) -> None:
+    values, universe = given
+    nothing = np.zeros(rising_size(values.size, universe), dtype=np.uint8)
+    assert unpack_rising(nothing, values.size, universe).size == 0

@@ -1,0 +1,158 @@
+"""What labels cost the teacher: scoring with each kind next to the bare forward pass of the same model.
+
+The bare pass has no head and makes no labels. The head's own matrix product is timed by itself, so the table says
+both what the whole scorer reaches and what is left once the head, which no label can do without, is taken off.
+``python benchmarks/teacher.py`` measures the demo teacher; ``--shape 8b`` or ``70b``, on a GPU, a Llama of that shape
+with random weights, and the share of the card's measured bfloat16 matrix rate that the whole scorer uses.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from common import TEACHER, arguments, device, hardware, packed_text, seconds_in_turn, write
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cluster.labels.make import make_labels
+from cluster.labels.wire import Stamp, encode
+from cluster.prefill import last_hidden
+from cluster.spec import HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
+
+STAMP = Stamp("00" * 8, "00" * 8, "00" * 8, "00" * 16)
+KINDS: dict[str, LabelsSpec] = {
+    "topk K=64": TopKLabels(),
+    "sampled N=24": SampledLabels(kind="sampled", draws=24),
+    "sampled N=50": SampledLabels(kind="sampled"),
+    "hidden": HiddenLabels(kind="hidden"),
+}
+# Llama 3's configurations: width, inner width, layers, heads, key-value heads.
+SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
+
+
+def load(shape: str | None, dtype: torch.dtype, on: torch.device) -> Any:
+    """The demo teacher, or a Llama of some shape whose weights are random."""
+    if shape is None:
+        return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=dtype).to(on).eval()
+    width, inner, layers, heads, kv_heads = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    )
+    with torch.device(on):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+class Scorer:
+    """A teacher, some sequences for it, and the parts of scoring them as calls."""
+
+    def __init__(self, model: Any, tokens_BS: Tensor, chunk: int) -> None:
+        self.model, self.tokens_BS, self.chunk = model, tokens_BS, chunk
+        self.vocabulary = model.config.vocab_size
+        self.mask_BS = np.ones(tuple(tokens_BS.shape), dtype=np.bool_)
+        self.mask_BS[:, -1] = False
+        self.weight_VD: Tensor = model.get_output_embeddings().weight
+
+    def hidden(self) -> Tensor:
+        """The bare forward pass."""
+        return last_hidden(self.model.base_model, self.tokens_BS, None)
+
+    def head(self) -> None:
+        """The head's matrix product alone, over the tokens that carry loss."""
+        hidden_TD = self._states[torch.from_numpy(self.mask_BS).to(self._states.device)]
+        for rows in hidden_TD.split(self.chunk):
+            rows @ self.weight_VD.T
+
+    def score(self, spec: LabelsSpec) -> None:
+        """All of it: forward pass, head, labels, bytes."""
+        options: dict[str, Any] = {"vocabulary": self.vocabulary, "address": "0" * 32, "chunk": self.chunk}
+        labels = make_labels(spec, self.hidden(), self.mask_BS, self.model.get_output_embeddings(), **options)
+        assert labels is not None
+        encode(labels, STAMP)
+
+    @torch.inference_mode()
+    def measure(self, rounds: int) -> dict[str, float]:
+        """Seconds of the bare pass, of the head, and of scoring in each kind."""
+        self._states = self.hidden()
+        works: dict[str, Any] = {"bare": self.hidden, "head": self.head}
+        for name, spec in KINDS.items():
+            works[name] = lambda spec=spec: self.score(spec)
+        return seconds_in_turn(works, rounds)
+
+
+def flops(model: Any, tokens_BS: Tensor) -> float:
+    """Floating-point operations of one scoring: every weight that multiplies, the head among them, and attention."""
+    config, (sequences, length) = model.config, tokens_BS.shape
+    embedding = model.get_input_embeddings().weight.numel()
+    weights = sum(p.numel() for p in model.parameters()) - embedding
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        weights += embedding
+    # Queries by keys and weights by values, of which a causal mask needs half.
+    attention = 2 * 2 * config.num_hidden_layers * config.hidden_size * length / 2
+    return sequences * length * (2 * weights + attention)
+
+
+@torch.inference_mode()
+def matrix_rate(on: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of one large matrix product."""
+    size = 8192 if on.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=on, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds_in_turn({"product": lambda: a @ b}, 10)["product"]
+
+
+def table(seconds: dict[str, float], tokens: int, work: float, peak: float) -> list[dict[str, Any]]:
+    """Print a row per kind, and return them."""
+    bare, head = seconds.pop("bare"), seconds.pop("head")
+    print(f"bare forward pass {tokens / bare:,.0f} tokens/s; the head's product takes {head / bare:.3f} of its time")
+    print(f"{'labels':14} {'tokens/s':>9} {'/ bare':>7} {'/ bare, head taken off':>23} {'of matrix rate':>15}")
+    rows = []
+    for name, took in seconds.items():
+        # Hidden labels need no head.
+        without = took if name == "hidden" else took - head
+        row = {"kind": name, "tokens_per_s": tokens / took, "ratio": bare / took, "ratio_without_head": bare / without}
+        row["of_matrix_rate"] = work / took / peak
+        rows.append(row)
+        print(f"{name:14} {tokens / took:9,.0f} {bare / took:7.3f} {bare / without:23.3f} {work / took / peak:15.3f}")
+    return rows
+
+
+def main() -> None:
+    """Measure, print one table."""
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, help="a Llama of this shape with random weights; wants a GPU")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
+    parser.add_argument("--chunk", type=int, default=128, help="tokens whose logits exist at a time")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    on, dtype = device(), getattr(torch, given.dtype)
+    model = load(given.shape, dtype, on)
+    if given.shape:
+        tokens_BS = torch.randint(model.config.vocab_size, (given.sequences, given.length), device=on)
+    else:
+        tokens_BS = packed_text(given.sequences, given.length).to(on)
+    peak, work = matrix_rate(on, dtype), flops(model, tokens_BS)
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}B parameters"
+    print(f"{size}, {given.sequences} x {given.length} tokens, {given.dtype}, matrix rate {peak / 1e12:.2f} TFLOP/s")
+    print(hardware())
+    rows = table(Scorer(model, tokens_BS, given.chunk).measure(given.rounds), tokens_BS.numel(), work, peak)
+    write(given.out, "teacher", {"model": size, "matrix_rate": peak, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
