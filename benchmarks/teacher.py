@@ -63,7 +63,6 @@ class Scorer:
         self.vocabulary = model.config.vocab_size
         self.mask_BS = np.ones(tuple(tokens_BS.shape), dtype=np.bool_)
         self.mask_BS[:, -1] = False
-        self.weight_VD: Tensor = model.get_output_embeddings().weight
 
     def hidden(self) -> Tensor:
         """The bare forward pass."""
@@ -71,9 +70,10 @@ class Scorer:
 
     def head(self) -> None:
         """The head's matrix product alone, over the tokens that carry loss."""
+        head = self.model.get_output_embeddings()
         hidden_TD = self._states[torch.from_numpy(self.mask_BS).to(self._states.device)]
         for rows in hidden_TD.split(self.chunk):
-            rows @ self.weight_VD.T
+            head(rows)
 
     def score(self, spec: LabelsSpec) -> None:
         """All of it: forward pass, head, labels, bytes."""

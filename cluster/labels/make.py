@@ -6,7 +6,6 @@ the next chunk is made. Only loss tokens are looked at.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +16,14 @@ from torch import Tensor
 
 from cluster.errors import LabelError
 from cluster.labels.kinds import LOGPROB_RANGE, Dense, Hidden, Labels, Sampled, TopK
-from cluster.labels.reduce import draw_offsets, probabilities, systematic_draws, top_k
+from cluster.labels.reduce import draw_offsets, probabilities, probabilities_and_entropy, systematic_draws, top_k
 from cluster.spec import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
 
 Head = Callable[[Tensor], Tensor]
 Columns = dict[str, Tensor]
 
-# A teacher whose every distribution is this close to uniform, in nats, has no weights worth learning from.
-UNIFORM_WITHIN = 1e-4
+# A teacher that nowhere gives a token more than this times its share of a uniform distribution has no weights.
+UNIFORM_WITHIN = 1.01
 
 
 class HostColumns:
@@ -84,27 +83,29 @@ def _as_kept(values: Tensor) -> Tensor:
 
 
 def _topk_chunk(spec: TopKLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
-    p_CV, entropy_C = probabilities(logits_CV, spec.temperature)
-    ids_CK, logprobs_CK, log_tail_C = top_k(p_CV, spec.k)
+    ids_CK, logprobs_CK, log_tail_C = top_k(probabilities(logits_CV, spec.temperature), spec.k)
     codes_CK = ((logprobs_CK / -LOGPROB_RANGE).clamp(0.0, 1.0).sqrt() * 65535).round()
-    codes = _short(codes_CK.nan_to_num())  # what is not finite shows in the entropy
     return {
         "ids_TK": _ids(ids_CK, logits_CV.shape[1]),
-        "codes_TK": codes,
+        "codes_TK": _short(codes_CK.nan_to_num()),  # what is not finite shows in the likeliest
         "log_tail_T": log_tail_C,
-        "entropy_T": entropy_C,
+        "likeliest_T": logprobs_CK[:, 0].exp(),
     }
 
 
 def _sampled_chunk(spec: SampledLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
-    p_CV, entropy_C = probabilities(logits_CV, spec.temperature)
+    p_CV, entropy_C, likeliest_C = probabilities_and_entropy(logits_CV, spec.temperature)
     ids_CN, counts_CN = systematic_draws(p_CV, offsets_C, spec.draws)
-    return {"ids_TN": _ids(ids_CN, logits_CV.shape[1]), "counts_TN": _short(counts_CN), "entropy_T": entropy_C}
+    return {
+        "ids_TN": _ids(ids_CN, logits_CV.shape[1]),
+        "counts_TN": _short(counts_CN),
+        "entropy_T": entropy_C,
+        "likeliest_T": likeliest_C,
+    }
 
 
 def _dense_chunk(spec: DenseLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
-    _, entropy_C = probabilities(logits_CV, 1.0)
-    return {"logits_TV": _as_kept(logits_CV), "entropy_T": entropy_C}
+    return {"logits_TV": _as_kept(logits_CV), "likeliest_T": probabilities(logits_CV, 1.0).amax(-1)}
 
 
 _CHUNKS: dict[type, Callable[[Any, Tensor, Tensor], Columns]] = {
@@ -188,7 +189,7 @@ def make_labels(
     if not keep:
         return None
     columns = host.arrays()
-    _refuse_noise(columns["entropy_T"], vocabulary)
+    _refuse_noise(columns.pop("likeliest_T"), vocabulary)
     return _assembled(spec, loss_mask_BS, vocabulary, columns)
 
 
@@ -201,17 +202,20 @@ def _assembled(
         columns[ids] = columns[ids].view(np.uint32)
     if isinstance(spec, SampledLabels):
         return Sampled(loss_mask_BS, vocabulary, spec.temperature, **columns, draws=spec.draws)
-    del columns["entropy_T"]
     if isinstance(spec, TopKLabels):
         return TopK(loss_mask_BS, vocabulary, spec.temperature, **columns)
     return Dense(loss_mask_BS, vocabulary, 1.0, **columns)
 
 
-def _refuse_noise(entropy_T: npt.NDArray[np.float32], vocabulary: int) -> None:
-    """A teacher whose weights are broken or missing must not be learnt from."""
-    if not np.isfinite(entropy_T).all():
+def _refuse_noise(likeliest_T: npt.NDArray[np.float32], vocabulary: int) -> None:
+    """A teacher whose weights are broken or missing must not be learnt from.
+
+    Args:
+        likeliest_T: probability of the likeliest token.
+    """
+    if not np.isfinite(likeliest_T).all():
         raise LabelError("the teacher's logits are not finite")
-    if entropy_T.size and float(entropy_T.min()) > math.log(vocabulary) - UNIFORM_WITHIN:
+    if likeliest_T.size and float(likeliest_T.max()) * vocabulary < UNIFORM_WITHIN:
         raise LabelError(
             f"the teacher gives all {vocabulary} tokens the same probability at every position: are its weights there?"
         )

@@ -6,6 +6,8 @@ into the few blocks that matter: sorting or accumulating all of a large vocabula
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,29 +23,45 @@ TILE = 16
 EXCLUDED = -1e30
 
 
-def probabilities(logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _tiles(rows: int, device: torch.device) -> Iterator[slice]:
+    size = TILE if device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, size):
+        yield slice(start, start + size)
+
+
+def _softmax(logits_CV: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """Softmax into ``out``; returns the scaled logits in float32, a copy."""
+    z_CV = logits_CV.to(torch.float32, copy=True)
+    if temperature != 1.0:
+        z_CV.div_(temperature)
+    torch.softmax(z_CV, -1, out=out)
+    return z_CV
+
+
+def probabilities(logits_CV: Tensor, temperature: float) -> Tensor:
+    """Softmax of logits at a temperature, in float32; NaN where no token at all may follow."""
+    p_CV = torch.empty(logits_CV.shape, dtype=torch.float32, device=logits_CV.device)
+    for rows in _tiles(len(p_CV), p_CV.device):
+        _softmax(logits_CV[rows], temperature, p_CV[rows])
+    return p_CV
+
+
+def probabilities_and_entropy(logits_CV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax of logits at a temperature, in float32, and its entropy.
 
     Returns:
-        p_CV and entropy_C in nats.
+        p_CV; entropy_C in nats; the likeliest token's probability, likeliest_C.
     """
     p_CV = torch.empty(logits_CV.shape, dtype=torch.float32, device=logits_CV.device)
-    entropy_C = p_CV.new_empty(len(p_CV))
-    tile = TILE if p_CV.device.type == "cpu" else max(1, len(p_CV))
-    for start in range(0, len(p_CV), tile):
-        rows = slice(start, start + tile)
-        # A copy with a floor: an excluded token's -inf times its probability 0 would be NaN in the entropy.
-        z_CV = logits_CV[rows].to(torch.float32, copy=True).clamp_min_(EXCLUDED)
-        if temperature != 1.0:
-            z_CV.div_(temperature)
-        torch.softmax(z_CV, -1, out=p_CV[rows])
-        p, top_C1 = p_CV[rows], z_CV.amax(-1, keepdim=True)
+    entropy_C, likeliest_C = p_CV.new_empty(2, len(p_CV))
+    for rows in _tiles(len(p_CV), p_CV.device):
+        # A floor: an excluded token's -inf times its probability 0 would be NaN.
+        z_CV = _softmax(logits_CV[rows], temperature, p_CV[rows]).clamp_min_(EXCLUDED)
+        likeliest_C[rows] = p_CV[rows].amax(-1)
         # log Z from the likeliest token, whose probability is never 0
-        log_norm_C = top_C1[:, 0] - p.gather(1, z_CV.argmax(-1, keepdim=True))[:, 0].log()
-        entropy_C[rows] = log_norm_C - z_CV.mul_(p).sum(-1)
-        # Where no token at all may follow there is no distribution.
-        entropy_C[rows].masked_fill_(top_C1[:, 0] * temperature <= 0.99 * EXCLUDED, torch.nan)
-    return p_CV, entropy_C.clamp_min_(0.0)
+        log_norm_C = z_CV.amax(-1) - likeliest_C[rows].log()
+        entropy_C[rows] = log_norm_C - z_CV.mul_(p_CV[rows]).sum(-1)
+    return p_CV, entropy_C.clamp_min_(0.0), likeliest_C
 
 
 def _blocks(p_CV: Tensor) -> Tensor:
@@ -113,7 +131,7 @@ def systematic_draws(p_CV: Tensor, offsets_C: Tensor, draws: int) -> tuple[Tenso
     points_CN = (torch.arange(draws, device=p_CV.device) + offsets_C.double()[:, None]) / draws * total_C1
     # Rounding must not carry a point past the end, into a block without mass.
     points_CN = torch.minimum(points_CN, total_C1 * (1 - 1e-15))
-    # The clamp is for a row that is not finite, which is refused later by its entropy.
+    # The clamp is for a row that is not finite, which is refused later.
     block_CN = torch.searchsorted(edge_CB, points_CN, right=True).clamp_max_(edge_CB.shape[1] - 1)
     inside_CN = points_CN - (edge_CB - mass_CB).gather(1, block_CN)
     edge_CNW = blocks_CBW.gather(1, block_CN[:, :, None].expand(-1, -1, BLOCK)).cumsum(-1)

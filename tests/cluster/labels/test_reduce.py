@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from cluster.labels.kinds import LOGPROB_RANGE
-from cluster.labels.reduce import BLOCK, TILE, draw_offsets, largest, probabilities, systematic_draws, top_k
+from cluster.labels.reduce import (
+    BLOCK,
+    TILE,
+    draw_offsets,
+    largest,
+    probabilities,
+    probabilities_and_entropy,
+    systematic_draws,
+    top_k,
+)
 
 ROWS = TILE + 5
 # Fewer than a block, blocks that fill up, and blocks that do not.
@@ -43,10 +52,11 @@ def offsets(rows: int = ROWS, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
 def test_probabilities_and_entropy_are_those_of_float64(vocabulary: int, temperature: float) -> None:
-    p_CV, entropy_C = probabilities(logits(vocabulary), temperature)
+    p_CV, entropy_C, likeliest_C = probabilities_and_entropy(logits(vocabulary), temperature)
     true_p_CV, true_entropy_C = exact(logits(vocabulary), temperature)
     torch.testing.assert_close(p_CV.double(), true_p_CV, rtol=3e-5, atol=1e-30)
     torch.testing.assert_close(entropy_C.double(), true_entropy_C, rtol=1e-5, atol=1e-5)
+    assert torch.equal(likeliest_C, p_CV.amax(-1))
     assert p_CV.dtype == entropy_C.dtype == torch.float32
 
 
@@ -55,7 +65,7 @@ def test_probabilities_and_entropy_are_those_of_float64(vocabulary: int, tempera
 def test_an_excluded_token_has_no_probability_and_no_part_in_the_entropy(excluded: int, temperature: float) -> None:
     given = logits(100)
     given[:, -excluded:] = -torch.inf
-    p_CV, entropy_C = probabilities(given, temperature)
+    p_CV, entropy_C, _ = probabilities_and_entropy(given, temperature)
     without_p_CV, without_C = exact(given[:, :-excluded], temperature)
     assert (p_CV[:, -excluded:] == 0).all()
     torch.testing.assert_close(p_CV[:, :-excluded].double(), without_p_CV, rtol=3e-5, atol=1e-30)
@@ -64,7 +74,7 @@ def test_an_excluded_token_has_no_probability_and_no_part_in_the_entropy(exclude
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 100.0])
 def test_the_entropy_lies_between_nothing_and_that_of_an_even_distribution(scale: float) -> None:
-    _, entropy_C = probabilities(logits(100, scale), 1.0)
+    _, entropy_C, _ = probabilities_and_entropy(logits(100, scale), 1.0)
     assert (entropy_C >= 0).all()
     assert (entropy_C <= np.log(100) + 1e-5).all()
     torch.testing.assert_close(entropy_C.double(), exact(logits(100, scale))[1], rtol=0, atol=1e-4)
@@ -78,14 +88,14 @@ def test_the_logits_are_left_as_they_were() -> None:
 
 def test_bfloat16_logits_are_reduced_in_float32() -> None:
     given = logits(200).bfloat16()
-    torch.testing.assert_close(probabilities(given, 1.0)[0], probabilities(given.float(), 1.0)[0], rtol=0, atol=0)
+    torch.testing.assert_close(probabilities(given, 1.0), probabilities(given.float(), 1.0), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows_in_the_entropy_of_its_row_and_no_other(broken: float) -> None:
     given = logits(100)
     given[3, 7] = broken
-    _, entropy_C = probabilities(given, 1.0)
+    _, entropy_C, _ = probabilities_and_entropy(given, 1.0)
     assert (~entropy_C.isfinite()).nonzero().flatten().tolist() == [3]
 
 
@@ -114,7 +124,7 @@ def test_the_largest_are_found_when_they_are_all_in_one_block() -> None:
 @pytest.mark.parametrize("scale", [0.0, 1.0, 10.0])
 def test_top_k_agrees_with_the_float64_softmax(k: int, scale: float) -> None:
     given = logits(320, scale)
-    ids_CK, logprobs_CK, log_tail_C = top_k(probabilities(given, 1.0)[0], k)
+    ids_CK, logprobs_CK, log_tail_C = top_k(probabilities(given, 1.0), k)
     p_CV, _ = exact(given)
     wanted_CK = p_CV.gather(1, ids_CK).log()
     torch.testing.assert_close(wanted_CK, p_CV.topk(k).values.log(), rtol=1e-5, atol=1e-5)
@@ -134,7 +144,7 @@ def test_the_kept_mass_and_the_tail_are_one(k: int) -> None:
 def test_a_tiny_tail_keeps_its_relative_precision(gap: float) -> None:
     given = logits(50, 1.0)
     given[:, :3] += gap
-    ids_CK, _, log_tail_C = top_k(probabilities(given, 1.0)[0], 3)
+    ids_CK, _, log_tail_C = top_k(probabilities(given, 1.0), 3)
     true_C = exact(given)[0].scatter(1, ids_CK, 0.0).sum(-1)
     assert float(((log_tail_C.double().exp() - true_C) / true_C).abs().max()) < 1e-4
 
@@ -149,7 +159,7 @@ def test_a_whole_vocabulary_leaves_a_finite_tail_without_weight() -> None:
 def test_a_token_that_the_teacher_excludes_gives_no_infinite_label(excluded: int) -> None:
     given = logits(100)
     given[:, :excluded] = -torch.inf
-    _, logprobs_CK, log_tail_C = top_k(probabilities(given, 1.0)[0], 99)
+    _, logprobs_CK, log_tail_C = top_k(probabilities(given, 1.0), 99)
     assert logprobs_CK.isfinite().all()
     assert log_tail_C.isfinite().all()
     assert (logprobs_CK >= -LOGPROB_RANGE).all()
@@ -198,7 +208,7 @@ EXCLUDED = {
 def test_a_token_without_probability_is_never_drawn(excluded: slice, vocabulary: int, offset: float) -> None:
     given = logits(vocabulary, 1.0)
     given[:, excluded] = -torch.inf
-    p_CV, _ = probabilities(given, 1.0)
+    p_CV = probabilities(given, 1.0)
     for draws in (1, 7, 200):
         counts_CV = counts_of(p_CV, torch.full((ROWS,), offset, dtype=torch.float64), draws)
         assert (counts_CV.sum(-1) == draws).all()
@@ -281,4 +291,4 @@ def test_no_tokens_have_no_draws_and_no_offsets() -> None:
     empty = torch.empty(0, 100)
     assert draw_offsets(ADDRESS, 0).shape == (0,)
     assert systematic_draws(empty, torch.empty(0), 5)[0].shape == (0, 5)
-    assert top_k(probabilities(empty, 1.0)[0], 5)[0].shape == (0, 5)
+    assert top_k(probabilities(empty, 1.0), 5)[0].shape == (0, 5)
