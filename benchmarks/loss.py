@@ -159,7 +159,8 @@ def main() -> None:
     if given.memory_of:
         print(peak_above_now(Case(size, on).step(given.memory_of), on))
         return
-    options = [*(["--small"] if given.small else []), "--tokens", str(given.tokens), "--dtype", given.dtype, "--threads", str(given.threads)]
+    options = ["--tokens", str(given.tokens), "--dtype", given.dtype, "--threads", str(given.threads)]
+    options += ["--small"] if given.small else []
     figures: dict[str, Any] = {"size": {"tokens": shape[0], "vocabulary": shape[1], "width": shape[2]}}
     print(f"{shape[0]} tokens, vocabulary {shape[1]}, width {shape[2]}, {given.dtype}; {hardware()}")
     rows = in_turn(Case(size, on), given.rounds, options)

@@ -21,7 +21,8 @@ def angle_sums(
 
     The gradient by the head's weight is ``sum_t delta_t hidden_t``, with ``delta_t`` the soft loss' gradient by the
     logits. So the products of two such matrices come from two small Gram matrices, and neither matrix is made.
-    It is one part of the whole gradient; ``benchmarks/fidelity.py`` says how the angle of that compares.
+    It is one part of the whole gradient, and few tokens: what draws add is noise, which falls with the root of their
+    number, while what top-k leaves out stays. ``benchmarks/fidelity.py`` measures this angle and the whole one.
 
     Args:
         hidden_TD, weight_VD: the student's last hidden states at the loss tokens, and its head.
