@@ -92,16 +92,15 @@ class Scorer:
         return seconds_in_turn(works, rounds)
 
 
-def flops(model: Any, tokens_BS: Tensor) -> float:
-    """Floating-point operations of one scoring: every weight that multiplies, the head among them, and attention."""
+def flops(model: Any, tokens_BS: Tensor) -> tuple[float, float]:
+    """Floating-point operations of the bare pass, every weight that multiplies and attention, and of the head."""
     config, (sequences, length) = model.config, tokens_BS.shape
-    embedding = model.get_input_embeddings().weight.numel()
-    weights = sum(p.numel() for p in model.parameters()) - embedding
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        weights += embedding
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) - embedding.numel()
+    weights -= 0 if head is embedding else head.numel()
     # Queries by keys and weights by values, of which a causal mask needs half.
     attention = 2 * 2 * config.num_hidden_layers * config.hidden_size * length / 2
-    return sequences * length * (2 * weights + attention)
+    return sequences * length * (2 * weights + attention), sequences * length * 2.0 * head.numel()
 
 
 @torch.inference_mode()
@@ -112,7 +111,7 @@ def matrix_rate(on: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds_in_turn({"product": lambda: a @ b}, 10)["product"]
 
 
-def table(seconds: dict[str, float], tokens: int, work: float, peak: float) -> list[dict[str, Any]]:
+def table(seconds: dict[str, float], tokens: int, work: tuple[float, float], peak: float) -> list[dict[str, Any]]:
     """Print a row per kind, and return them."""
     bare, head = seconds.pop("bare"), seconds.pop("head")
     print(f"bare forward pass {tokens / bare:,.0f} tokens/s; the head's product takes {head / bare:.3f} of its time")
@@ -120,11 +119,11 @@ def table(seconds: dict[str, float], tokens: int, work: float, peak: float) -> l
     rows = []
     for name, took in seconds.items():
         # Hidden labels need no head.
-        without = took if name == "hidden" else took - head
+        without, done = (took, work[0]) if name == "hidden" else (took - head, sum(work))
         row = {"kind": name, "tokens_per_s": tokens / took, "ratio": bare / took, "ratio_without_head": bare / without}
-        row["of_matrix_rate"] = work / took / peak
+        row["of_matrix_rate"] = done / took / peak
         rows.append(row)
-        print(f"{name:14} {tokens / took:9,.0f} {bare / took:7.3f} {bare / without:23.3f} {work / took / peak:15.3f}")
+        print(f"{name:14} {tokens / took:9,.0f} {bare / took:7.3f} {bare / without:23.3f} {done / took / peak:15.3f}")
     return rows
 
 
