@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cluster.labels.reduce import probabilities, systematic_draws, top_k
+from cluster.labels.reduce import probabilities_and_entropy, systematic_draws, top_k
 from cluster.spec import DenseLabels, Divergence, HiddenLabels, LossSpec, SampledLabels, TopKLabels
 from cluster.spec.loss import why_not
 from cluster.students.losses.fused import distillation_loss
@@ -110,7 +110,7 @@ class Case:
             return HiddenTargets(self.next_T, self.teacher_TD, self.teacher_VD)
         if self.kind == "dense":
             return FullTargets(self.next_T, self.teacher_TV)
-        p_TV, entropy_T = probabilities(self.teacher_TV, self.temperature)
+        p_TV, entropy_T, _ = probabilities_and_entropy(self.teacher_TV, self.temperature)
         if self.kind == "topk":
             return BucketTargets(self.next_T, *top_k(p_TV, self.k))
         ids_TN, counts_TN = systematic_draws(p_TV, self.offsets_T, self.draws)
