@@ -1,7 +1,7 @@
 """What labels cost the teacher: scoring with each kind next to the bare forward pass of the same model.
 
-The bare pass has no head and makes no labels. The head's own matrix product is timed by itself, so the table says
-both what the whole scorer reaches and what is left once the head, which no label can do without, is taken off.
+The bare pass has no head and makes no labels. A pass with the head's matrix product and no labels is timed too, so the
+table says both what the whole scorer reaches and what is left once the head, which no label can do without, is taken off.
 ``python benchmarks/teacher.py`` measures the demo teacher; ``--shape 8b`` or ``70b``, on a GPU, a Llama of that shape
 with random weights, and the share of the card's measured bfloat16 matrix rate that the whole scorer uses.
 """
@@ -68,10 +68,10 @@ class Scorer:
         """The bare forward pass."""
         return last_hidden(self.model.base_model, self.tokens_BS, None)
 
-    def head(self) -> None:
-        """The head's matrix product alone, over the tokens that carry loss."""
-        head = self.model.get_output_embeddings()
-        hidden_TD = self._states[torch.from_numpy(self.mask_BS).to(self._states.device)]
+    def logits(self) -> None:
+        """The forward pass with the head's matrix product over the tokens that carry loss."""
+        head, hidden_BSD = self.model.get_output_embeddings(), self.hidden()
+        hidden_TD = hidden_BSD[torch.from_numpy(self.mask_BS).to(hidden_BSD.device)]
         for rows in hidden_TD.split(self.chunk):
             head(rows)
 
@@ -84,9 +84,8 @@ class Scorer:
 
     @torch.inference_mode()
     def measure(self, rounds: int) -> dict[str, float]:
-        """Seconds of the bare pass, of the head, and of scoring in each kind."""
-        self._states = self.hidden()
-        works: dict[str, Any] = {"bare": self.hidden, "head": self.head}
+        """Seconds of the bare pass, of the pass with the head, and of scoring in each kind."""
+        works: dict[str, Any] = {"bare": self.hidden, "logits": self.logits}
         for name, spec in KINDS.items():
             works[name] = lambda spec=spec: self.score(spec)
         return seconds_in_turn(works, rounds)
@@ -113,7 +112,8 @@ def matrix_rate(on: torch.device, dtype: torch.dtype) -> float:
 
 def table(seconds: dict[str, float], tokens: int, work: tuple[float, float], peak: float) -> list[dict[str, Any]]:
     """Print a row per kind, and return them."""
-    bare, head = seconds.pop("bare"), seconds.pop("head")
+    bare = seconds.pop("bare")
+    head = seconds.pop("logits") - bare
     print(f"bare forward pass {tokens / bare:,.0f} tokens/s; the head's product takes {head / bare:.3f} of its time")
     print(f"{'labels':14} {'tokens/s':>9} {'/ bare':>7} {'/ bare, head taken off':>23} {'of matrix rate':>15}")
     rows = []
