@@ -20,6 +20,7 @@ from cluster.labels.store.buckets import Entry, FolderBucket, open_bucket
 ROOT = Path(__file__).resolve().parents[4]
 NAME = st.text("abc", min_size=1, max_size=2)
 KEY = st.lists(NAME, min_size=1, max_size=3).map("/".join)
+STEP = st.tuples(st.sampled_from(["put_new", "replace", "delete"]), KEY, st.binary(max_size=20))
 
 # A writer that stands still at one of its steps until it is killed.
 WRITER = """
@@ -57,8 +58,11 @@ def files(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file()]
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["put_new", "replace", "delete"]), KEY, st.binary(max_size=20))), st.data())
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["put_new", "replace", "delete"]), KEY, st.binary(max_size=20)), max_size=12),
+    st.data(),
+)
 def test_it_holds_what_a_dictionary_would(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, str, bytes]], data: st.DataObject
 ) -> None:
