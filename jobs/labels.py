@@ -17,6 +17,7 @@ from cluster.errors import UserError
 from cluster.labels.store.store import LabelStore
 from cluster.labels.store.upkeep import gc, passes, stat, verify
 from cluster.specfile import home
+from jobs.console import PIPE_WIDTH
 
 # A person waits for the answer.
 _PATIENCE_S = 20.0
@@ -141,4 +142,6 @@ def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(column, justify="right" if column in ("batches", "objects", "size") else "left")
     for row in rows:
         table.add_row(*row)
+    # A narrow terminal breaks its lines rather than lose half of every address.
+    console.width = max(console.width, PIPE_WIDTH)
     console.print(table)

@@ -65,7 +65,7 @@ def test_ls_and_stat_give_json(run: Run, store: LabelStore) -> None:
 
 def test_a_terminal_gets_a_table(run: Run, store: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     _, out, _ = run("stat")
     assert "teacher" in out.splitlines()[0] and TEACHER in out
 

@@ -106,9 +106,10 @@ class FolderBucket:
     """
 
     def __init__(self, root: Path) -> None:
-        if root.exists() and not root.is_dir():
-            raise UserError(f"label store {root}: is not a folder; give a folder or s3://bucket/prefix")
         self._root = root
+        with self._named("open it"):
+            if root.exists() and not root.is_dir():
+                raise UserError(f"label store {root}: is not a folder; give a folder or s3://bucket/prefix")
 
     @property
     def uri(self) -> str:
@@ -126,15 +127,16 @@ class FolderBucket:
     def put_new(self, key: str, data: bytes | memoryview) -> bool:
         """See :meth:`Bucket.put_new`."""
         target = self._root / key
-        if target.exists():
-            return False
-        with self._named(f"write {key}"), self._written_aside(data) as aside:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(aside, target)
-            except FileExistsError:
-                # NFS repeats a link whose answer got lost, and then finds its own.
-                return aside.stat().st_nlink > 1
+        with self._named(f"write {key}"):
+            if target.exists():
+                return False
+            with self._written_aside(data) as aside:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(aside, target)
+                except FileExistsError:
+                    # NFS repeats a link whose answer got lost, and then finds its own.
+                    return aside.stat().st_nlink > 1
         return True
 
     def replace(self, key: str, data: bytes) -> None:

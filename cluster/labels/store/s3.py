@@ -181,16 +181,16 @@ class S3Bucket:
 
     def _write(self, key: str, data: bytes | memoryview, **condition: str) -> bool:
         """Write a whole object; False when the condition does not hold."""
-        writer = secrets.token_hex(16)
-        metadata = {"sha256": hashlib.sha256(data).hexdigest(), "writer": writer}
+        writer, digest = secrets.token_hex(16), hashlib.sha256(data).digest()
+        metadata = {"sha256": digest.hex(), "writer": writer}
         try:
             if len(data) > MULTIPART_BYTES:
                 if condition and self._writer_of(key) is not None:
                     return False  # before all of its parts are sent for nothing
                 self._send_parts(key, memoryview(data), metadata, condition)
             else:
-                body = bytes(data)
-                self._ask("put_object", key, Body=body, Metadata=metadata, ChecksumSHA256=_base64(body), **condition)
+                checksum = _base64(digest)
+                self._ask("put_object", key, Body=bytes(data), Metadata=metadata, ChecksumSHA256=checksum, **condition)
         except ClientError as error:
             if _code(error) in _TAKEN:
                 # Also the answer to a write of ours that succeeded and was repeated because its own answer got lost.
@@ -205,7 +205,7 @@ class S3Bucket:
             parts = []
             for number, start in enumerate(range(0, len(data), size), start=1):
                 body = bytes(data[start : start + size])
-                named = {"PartNumber": number, "ChecksumSHA256": _base64(body)}
+                named = {"PartNumber": number, "ChecksumSHA256": _base64(hashlib.sha256(body).digest())}
                 tag = self._ask("upload_part", key, UploadId=upload, Body=body, **named)["ETag"]
                 parts.append({"ETag": tag, **named})
             self._complete(key, upload, parts, metadata["writer"], condition)
@@ -287,6 +287,6 @@ class S3Bucket:
         return RunError(f"{store}: cannot {what}: {reason}; see to the server that AWS_ENDPOINT_URL names")
 
 
-def _base64(body: bytes) -> str:
-    """The body's SHA-256 as S3 wants it, to check what arrives."""
-    return base64.b64encode(hashlib.sha256(body).digest()).decode()
+def _base64(digest: bytes) -> str:
+    """A SHA-256 as S3 wants it, to check what arrives."""
+    return base64.b64encode(digest).decode()
