@@ -66,6 +66,14 @@ def check(spec: SpecPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def audit(run: Annotated[str, typer.Argument(help="A run's name, or its folder.")]) -> None:
+    """Check that every student of a run learnt from each batch exactly once."""
+    from jobs.audit import audit as audit_run
+
+    audit_run(run)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the family spec: every field, its meaning and its default."""
     from cluster.spec import FamilySpec
