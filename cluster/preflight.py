@@ -27,17 +27,26 @@ class Checked:
     Attributes:
         student_dirs: local directories of the pretrained students.
         tracking_uri: the spec's, or the embedded one.
+        store: where labels are kept; none where they are not.
     """
 
     spec: FamilySpec
     teacher: TeacherModel
     student_dirs: dict[str, Path]
     tracking_uri: str
+    store: str | None
 
 
 def tracking_uri_of(spec: FamilySpec) -> str:
     """The spec's MLflow, or SQLite under the Stillhouse home."""
     return spec.tracking.uri or f"sqlite:///{home() / 'mlflow.db'}"
+
+
+def store_of(spec: FamilySpec) -> str | None:
+    """The spec's label store, or the one under the Stillhouse home; none where labels are not kept."""
+    if not spec.store.enabled:
+        return None
+    return spec.store.uri or str(home() / "labels")
 
 
 def preflight(spec: FamilySpec) -> Checked:
@@ -64,7 +73,7 @@ def preflight(spec: FamilySpec) -> Checked:
             dirs[name] = _check_pretrained(field, student.init, spec, tokenizer, uri)
     find_files(spec.corpus.paths)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
-    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri)
+    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store_of(spec))
 
 
 def _check_shards(spec: FamilySpec, config: Any) -> None:

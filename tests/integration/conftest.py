@@ -64,6 +64,8 @@ def write_family(folder: Path, tiny: Path, students: dict[str, dict[str, Any]] |
         sections: fields that are added to the other sections.
     """
     labels = sections.pop("labels", None)
+    # A store of its own, or one test would find what another has scored.
+    sections.setdefault("store", {"uri": str(folder / "labels")})
     tree = tiny_family(tiny / "teacher", tiny / "corpus.jsonl", **sections)
     tree["labels"] = labels or tree["labels"]
     tree["students"] = students or tree["students"]

@@ -11,11 +11,13 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
+from cluster.corpus.batches import CORPUS_FOLDER
 from cluster.corpus.prepare import prepare_corpus
 from cluster.labels.wire import decode
 from cluster.models import TeacherModel
 from cluster.specfile import load_spec
-from cluster.stream import Delivery, Stream
+from cluster.stream.actor import Stream
+from cluster.stream.figures import Delivery
 from tests.integration.conftest import write_family
 from tests.tiny import VOCABULARY
 
@@ -36,18 +38,25 @@ def corpus(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         students={name: {**student, "ranks": ranks} for name, ranks in RANKS.items()},
     )
     spec = load_spec(path)
-    folder = tmp_path_factory.mktemp("corpus")
-    prepare_corpus(spec.corpus, spec.teacher.model, folder)
+    folder = tmp_path_factory.mktemp("run")
+    prepare_corpus(spec.corpus, spec.teacher.model, folder / CORPUS_FOLDER)
     return spec, folder
 
 
 @pytest.fixture
-def stream(corpus: Any) -> Any:
-    spec, folder = corpus
+def store() -> str | None:
+    return None
+
+
+@pytest.fixture
+def stream(corpus: Any, tmp_path: Path, store: str | None) -> Any:
+    """A stream over a run's folder of its own; without a store unless a test asks for one."""
+    spec, run = corpus
+    (tmp_path / CORPUS_FOLDER).symlink_to(run / CORPUS_FOLDER)
     actor = (
         ray.remote(Stream)
         .options(num_cpus=0, max_concurrency=100)
-        .remote(spec, str(folder), TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8))
+        .remote(spec, str(tmp_path), TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8), store)
     )
     ray.get(actor.start.remote())
     yield actor

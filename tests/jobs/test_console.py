@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.stream import StreamStats
+from cluster.stream.figures import StreamStats
 from cluster.teacher.pool import PoolStats
 from cluster.watch import Status, StudentStatus
 from jobs.console import Display, quiet
