@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny import write_tiny_corpus, write_tiny_model
 
-KINDS = ("unit", "integration", "slow", "gpu")
+KINDS = ("unit", "integration", "chaos", "slow", "gpu")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
