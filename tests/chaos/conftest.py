@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from cluster.audit import problems_of
 from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.result import FamilyResult
 from cluster.watch import Status
+from tests.conftest import CHAOS_SEED
 from tests.integration.conftest import ray_cluster, s3_environment, tiny  # noqa: F401
 
 BATCHES = 40
@@ -36,10 +36,8 @@ FAMILY: dict[str, Any] = {
 
 @pytest.fixture(scope="session")
 def dice() -> random.Random:
-    """Random moments; the seed is printed with every failure, and can be given."""
-    seed = int(os.environ.get("CHAOS_SEED") or random.randrange(10**6))
-    print(f"CHAOS_SEED={seed}")  # noqa: T201
-    return random.Random(seed)
+    """Random moments, from the seed that every run prints first."""
+    return random.Random(CHAOS_SEED)
 
 
 @dataclass
