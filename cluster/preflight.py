@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.corpus.files import find_files
 from cluster.errors import UserError
+from cluster.labels.store.store import LabelStore
 from cluster.models import (
     TeacherModel,
     load_config,
@@ -54,6 +55,7 @@ def preflight(spec: FamilySpec) -> Checked:
 
     Raises:
         UserError: names the field, what was given and what is allowed.
+        RunError: the label store cannot be reached.
     """
     uri = tracking_uri_of(spec)
     teacher = spec.teacher
@@ -72,8 +74,10 @@ def preflight(spec: FamilySpec) -> Checked:
         if isinstance(student.init, Pretrained):
             dirs[name] = _check_pretrained(field, student.init, spec, tokenizer, uri)
     find_files(spec.corpus.paths)
+    if (store := store_of(spec)) is not None:
+        LabelStore.open(store)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
-    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store_of(spec))
+    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store)
 
 
 def _check_shards(spec: FamilySpec, config: Any) -> None:

@@ -99,12 +99,15 @@ class Stream:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        store = None if self._store_uri is None else LabelStore.open(self._store_uri)
-        log = ScoringLog(self._folder)
-        self._source = LabelSource(self._spec, self._teacher, store, log, holder=self._folder.name)
-        addresses = await asyncio.to_thread(self._addresses) if store is not None else ({}, [])
+        log, holder = ScoringLog(self._folder), self._folder.name
+        self._source = LabelSource(self._spec, self._teacher, None, log, holder)
         try:
-            self._window.safe = await self._source.open(*addresses)
+            if self._store_uri is None:
+                await self._source.open({}, [])
+            else:
+                store = await asyncio.to_thread(LabelStore.open, self._store_uri)
+                self._source = LabelSource(self._spec, self._teacher, store, log, holder)
+                self._window.safe = await self._source.open(*await asyncio.to_thread(self._addresses))
         except StillhouseError as error:
             await self._fail(str(error))
             return
