@@ -17,7 +17,7 @@ from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.result import FamilyResult
 from cluster.watch import Status
 from tests.conftest import CHAOS_SEED
-from tests.integration.conftest import ray_cluster, s3_environment, tiny  # noqa: F401
+from tests.integration.conftest import ray_cluster, s3, s3_environment, tiny  # noqa: F401
 
 BATCHES = 40
 SAME: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "max_failures": 20}
