@@ -1,7 +1,8 @@
 """What labels cost the teacher: scoring with each kind next to the bare forward pass of the same model.
 
-The bare pass has no head and makes no labels. A pass with the head's matrix product and no labels is timed too, so the
-table says both what the whole scorer reaches and what is left once the head, which no label can do without, is taken off.
+The bare pass has no head and makes no labels. A pass with the head's matrix product and no labels is timed too,
+so the table says both what the whole scorer reaches and what is left once the head, which no label can do without, is
+taken off.
 ``python benchmarks/teacher.py`` measures the demo teacher; ``--shape 8b`` or ``70b``, on a GPU, a Llama of that shape
 with random weights, and the share of the card's measured bfloat16 matrix rate that the whole scorer uses.
 """

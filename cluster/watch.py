@@ -44,10 +44,10 @@ class Status:
         """Who waits for whom, in words; empty when nobody does."""
         if self.stats is None:
             return ""
-        if self.stats.blocked_by:
-            return f"the teacher waits for {self.stats.blocked_by}"
         if self.stats.unsaved > UNSAVED_SHOWN:
             return f"{self.stats.unsaved} batches wait for the label store to take them"
+        if self.stats.blocked_by:
+            return f"the teacher waits for {self.stats.blocked_by}"
         if self.stats.waiting:
             return f"{', '.join(self.stats.waiting)} wait{'s' * (len(self.stats.waiting) == 1)} for the teacher"
         return ""
