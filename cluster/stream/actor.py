@@ -216,6 +216,9 @@ class Stream:
             RunError: the batch is not the next one of this rank, or the teacher is lost for good.
         """
         consumer = self._consumers[student]
+        if not consumer.lives[rank]:
+            # This stream was started again while the rank was learning.
+            await self.attach(student, rank, number)
         if number != consumer.next_of_rank[rank]:
             raise RunError(f"{student} rank {rank} asked for batch {number}, its next is {consumer.next_of_rank[rank]}")
         started, life = time.monotonic(), consumer.lives[rank]
