@@ -5,14 +5,17 @@ BIN := $(VENV)/bin
 export STILLHOUSE_HOME ?= $(CURDIR)/.stillhouse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test chaos check clean
 
 demo: $(VENV)/demo.stamp  ## a real teacher, two students, one endpoint: the whole line in minutes
 	$(BIN)/python infra/local/fetch_demo.py .stillhouse/demo
 	$(BIN)/stillhouse run examples/demo.yaml
 
 test: $(VENV)/dev.stamp  ## the whole suite; starts real Ray, DeepSpeed, MLflow, Serve and S3 on loopback
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not chaos"
+
+chaos: $(VENV)/dev.stamp  ## kills and cuts off the parts of running families; CHAOS_SEED=n repeats a run
+	$(BIN)/pytest -m chaos
 
 check: $(VENV)/dev.stamp  ## lint, types and unit tests
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.board import Board
 from cluster.capacity import check_capacity, needs_of, serving_needs_of
-from cluster.corpus.batches import Batches, CorpusFacts
+from cluster.corpus.batches import CORPUS_FOLDER, Batches, CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import RunError
 from cluster.evaluate.figures import StudentResult
@@ -24,13 +25,14 @@ from cluster.runs import Run
 from cluster.session import alive_nodes, here
 from cluster.spec import FamilySpec
 from cluster.specfile import home
-from cluster.stream import Stream
+from cluster.stream.actor import Stream
 from cluster.students.job import StudentJob
 from cluster.students.trainer import Trainers
 from cluster.watch import Status, Watch
 
 Report = Callable[[Status], None]
 POLL_S = 0.5
+STREAM_RESTARTS = 20
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
         .remote(checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts"))
     )
     try:
-        corpus = prepare_corpus(spec.corpus, checked.teacher.folder, run.folder / "corpus")
-        batches = Batches(run.folder / "corpus", spec.corpus, spec.evaluation.batches)
+        corpus = prepare_corpus(spec.corpus, checked.teacher.folder, run.folder / CORPUS_FOLDER)
+        batches = Batches(run.folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
         run.mlflow = ray.get(
             registry.start.remote(run.name, list(spec.students), spec.model_dump(mode="json"), lineage, run.mlflow)
@@ -78,7 +80,7 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
         board = ray.remote(Board).options(num_cpus=0).remote()
         actors = _Actors(registry, board, _start_stream(checked, run), trainers)
         result = _distil(checked, run, batches, actors, lineage, report)
-        ray.get(actors.stream.stop.remote())
+        _end_stream(actors.stream, complete=bool(result.students))
         ray.kill(actors.stream)
         result.seconds = time.monotonic() - started
         ray.get(registry.finish.remote(list(result.failed)))
@@ -111,8 +113,10 @@ def _lineage(checked: Checked, run: Run, corpus: CorpusFacts) -> dict[str, str]:
 def _start_stream(checked: Checked, run: Run) -> ActorHandle:
     # On this node, because the packed corpus lies here.
     placed = NodeAffinitySchedulingStrategy(here(), soft=False)
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": placed}
-    return ray.remote(Stream).options(**options).remote(checked.spec, str(run.folder / "corpus"), checked.teacher)
+    # It can be built again from what its readers ask for, so its death costs no more than what it was doing.
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": STREAM_RESTARTS}
+    stream = ray.remote(Stream).options(scheduling_strategy=placed, **options)
+    return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store)
 
 
 def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[StudentJob]:
@@ -136,7 +140,7 @@ def _distil(
 ) -> FamilyResult:
     """Train all students from one pass; register each as it finishes; one that fails harms no other."""
     spec = checked.spec
-    ray.get(actors.stream.start.remote())
+    actors.stream.start.remote()
     watch = Watch(actors.stream, actors.board, list(spec.students))
     tasks = {actors.trainers.run.remote(job): job.name for job in _jobs(checked, run, actors, batches.count)}
     registering: dict[ray.ObjectRef, str] = {}
@@ -169,6 +173,14 @@ def _distil(
     ray.get(actors.registry.log.remote(new))
     assert status.stats is not None
     return FamilyResult(run, batches.facts, status.stats, students, failed, watch.points, 0.0, dict(run.versions))
+
+
+def _end_stream(stream: ActorHandle, complete: bool) -> None:
+    """End the pass. A stream that dies over it takes nothing with it that the students have not learnt."""
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        if complete:
+            ray.get(stream.finish.remote())
+        ray.get(stream.stop.remote())
 
 
 def _register(registry: ActorHandle, spec: FamilySpec, student: StudentResult, lineage: dict[str, str]) -> Any:

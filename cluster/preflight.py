@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.corpus.files import find_files
 from cluster.errors import UserError
+from cluster.labels.store.store import LabelStore
 from cluster.models import (
     TeacherModel,
     load_config,
@@ -27,12 +28,14 @@ class Checked:
     Attributes:
         student_dirs: local directories of the pretrained students.
         tracking_uri: the spec's, or the embedded one.
+        store: where labels are kept; none where they are not.
     """
 
     spec: FamilySpec
     teacher: TeacherModel
     student_dirs: dict[str, Path]
     tracking_uri: str
+    store: str | None
 
 
 def tracking_uri_of(spec: FamilySpec) -> str:
@@ -40,11 +43,19 @@ def tracking_uri_of(spec: FamilySpec) -> str:
     return spec.tracking.uri or f"sqlite:///{home() / 'mlflow.db'}"
 
 
+def store_of(spec: FamilySpec) -> str | None:
+    """The spec's label store, or the one under the Stillhouse home; none where labels are not kept."""
+    if not spec.store.enabled:
+        return None
+    return spec.store.uri or str(home() / "labels")
+
+
 def preflight(spec: FamilySpec) -> Checked:
     """Check the teacher, its labels, the students and the corpus files; starts nothing.
 
     Raises:
         UserError: names the field, what was given and what is allowed.
+        RunError: the label store cannot be reached.
     """
     uri = tracking_uri_of(spec)
     teacher = spec.teacher
@@ -63,8 +74,10 @@ def preflight(spec: FamilySpec) -> Checked:
         if isinstance(student.init, Pretrained):
             dirs[name] = _check_pretrained(field, student.init, spec, tokenizer, uri)
     find_files(spec.corpus.paths)
+    if (store := store_of(spec)) is not None:
+        LabelStore.open(store)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
-    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri)
+    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store)
 
 
 def _check_shards(spec: FamilySpec, config: Any) -> None:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import tenacity
 
 from cluster.board import Point
 from cluster.errors import RunError, UserError
 
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
 CHALLENGER = "challenger"
 PARENT = ""
+# How long MLflow may be away. Its own client gives up after some two minutes, and a database at once.
+PATIENCE_S = 3600.0
+# What MLflow calls an error that is not the caller's.
+TRANSIENT = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
 
 
 def _client(tracking_uri: str) -> Any:
@@ -23,6 +35,23 @@ def _client(tracking_uri: str) -> Any:
 
     mlflow.set_tracking_uri(tracking_uri)
     return mlflow.MlflowClient(tracking_uri)
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether an error says that MLflow cannot be reached, rather than that it refuses."""
+    return isinstance(error, ConnectionError) or getattr(error, "error_code", None) in TRANSIENT
+
+
+def _patiently(work: Callable[[], R], patience_s: float = PATIENCE_S) -> R:
+    """Do some work with MLflow, again and again while it is away: what it should know is late then, not lost."""
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_is_away),
+        wait=tenacity.wait_exponential_jitter(initial=1.0, max=30.0),
+        stop=tenacity.stop_after_delay(patience_s),
+        before_sleep=tenacity.before_sleep_log(log, logging.WARNING),
+        reraise=True,
+    )
+    return retrying(work)
 
 
 def code_version() -> str:
@@ -44,10 +73,13 @@ class Registry:
     def __init__(self, tracking_uri: str, experiment: str, artifact_root: str) -> None:
         self._uri = tracking_uri
         self._client = _client(tracking_uri)
-        found = self._client.get_experiment_by_name(experiment)
         root = None if tracking_uri.startswith("http") else f"{artifact_root}/{experiment}"
-        self._experiment = found.experiment_id if found else self._client.create_experiment(experiment, root)
+        self._experiment: str = _patiently(lambda: self._experiment_id(experiment, root))
         self._runs: dict[str, str] = {}
+
+    def _experiment_id(self, name: str, root: str | None) -> str:
+        found = self._client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else self._client.create_experiment(name, root))
 
     def start(
         self,
@@ -67,7 +99,7 @@ class Registry:
         """
         if known:
             for run_id in known.values():
-                self._client.update_run(run_id, status="RUNNING")
+                _patiently(partial(self._client.update_run, run_id, status="RUNNING"))
             self._runs = dict(known)
             return self._runs
         parent = self._client.create_run(self._experiment, run_name=run, tags=dict(tags)).info.run_id
@@ -93,12 +125,14 @@ class Registry:
             metrics += [Metric(name, value, now, point.batch) for name, value in point.metrics.items()]
         for student, metrics in by_student.items():
             for start in range(0, len(metrics), 1000):  # MLflow takes at most 1,000 at a time
-                self._client.log_batch(self._runs[student], metrics=metrics[start : start + 1000])
+                part = metrics[start : start + 1000]
+                # The same point again, with the same time, is the same row to MLflow.
+                _patiently(partial(self._client.log_batch, self._runs[student], metrics=part))
 
     def summarise(self, student: str, metrics: Mapping[str, float]) -> None:
         """Final figures of one student."""
         for name, value in metrics.items():
-            self._client.log_metric(self._runs[student], name, value)
+            _patiently(partial(self._client.log_metric, self._runs[student], name, value))
 
     def register(self, student: str, name: str, model_dir: str, tags: Mapping[str, str]) -> int:
         """Log a model directory under the student's run, register it and point ``challenger`` at it.
@@ -106,9 +140,20 @@ class Registry:
         Returns:
             The new version's number.
         """
+        version = _patiently(lambda: self._version(student, name, model_dir))
+        for key, value in tags.items():
+            _patiently(partial(self._client.set_model_version_tag, name, str(version), key, value))
+        _patiently(partial(self._client.set_registered_model_alias, name, CHALLENGER, str(version)))
+        return version
+
+    def _version(self, student: str, name: str, model_dir: str) -> int:
+        """The number of the version that this student's run registered, now or in a try whose answer was lost."""
         import mlflow
 
-        with mlflow.start_run(run_id=self._runs[student]):
+        run_id = self._runs[student]
+        if known := self._client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
+            return max(int(version.version) for version in known)
+        with mlflow.start_run(run_id=run_id):
             info = mlflow.transformers.log_model(
                 transformers_model=model_dir,
                 name="model",
@@ -118,11 +163,7 @@ class Registry:
                 pip_requirements=[f"{p}=={importlib.metadata.version(p)}" for p in ("torch", "transformers")],
                 await_registration_for=300,
             )
-        version = int(info.registered_model_version)
-        for key, value in tags.items():
-            self._client.set_model_version_tag(name, str(version), key, value)
-        self._client.set_registered_model_alias(name, CHALLENGER, str(version))
-        return version
+        return int(info.registered_model_version)
 
     def finish(self, failed: Iterable[str], killed: bool = False) -> None:
         """Close all runs: FINISHED, or FAILED where a student failed, or KILLED."""
@@ -130,7 +171,9 @@ class Registry:
         if broken:
             broken.add(PARENT)
         for student, run_id in self._runs.items():
-            self._client.set_terminated(run_id, "KILLED" if killed else "FAILED" if student in broken else "FINISHED")
+            status = "KILLED" if killed else "FAILED" if student in broken else "FINISHED"
+            # Whoever presses Ctrl-C does not wait for MLflow to come back.
+            _patiently(partial(self._client.set_terminated, run_id, status), 0.0 if killed else PATIENCE_S)
 
 
 def attach_report(tracking_uri: str, run_id: str, path: Path) -> None:

@@ -83,6 +83,18 @@ def open_run(spec: FamilySpec, resume: bool) -> Run:
     return run
 
 
+def find_run(run: str) -> Path:
+    """The folder of a run that is given by its name or by its folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    for folder in (Path(run), *_runs_folder().glob(f"*/{run}")):
+        if (folder / STATE_FILE).is_file():
+            return folder
+    raise UserError(f"{run}: neither a run's folder nor the name of a run under {_runs_folder()}")
+
+
 def _unused(parent: Path, name: str) -> Path:
     """A folder that was not there before, also when two runs start in one second."""
     attempt = 0

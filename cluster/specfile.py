@@ -115,6 +115,8 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     if isinstance(corpus, dict) and isinstance(corpus.get("paths"), list):
         corpus["paths"] = [_anchor(p, folder) if isinstance(p, str) else p for p in corpus["paths"]]
     inits = [s.get("init") for s in students.values() if isinstance(s, dict)] if isinstance(students, dict) else []
+    if isinstance(store := tree.get("store"), dict) and isinstance(store.get("uri"), str):
+        store["uri"] = _anchor(store["uri"], folder)
     for holder in (teacher, *inits):
         if isinstance(holder, dict) and isinstance(holder.get("model"), str):
             holder["model"] = _anchor(holder["model"], folder)
@@ -149,6 +151,7 @@ _NOT_TRAINING: Any = {
     "tracking": True,
     "serving": True,
     "stream": True,
+    "store": True,
     "evaluation": True,
     "checkpoints": True,
     "teacher": {"replicas", "max_restarts", "start_timeout_s", "cpus_per_shard"},

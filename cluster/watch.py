@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from cluster.board import Point
-from cluster.stream import StreamStats
+from cluster.stream.figures import StreamStats
+
+# Batches that may be on their way to the store without a word.
+UNSAVED_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Status:
         """Who waits for whom, in words; empty when nobody does."""
         if self.stats is None:
             return ""
+        if self.stats.unsaved > UNSAVED_SHOWN:
+            return f"{self.stats.unsaved} batches wait for the label store to take them"
         if self.stats.blocked_by:
             return f"the teacher waits for {self.stats.blocked_by}"
         if self.stats.waiting:
@@ -52,10 +59,15 @@ class Watch:
     def __init__(self, stream: ActorHandle, board: ActorHandle, students: list[str]) -> None:
         self._stream, self._board, self._students = stream, board, students
         self.points: list[Point] = []
+        self._stats: StreamStats | None = None
 
     def look(self, phase: str) -> tuple[Status, list[Point]]:
         """The present status, and the points that are new since the last look."""
-        (new, phases), stats = ray.get([self._board.since.remote(len(self.points)), self._stream.stats.remote()])
+        new, phases = ray.get(self._board.since.remote(len(self.points)))
+        # While the stream is away, it is started again and its readers wait for it.
+        with contextlib.suppress(RayActorError):
+            self._stats = ray.get(self._stream.stats.remote())
+        stats = self._stats
         self.points += new
         last = {point.student: point for point in self.points}
         students = {}
@@ -65,6 +77,6 @@ class Watch:
                 phases.get(name, "starting"),
                 point.batch if point else 0,
                 point.metrics if point else {},
-                stats.waited_s.get(name, 0.0),
+                stats.waited_s.get(name, 0.0) if stats else 0.0,
             )
         return Status(phase, students, stats), new

@@ -89,7 +89,8 @@ class Display:
     def _line(self, status: Status) -> str:
         parts = [f"[{self._elapsed()}] {status.phase}".replace("[", "\\[")]
         if status.stats is not None:
-            parts.append(f"scored {len(status.stats.scored)}/{status.stats.total}")
+            kept = f", {len(status.stats.read)} from the store" if status.stats.read else ""
+            parts.append(f"scored {len(status.stats.scored)}/{status.stats.total}{kept}")
             for name, student in status.students.items():
                 figures = ""
                 if student.metrics:
@@ -109,7 +110,8 @@ class Display:
         total = status.stats.total
         pool = status.stats.pool
         doing = f"{pool.ready} replica{'s' * (pool.ready != 1)} ready, window {status.stats.window_used}"
-        scored = len(status.stats.scored)
+        doing += f", {len(status.stats.read)} batches from the store" if status.stats.read else ""
+        scored = len({*status.stats.scored, *status.stats.read})
         table.add_row("teacher", f"{scored}/{total}", ProgressBar(total, scored, width=24), "", "", "", "", doing)
         for name, student in status.students.items():
             figures = [f"{student.metrics[key]:.3g}" for key in ("loss", "kl")] if student.metrics else ["", ""]

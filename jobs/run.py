@@ -169,8 +169,9 @@ def _print_result(
         table.add_row("teacher", "", "", "0.00", "100 %", f"{after.teacher_perplexity:.4g}", "", *latency("teacher"))
     console.print(table)
     scorings = sum(result.stats.scored.values())
+    kept = f", {len(result.stats.read)} came from the label store" if result.stats.read else ""
     console.print(
-        f"the teacher scored {len(result.stats.scored)} batches in {scorings} scorings; read by "
+        f"the teacher scored {len(result.stats.scored)} batches in {scorings} scorings{kept}; learnt by "
         + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),
         highlight=False,
     )

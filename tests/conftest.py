@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +11,13 @@ import pytest
 
 from tests.tiny import write_tiny_corpus, write_tiny_model
 
-KINDS = ("unit", "integration", "slow", "gpu")
+# Decides when and what the chaos tests kill.
+CHAOS_SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(10**6))
+KINDS = ("unit", "integration", "chaos", "slow", "gpu")
+
+
+def pytest_report_header() -> str:
+    return f"chaos seed: CHAOS_SEED={CHAOS_SEED} repeats this run's"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks

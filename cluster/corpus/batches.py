@@ -18,6 +18,8 @@ import numpy.typing as npt
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
 
+# Folder of the packed corpus in a run's folder, and what lies in it.
+CORPUS_FOLDER = "corpus"
 TOKENS_FILE = "tokens.npy"
 STARTS_FILE = "starts.npy"
 FACTS_FILE = "corpus.json"

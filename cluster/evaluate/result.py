@@ -8,7 +8,7 @@ from cluster.board import Point
 from cluster.corpus.batches import CorpusFacts
 from cluster.evaluate.figures import StudentResult
 from cluster.runs import Run
-from cluster.stream import StreamStats
+from cluster.stream.figures import StreamStats
 
 
 @dataclass

@@ -21,6 +21,7 @@ import hashlib
 import struct
 import zlib
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ VERSION = 1
 # items, temperature, body bytes | teacher, tokenizer, labels, batch | reserved
 _HEADER = struct.Struct("<4sHBBIIIIIIQdQ8s8s8s16s40x")
 _CHECKSUM = slice(8, 12)
+_BODY_BYTES = 7  # its place among the fields behind the checksum
 _CODES = {name: code for code, name in enumerate(KINDS, start=1)}
 _KIND_OF = {code: name for name, code in _CODES.items()}
 
@@ -110,23 +112,37 @@ def encode(labels: Labels, stamp: Stamp) -> Bytes:
     return block
 
 
+def _header(block: Bytes) -> tuple[Any, ...]:
+    """The fields of a block's header behind the checksum, once the block is found to be as it was written."""
+    if block.size < _HEADER.size or block[: len(MAGIC)].tobytes() != MAGIC:
+        raise LabelError(f"not a label block: {block.size} bytes that begin with {block[:8].tobytes()!r}")
+    _, version, code, floats, checksum, *about = _HEADER.unpack(block[: _HEADER.size].tobytes())
+    if version > VERSION:
+        raise LabelError(f"label block of format version {version}; this Stillhouse reads up to {VERSION}: update it")
+    if block.size != (whole := _HEADER.size + about[_BODY_BYTES]):
+        what = "is cut short" if block.size < whole else "goes on behind its end"
+        raise LabelError(f"label block {what}: {block.size} bytes, its header says {whole}")
+    if _checksum(block) != checksum:
+        raise LabelError("label block is damaged: its checksum does not match its bytes")
+    return code, floats, *about
+
+
+def check(block: Bytes, expected: Stamp) -> None:
+    """Refuse a block that is not as it was written, or is another's, without the time that reading its columns takes.
+
+    Raises:
+        LabelError: not a label block, one of a later version, cut short, damaged, or made from something else.
+    """
+    Stamp(*(part.hex() for part in _header(block)[-4:])).require(expected)
+
+
 def decode(block: Bytes) -> tuple[Labels, Stamp]:
     """Undo :func:`encode`; the columns are views of the block where their bits allow.
 
     Raises:
         LabelError: not a label block, one of a later version, cut short, or damaged.
     """
-    if block.size < _HEADER.size or block[: len(MAGIC)].tobytes() != MAGIC:
-        raise LabelError(f"not a label block: {block.size} bytes that begin with {block[:8].tobytes()!r}")
-    _, version, code, floats, checksum, *sizes = _HEADER.unpack(block[: _HEADER.size].tobytes())
-    if version > VERSION:
-        raise LabelError(f"label block of format version {version}; this Stillhouse reads up to {VERSION}: update it")
-    sequences, positions, tokens, vocabulary, width, items, temperature, body_size, *stamp = sizes
-    if block.size != (whole := _HEADER.size + body_size):
-        what = "is cut short" if block.size < whole else "goes on behind its end"
-        raise LabelError(f"label block {what}: {block.size} bytes, its header says {whole}")
-    if _checksum(block) != checksum:
-        raise LabelError("label block is damaged: its checksum does not match its bytes")
+    code, floats, sequences, positions, tokens, vocabulary, width, items, temperature, _, *stamp = _header(block)
     if code not in _KIND_OF:
         raise LabelError(f"label block of an unknown kind {code}; known are {', '.join(KINDS)}")
     if floats not in FLOATS:

@@ -18,6 +18,7 @@ from cluster.spec.family import (
 )
 from cluster.spec.labels import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
 from cluster.spec.loss import Divergence, LossSpec, Ramp
+from cluster.spec.store import StoreSpec
 from cluster.spec.students import OptimizerSpec, Pretrained, ScheduleSpec, Scratch, StudentSpec, TeacherLayers
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Scratch",
     "Section",
     "ServingSpec",
+    "StoreSpec",
     "StreamSpec",
     "StudentSpec",
     "TeacherLayers",

@@ -16,6 +16,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_v
 from cluster.spec.base import Name, Section, Share
 from cluster.spec.labels import LabelsSpec, TopKLabels
 from cluster.spec.loss import why_not
+from cluster.spec.store import StoreSpec
 from cluster.spec.students import StudentSpec
 
 
@@ -79,7 +80,7 @@ class StreamSpec(Section):
     """The single pass from the teacher to all students."""
 
     window: PositiveInt = 8
-    """Batches that may be scored ahead of the slowest student. Bounds the memory the labels take."""
+    """Batches that may be ready ahead of the fastest student, or without a store of the slowest; bounds the memory."""
 
 
 class EvaluationSpec(Section):
@@ -149,6 +150,7 @@ class FamilySpec(Section):
     labels: LabelsSpec = TopKLabels()
     """What the teacher says of each token, by `kind`: `topk`, `sampled`, `hidden` or `dense`."""
     stream: StreamSpec = StreamSpec()
+    store: StoreSpec = StoreSpec()
     students: Annotated[dict[Name, StudentSpec], Field(min_length=1)]
     """The students by name; all learn at the same time from the one pass."""
     evaluation: EvaluationSpec = EvaluationSpec()

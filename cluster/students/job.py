@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import ray
+import numpy as np
 from ray.actor import ActorHandle
 
 from cluster.labels.kinds import Labels, joined
 from cluster.labels.wire import Stamp, read_block
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec, LabelsSpec, StudentSpec
-from cluster.stream import Delivery
+from cluster.stream.figures import Delivery
 
 # What a checkpoint of a student holds, beside ZeRO's own state: the commit always, the model when it has finished.
 COMMIT_FILE = "commit.json"
@@ -43,11 +44,11 @@ class StudentJob:
         """The student's own part of the spec."""
         return self.family.students[self.name]
 
-    def labels(self, delivery: Delivery, spec: LabelsSpec) -> Labels:
-        """A delivery's labels, fetched, and refused unless they are this teacher's, of this kind and this batch.
+    def labels(self, delivery: Delivery, blocks: Sequence[np.ndarray], spec: LabelsSpec) -> Labels:
+        """A delivery's labels, refused unless they are this teacher's, of this kind and this batch.
 
         Raises:
             LabelError: a block is damaged or was made from something else.
         """
         expected = Stamp.of(self.teacher.fingerprint, self.teacher.tokenizer, spec, delivery.batch.address)
-        return joined([read_block(block, expected) for block in ray.get(delivery.labels)])
+        return joined([read_block(block, expected) for block in blocks])

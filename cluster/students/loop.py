@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 import torch
 
+from cluster.audit import AuditLog
 from cluster.board import Point
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
+from cluster.stream.reader import Reader
 from cluster.students.initial import initial_student
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
 from cluster.students.losses.from_labels import targets_of
@@ -25,6 +26,7 @@ from cluster.students.losses.fused import distillation_loss
 from cluster.students.losses.objective import objective_at
 from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
+from cluster.students.space import size_of, wait_for_room
 from cluster.students.zero import adamw, gathered_state, schedule_of, use_plain_gloo, zero_config
 
 ZERO_FOLDER = "zero"
@@ -39,8 +41,10 @@ class _Rank:
         self.device = torch.device("cuda", 0) if self.spec.gpus_per_rank else torch.device("cpu")
         torch.set_num_threads(max(1, int(self.spec.cpus_per_rank)))
         self._build()
-        self.measures = Measures(job, self.engine, self.rank, self.device)
+        self.reader = Reader(job.stream, job.name, self.rank)
+        self.measures = Measures(job, self.engine, self.reader, self.device)
         self.before: Fidelity | None = None
+        self.audit: AuditLog | None = None
         self.trained_s = 0.0
 
     def _build(self) -> None:
@@ -103,6 +107,7 @@ class _Rank:
                     "after": asdict(after) if after else None,
                 }
                 (Path(folder) / COMMIT_FILE).write_text(json.dumps(facts))
+            wait_for_room(Path(self.job.storage), size_of(Path(folder)))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"batch": batch}, checkpoint=checkpoint)
 
@@ -117,6 +122,11 @@ class _Rank:
 
     # -- learning --------------------------------------------------------------------------------------------------
 
+    def begin(self, first: int) -> None:
+        """Begin a life of this student at batch ``first``."""
+        if self.rank == 0:
+            self.audit = AuditLog(self.job.storage, self.job.name, first)
+
     def learn(self, number: int) -> None:
         """Consume one batch: forward and backward over its micro-batches, one optimiser step, one point posted.
 
@@ -125,8 +135,8 @@ class _Rank:
             RunError: the loss is not finite; no step is taken on it.
         """
         job, device = self.job, self.device
-        delivery = ray.get(job.stream.next.remote(job.name, self.rank, number))
-        labels = job.labels(delivery, job.family.labels)
+        delivery, blocks = self.reader.next(number)
+        labels = job.labels(delivery, blocks, job.family.labels)
         started = time.perf_counter()
         objective = objective_at(self.spec.loss, job.family.labels, number, job.batches)
         rows, size = len(delivery.batch.tokens_BS), self.spec.micro_batch
@@ -152,6 +162,8 @@ class _Rank:
             torch.distributed.all_reduce(sums)
         names = ["loss", "divergence", "kl", "cross_entropy", *facts]
         means = dict(zip(names, (sums / delivery.loss_tokens).tolist(), strict=True))
+        if self.audit is not None:
+            self.audit.step(number, delivery.batch.address, means["loss"])
         self._post(number, {**means, "tokens_per_second": delivery.loss_tokens / seconds})
 
     def _post(self, number: int, metrics: dict[str, float]) -> None:
@@ -178,7 +190,8 @@ def train_student(config: dict[str, StudentJob]) -> None:
     if first >= job.batches:
         rank.say("finished")
         return
-    ray.get(job.stream.attach.remote(job.name, rank.rank, first))
+    rank.reader.attach(first)
+    rank.begin(first)
     if rank.before is None:
         rank.say("measuring before")
         rank.before = rank.measures.fidelity()
@@ -190,7 +203,7 @@ def train_student(config: dict[str, StudentJob]) -> None:
             rank.commit(number + 1)
     if rank.rank == 0:
         # The last batch ended with a collective, so the other ranks have read it too.
-        ray.get(job.stream.detach.remote(job.name))
+        rank.reader.detach()
     rank.say("measuring after")
     after = rank.measures.fidelity()
     rank.say("saving")

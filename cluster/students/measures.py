@@ -6,7 +6,6 @@ import math
 from functools import partial
 from typing import Any
 
-import ray
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ from cluster.evaluate.figures import Fidelity
 from cluster.labels.kinds import Labels
 from cluster.labels.make import as_tensor, make_labels
 from cluster.spec import HiddenLabels
-from cluster.stream import Delivery
+from cluster.stream.reader import Reader
 from cluster.students.angle import angle_sums
 from cluster.students.job import StudentJob
 from cluster.students.losses.from_labels import targets_of
@@ -33,13 +32,13 @@ class Measures:
         engine: DeepSpeed's, around a :class:`~cluster.students.module.Student`. All ranks measure at the same time.
     """
 
-    def __init__(self, job: StudentJob, engine: Any, rank: int, device: torch.device) -> None:
-        self._job, self._engine, self._rank, self._device = job, engine, rank, device
+    def __init__(self, job: StudentJob, engine: Any, reader: Reader, device: torch.device) -> None:
+        self._job, self._engine, self._reader, self._device = job, engine, reader, device
         self._kept: Tensor | None = None
 
     def _head(self) -> Tensor:
         """The teacher's head [V, D] on this rank's device."""
-        return as_tensor(ray.get(self._job.stream.teacher_head.remote())).to(self._device)
+        return as_tensor(self._reader.teacher_head()).to(self._device)
 
     def kept_head(self) -> Tensor | None:
         """The teacher's head where the labels need it at every batch, else None; fetched once."""
@@ -48,10 +47,6 @@ class Measures:
         if self._kept is None:
             self._kept = self._head()
         return self._kept
-
-    def _held_out(self, number: int) -> Delivery:
-        delivery: Delivery = ray.get(self._job.stream.held_out.remote(self._job.name, self._rank, number))
-        return delivery
 
     def _all_ranks(self, sums: Tensor) -> Tensor:
         if self._job.spec.ranks > 1:
@@ -67,8 +62,8 @@ class Measures:
         self._engine.eval()
         sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=self._device)
         for number in range(job.family.evaluation.batches):
-            delivery = self._held_out(number)
-            labels = job.labels(delivery, HIDDEN)
+            delivery, blocks = self._reader.held_out(number)
+            labels = job.labels(delivery, blocks, HIDDEN)
             for first in range(0, labels.sequences, size):
                 inputs = inputs_of(delivery.batch.rows(first, first + size), self._device)
                 teacher = _exact(labels.rows(first, first + size), inputs, head_VD)
@@ -87,11 +82,11 @@ class Measures:
         job = self._job
         if job.family.labels.kind in ("hidden", "dense"):
             return None
-        delivery = self._held_out(0)
+        delivery, blocks = self._reader.held_out(0)
         head_VD = self._head()
         batch = delivery.batch.rows(0, 1)
         inputs = inputs_of(batch, self._device)
-        exact = _exact(job.labels(delivery, HIDDEN).rows(0, 1), inputs, head_VD)
+        exact = _exact(job.labels(delivery, blocks, HIDDEN).rows(0, 1), inputs, head_VD)
         labels = make_labels(
             job.family.labels,
             _on_grid(exact.hidden_TD, inputs),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,8 @@ from cluster.runs import open_run
 from cluster.session import ray_session
 from cluster.specfile import load_spec
 from cluster.watch import Status
+from tests.integration.seaweed import free_port, seaweed
 from tests.tiny import tiny_family, write_tiny_corpus, write_tiny_model
-
-
-def free_port() -> int:
-    """A free port whose neighbour 10,000 above, where SeaweedFS listens for gRPC, is free too."""
-    while True:
-        with socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", 0))
-            port = int(low.getsockname()[1])
-            if port < 50_000 and high.connect_ex(("127.0.0.1", port + 10_000)):
-                return port
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +31,13 @@ def s3_environment() -> Iterator[int]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", secrets.token_hex(16))
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         yield port
+
+
+@pytest.fixture(scope="session")
+def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of a real S3 server, where the environment says that it is; it is the same for all tests."""
+    with seaweed(tmp_path_factory.mktemp("s3"), s3_environment) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +64,8 @@ def write_family(folder: Path, tiny: Path, students: dict[str, dict[str, Any]] |
         sections: fields that are added to the other sections.
     """
     labels = sections.pop("labels", None)
+    # A store of its own, or one test would find what another has scored.
+    sections.setdefault("store", {"uri": str(folder / "labels")})
     tree = tiny_family(tiny / "teacher", tiny / "corpus.jsonl", **sections)
     tree["labels"] = labels or tree["labels"]
     tree["students"] = students or tree["students"]

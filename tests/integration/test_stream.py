@@ -11,12 +11,17 @@ import pytest
 import ray
 from ray.actor import ActorHandle
 
+from cluster.corpus.batches import CORPUS_FOLDER
 from cluster.corpus.prepare import prepare_corpus
 from cluster.labels.wire import decode
 from cluster.models import TeacherModel
 from cluster.specfile import load_spec
-from cluster.stream import Delivery, Stream
+from cluster.stream.actor import Stream
+from cluster.stream.figures import Delivery
+from cluster.stream.reader import Reader
+from cluster.stream.window import READ_AHEAD
 from tests.integration.conftest import write_family
+from tests.processes import kill_one
 from tests.tiny import VOCABULARY
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
@@ -36,18 +41,29 @@ def corpus(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         students={name: {**student, "ranks": ranks} for name, ranks in RANKS.items()},
     )
     spec = load_spec(path)
-    folder = tmp_path_factory.mktemp("corpus")
-    prepare_corpus(spec.corpus, spec.teacher.model, folder)
+    folder = tmp_path_factory.mktemp("run")
+    prepare_corpus(spec.corpus, spec.teacher.model, folder / CORPUS_FOLDER)
     return spec, folder
 
 
 @pytest.fixture
-def stream(corpus: Any) -> Any:
-    spec, folder = corpus
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
+    """Where labels are kept, for the tests that ask for it."""
+    return str(tmp_path / "labels") if getattr(request, "param", False) else None
+
+
+with_store = pytest.mark.parametrize("store", [True], indirect=True)
+
+
+@pytest.fixture
+def stream(corpus: Any, tmp_path: Path, store: str | None) -> Any:
+    """A stream over a run's folder of its own; without a store unless a test asks for one."""
+    spec, run = corpus
+    (tmp_path / CORPUS_FOLDER).symlink_to(run / CORPUS_FOLDER)
     actor = (
         ray.remote(Stream)
-        .options(num_cpus=0, max_concurrency=100)
-        .remote(spec, str(folder), TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8))
+        .options(num_cpus=0, max_concurrency=100, max_restarts=3)
+        .remote(spec, str(tmp_path), TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8), store)
     )
     ray.get(actor.start.remote())
     yield actor
@@ -156,3 +172,39 @@ def test_a_call_from_a_rank_that_has_died_does_not_move_its_successor(stream: Ac
     with pytest.raises(ray.exceptions.RayTaskError, match="has been started again"):
         ray.get(ghost)
     assert ray.get(stream.next.remote("a", 0, 1)).batch.number == 1
+
+
+@with_store
+def test_with_a_store_a_laggard_holds_nobody_back_and_reads_what_was_kept(stream: ActorHandle) -> None:
+    for rank in range(RANKS["c"]):
+        ray.get(stream.attach.remote("c", rank, 0))
+    fast = {(s, r): read.remote(stream, s, r, 0, BATCHES) for s in ("a", "b") for r in range(RANKS[s])}
+    first = ray.get(fast["a", 0])
+    ray.get(list(fast.values()))
+    stats = ray.get(stream.stats.remote())
+    assert stats.scored == dict.fromkeys(range(BATCHES), 1)
+    assert stats.behind == {"a": 0, "b": 0, "c": BATCHES}
+    assert stats.blocked_by is None
+    assert stats.window_used <= WINDOW + 3 * (READ_AHEAD + 1)
+    late = ray.get([read.remote(stream, "c", rank, 0, BATCHES) for rank in range(2)])
+    for number in range(BATCHES):
+        ids = np.concatenate([late[rank][number][2] for rank in range(2)])
+        np.testing.assert_array_equal(ids, first[number][2])
+    stats = ray.get(stream.stats.remote())
+    assert stats.scored == dict.fromkeys(range(BATCHES), 1)
+    assert stats.read
+
+
+@with_store
+def test_a_killed_stream_comes_back_and_its_readers_do_not_notice(stream: ActorHandle, corpus: Any) -> None:
+    reader = Reader(stream, "a", 0)
+    reader.attach(0)
+    for student, ranks in RANKS.items():
+        for rank in range(ranks):
+            Reader(stream, student, rank).attach(0)
+    before = [reader.next(number)[1][0] for number in range(2)]
+    assert kill_one("Stream")
+    after = [reader.next(number)[1][0] for number in range(2, 5)]
+    assert [decode(block)[0].tokens for block in (*before, *after)]
+    # What was scored before is in the store and in the log.
+    assert all(count == 1 for number, count in ray.get(stream.stats.remote()).scored.items() if number < 2)

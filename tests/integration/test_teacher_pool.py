@@ -20,6 +20,7 @@ from cluster.labels.wire import decode
 from cluster.models import TeacherModel
 from cluster.spec import TeacherSpec, TopKLabels
 from cluster.teacher.pool import TeacherPool
+from tests.processes import own_processes
 from tests.tiny import VOCABULARY
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
@@ -38,7 +39,7 @@ def pool_of(tiny: Path, **settings: Any) -> TeacherPool:
 
 
 def shard_processes() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::Shard")]
+    return own_processes("Shard")
 
 
 async def score(pool: TeacherPool, number: int = 0) -> TopK:

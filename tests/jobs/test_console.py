@@ -6,12 +6,13 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from cluster.stream import StreamStats
+from cluster.stream.figures import StreamStats
 from cluster.teacher.pool import PoolStats
 from cluster.watch import Status, StudentStatus
 from jobs.console import Display, quiet
@@ -19,11 +20,14 @@ from jobs.console import Display, quiet
 STATS = StreamStats(
     total=10,
     scored={0: 1, 1: 1, 2: 1},
+    read={},
     delivered={"small": 2},
     waiting=["small"],
     waited_s={"small": 1.5},
     blocked_by=None,
+    behind={"small": 0},
     window_used=1,
+    unsaved=0,
     pool=PoolStats(ready=2),
     error=None,
 )
@@ -64,6 +68,14 @@ def test_a_pipe_gets_plain_lines_and_not_one_per_look() -> None:
     assert lines[0].endswith("reading the corpus")
     assert "scored 3/10 | small training 2/10 KL 1.50, 321 tok/s | small waits for the teacher" in lines[1]
     assert "\x1b" not in out.getvalue()
+
+
+def test_what_came_from_the_store_is_said() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=200)) as display:
+        display.show(replace(RUNNING, stats=replace(STATS, read={3: 1, 4: 2}, unsaved=9)))
+    assert "scored 3/10, 2 from the store |" in out.getvalue()
+    assert "9 batches wait for the label store to take them" in out.getvalue()
 
 
 def test_a_terminal_gets_one_live_table() -> None:

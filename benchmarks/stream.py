@@ -1,0 +1,186 @@
+"""What the stream itself costs: 64 students, a teacher that takes no time, small and large blocks.
+
+Says how many deliveries a second the stream makes when all read as fast as they can, what it adds to a batch's way when
+they read at a steady pace, and whether its memory stays where it was over an hour's worth of batches (one a second).
+``python benchmarks/stream.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import psutil
+import ray
+from common import ROOT, arguments, hardware, write
+
+from cluster.audit import ScoringLog
+from cluster.corpus.batches import CORPUS_FOLDER, STARTS_FILE, TOKENS_FILE, Batch, CorpusFacts
+from cluster.models import TeacherModel
+from cluster.session import ray_session
+from cluster.spec import FamilySpec
+from cluster.stream.actor import Stream
+from cluster.teacher.pool import PoolStats
+
+LENGTH = 8
+READERS = 2
+SIZES = {"64 KB": 64 * 1024, "16 MB": 16 * 1024**2}
+
+
+class NoTeacher:
+    """Stands for the store and the teacher: blocks that are there at once."""
+
+    replicas, unsaved, error = 4, 0, None
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
+        self.log, self.read, self.stats = ScoringLog(folder), {}, PoolStats()
+        self._block = np.zeros(nbytes, dtype=np.uint8)
+
+    async def labels(self, batch: Batch, saved: Callable[[], None]) -> list[ray.ObjectRef]:
+        """A new object for each batch, as a teacher's answer is."""
+        self.log.add(batch.number, batch.address)
+        return [ray.put(self._block)]
+
+    async def close(self) -> None:
+        """Nothing to end."""
+
+
+class BareStream(Stream):
+    """The stream without what it usually waits for."""
+
+    def __init__(self, nbytes: int, *args: Any) -> None:
+        super().__init__(*args)
+        self._nbytes = nbytes
+
+    async def _start(self) -> None:
+        self._source = NoTeacher(self._folder, self._nbytes)  # type: ignore[assignment]
+        self._spawn(self._dispatch())
+
+    async def memory(self) -> int:
+        """Resident bytes of this process without what it shares."""
+        info = psutil.Process().memory_info()
+        return int(info.rss - info.shared)
+
+
+@ray.remote(num_cpus=0)
+class Students:
+    """Some of the students: each asks for a batch, reads its block and asks for the next."""
+
+    def __init__(self, stream: Any, names: list[str]) -> None:
+        self._stream, self._names = stream, names
+
+    async def attach(self) -> None:
+        """Say that all begin at the first batch."""
+        await asyncio.gather(*(self._stream.attach.remote(name, 0, 0) for name in self._names))
+
+    async def read(self, first: int, last: int, pace_s: float) -> list[float]:
+        """Milliseconds from asking for a batch to having its block, for every batch and student.
+
+        Args:
+            pace_s: a batch's turn comes so long after the one before it; 0 is as fast as they can.
+        """
+        took: list[float] = []
+        begin = time.perf_counter() + 0.5
+
+        async def one(name: str) -> None:
+            for number in range(first, last):
+                if pace_s:
+                    await asyncio.sleep(max(0.0, begin + (number - first) * pace_s - time.perf_counter()))
+                started = time.perf_counter()
+                delivery = await self._stream.next.remote(name, 0, number)
+                await delivery.labels[0]
+                took.append(1000 * (time.perf_counter() - started))
+
+        await asyncio.gather(*(one(name) for name in self._names))
+        return took
+
+
+def family(students: int, batches: int) -> FamilySpec:
+    """A spec with as many students as are asked for; nothing in it is ever loaded."""
+    student = {"init": {"source": "teacher", "layers": 1}}
+    return FamilySpec.model_validate(
+        {
+            "name": "bench",
+            "teacher": {"model": "none"},
+            "corpus": {"paths": ["none"], "sequence_length": LENGTH, "batch_sequences": 1, "max_batches": batches},
+            "students": {f"s{i}": student for i in range(students)},
+            "evaluation": {"batches": 1},
+        }
+    )
+
+
+def write_corpus(folder: Path, sequences: int) -> None:
+    """Packed sequences of nothing in particular."""
+    (folder / CORPUS_FOLDER).mkdir()
+    tokens_NS = np.arange(sequences * LENGTH, dtype=np.int32).reshape(sequences, LENGTH)
+    np.save(folder / CORPUS_FOLDER / TOKENS_FILE, tokens_NS)
+    np.save(folder / CORPUS_FOLDER / STARTS_FILE, np.zeros(tokens_NS.shape, dtype=np.bool_))
+    CorpusFacts(1, tokens_NS.size, sequences, "0" * 32).write(folder / CORPUS_FOLDER)
+
+
+def measure(nbytes: int, students: int, fast: int, paced: int, pace_s: float) -> dict[str, Any]:
+    """Deliveries a second, milliseconds that are added, and memory, for blocks of a size."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, batches = Path(name), fast + paced
+        write_corpus(folder, 2 * batches)
+        spec, teacher = family(students, batches), TeacherModel("none", 300, "0" * 16, "0" * 16)
+        options = {"num_cpus": 0, "max_concurrency": 1000}
+        stream = ray.remote(BareStream).options(**options).remote(nbytes, spec, str(folder), teacher, None)
+        names = list(spec.students)
+        readers = [Students.remote(stream, names[i::READERS]) for i in range(READERS)]
+        ray.get([reader.attach.remote() for reader in readers])
+        waits = ray.get([reader.read.remote(0, paced, pace_s) for reader in readers])
+        memory = [ray.get(stream.memory.remote())]
+        started = time.perf_counter()
+        for part in range(10):
+            span = paced + part * fast // 10, paced + (part + 1) * fast // 10
+            ray.get([reader.read.remote(*span, 0.0) for reader in readers])
+            memory.append(ray.get(stream.memory.remote()))
+        took = time.perf_counter() - started - 10 * 0.5
+        used = ray.get(stream.stats.remote()).window_used
+        ray.kill(stream)
+    added = sorted(wait for each in waits for wait in each)
+    return {
+        "deliveries_per_s": fast * students / took,
+        "batches_per_s": fast / took,
+        "added_ms_p50": statistics.median(added),
+        "added_ms_p99": added[int(0.99 * len(added))],
+        "memory_mb": [round(each / 1e6, 1) for each in memory],
+        "window_used": used,
+    }
+
+
+def main() -> None:
+    """Measure both sizes, print one table."""
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--students", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=3600, help="small batches that are read as fast as can be")
+    parser.add_argument("--pace", type=float, default=1.0, help="seconds between two batches of a steady pass")
+    given = parser.parse_args()
+    figures = {}
+    os.environ["PYTHONPATH"] = str(ROOT)  # for the actors
+    with ray_session():
+        for name, nbytes in SIZES.items():
+            fast = given.batches if nbytes < 2**20 else max(10, given.batches // 18)
+            found = figures[name] = measure(nbytes, given.students, fast, 20, given.pace)
+            print(
+                f"{name}: {found['batches_per_s']:.1f} batches/s to {given.students} students, adds "
+                f"{found['added_ms_p50']:.2f} ms (p99 {found['added_ms_p99']:.2f}); memory over {fast} batches "
+                f"{found['memory_mb'][0]} to {found['memory_mb'][-1]} MB, window {found['window_used']}"
+            )
+    print(hardware())
+    write(given.out, "stream", {"students": given.students, **figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""The single pass: one ordered stream of labelled batches, read by every student at its own pace.
+
+The stream fetches labels, from the store or the teacher, so it owns them; a dead teacher takes nothing with it. All
+that it holds can be built again from what its readers ask for and from the store, so it may be restarted itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from cluster.audit import ScoringLog
+from cluster.corpus.batches import CORPUS_FOLDER, Batch, Batches
+from cluster.errors import RunError, StillhouseError
+from cluster.labels.store.store import LabelStore
+from cluster.models import TeacherModel
+from cluster.spec import FamilySpec
+from cluster.stream.figures import Delivery, StreamStats
+from cluster.stream.source import LabelSource
+from cluster.stream.window import Window
+
+# Batches that may be on their way from the store beside those that the teacher scores.
+READS = 4
+# How long the end of a pass waits for a store that is away.
+CLOSE_S = 300.0
+
+
+@dataclass
+class Consumer:
+    """A student as the stream sees it.
+
+    Attributes:
+        next_of_rank: the batch that each rank asks for next. All before it were delivered once.
+        lives: how often each rank has attached. A call from an earlier life must not move the present one.
+        active: False once it has finished, failed or was taken out; then nobody waits for it.
+        waited_s: seconds that its rank 0 waited for labels.
+    """
+
+    ranks: int
+    next_of_rank: list[int] = field(init=False)
+    lives: list[int] = field(init=False)
+    active: bool = True
+    waiting: bool = False
+    waited_s: float = 0.0
+    delivered: int = 0
+
+    def __post_init__(self) -> None:
+        self.next_of_rank, self.lives = [0] * self.ranks, [0] * self.ranks
+
+    @property
+    def attached(self) -> bool:
+        """Whether every rank has said where it starts."""
+        return all(self.lives)
+
+    @property
+    def position(self) -> int:
+        """The first batch that some rank still needs."""
+        return min(self.next_of_rank)
+
+
+class Stream:
+    """A Ray actor with asynchronous methods; one per family.
+
+    Args:
+        folder: the run's, on this actor's node; the packed corpus lies in it.
+        store: where labels are kept, see :func:`cluster.labels.store.buckets.open_bucket`; none keeps none.
+    """
+
+    def __init__(self, spec: FamilySpec, folder: str, teacher: TeacherModel, store: str | None) -> None:
+        self._folder = Path(folder)
+        self._batches = Batches(self._folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
+        self._spec, self._teacher = spec, teacher
+        self._store_uri = store
+        self._blocks = spec.blocks_per_batch
+        self._consumers = {name: Consumer(student.ranks) for name, student in spec.students.items()}
+        self._window = Window(spec.stream.window, self._batches.count, store is not None)
+        self._held_out: dict[int, asyncio.Task[list[ray.ObjectRef]]] = {}
+        self._head: asyncio.Task[Any] | None = None
+        self._changed = asyncio.Condition()
+        self._error: str | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._source: LabelSource | None = None
+        self._starting: asyncio.Task[None] | None = None
+        # After a restart nobody knows which students have finished; those that have not attach again.
+        self._again = ray.get_runtime_context().was_current_actor_reconstructed
+
+    # -- starting --------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Look into the store, begin to start the teacher where it is needed, and to fetch. May be called again."""
+        if self._starting is None:
+            self._starting = asyncio.get_running_loop().create_task(self._start())
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        log, holder = ScoringLog(self._folder), self._folder.name
+        self._source = LabelSource(self._spec, self._teacher, None, log, holder)
+        try:
+            if self._store_uri is None:
+                await self._source.open({}, [])
+            else:
+                store = await asyncio.to_thread(LabelStore.open, self._store_uri)
+                self._source = LabelSource(self._spec, self._teacher, store, log, holder)
+                self._window.safe = await self._source.open(*await asyncio.to_thread(self._addresses))
+        except StillhouseError as error:
+            await self._fail(str(error))
+            return
+        self._spawn(self._dispatch())
+
+    def _addresses(self) -> tuple[dict[int, str], list[str]]:
+        train = {number: self._batches.train(number).address for number in range(self._batches.count)}
+        return train, [self._batches.held_out(number).address for number in range(self._batches.held_out_count)]
+
+    async def _labels_from(self) -> LabelSource:
+        await self.start()
+        if self._error is not None:
+            raise RunError(self._error)
+        assert self._source is not None
+        return self._source
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # -- fetching --------------------------------------------------------------------------------------------------
+
+    def _active(self) -> list[Consumer]:
+        return [c for c in self._consumers.values() if c.active and (c.attached or not self._again)]
+
+    def _positions(self) -> list[int] | None:
+        """The first batch that each active student needs; none before they have said where they start.
+
+        To begin before that could score a batch twice.
+        """
+        active = self._active()
+        if not active or not all(c.attached for c in active):
+            return None
+        return [c.position for c in active]
+
+    def _next_to_fetch(self) -> int | None:
+        positions = self._positions()
+        return None if positions is None else self._window.next_to_fetch(positions)
+
+    async def _dispatch(self) -> None:
+        """Keep as many batches on their way as there are replicas, and some for the store, never past the window."""
+        assert self._source is not None
+        most = self._source.replicas + (READS if self._window.stored else 0)
+        while self._error is None:
+            async with self._changed:
+                number = self._next_to_fetch()
+                while number is None or len(self._window.in_flight) >= most:
+                    await self._changed.wait()
+                    number = self._next_to_fetch()
+                self._window.in_flight.add(number)
+            self._spawn(self._fetch(number))
+
+    async def _fetch(self, number: int) -> None:
+        assert self._source is not None
+        try:
+            blocks = await self._source.labels(self._batches.train(number), lambda: self._saved(number))
+        except RunError as error:
+            await self._fail(str(error))
+            return
+        async with self._changed:
+            self._window.in_flight.discard(number)
+            self._window.ready[number] = blocks
+            self._changed.notify_all()
+
+    def _saved(self, number: int) -> None:
+        """A batch is in the store; whoever waits because the store took nothing may go on."""
+        self._window.safe.add(number)
+        self._spawn(self._notify())
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._forget()
+            self._changed.notify_all()
+
+    def _forget(self) -> None:
+        self._window.forget([c.position for c in self._active()])
+
+    async def _fail(self, reason: str) -> None:
+        async with self._changed:
+            self._error = reason
+            self._changed.notify_all()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    async def attach(self, student: str, rank: int, start: int) -> None:
+        """A rank says which batch it will ask for first. A restarted rank may go back; the batches come again."""
+        await self.start()
+        async with self._changed:
+            consumer = self._consumers[student]
+            consumer.next_of_rank[rank] = start
+            consumer.lives[rank] += 1
+            consumer.active = True
+            self._changed.notify_all()
+
+    async def lost(self, number: int) -> None:
+        """The blocks of a batch cannot be had any more, because a node died with them: fetch them again."""
+        async with self._changed:
+            self._window.ready.pop(number, None)
+            self._changed.notify_all()
+
+    async def next(self, student: str, rank: int, number: int) -> Delivery:
+        """Batch ``number`` for one rank, waiting until it is there. Asking for it says the one before is done.
+
+        Raises:
+            RunError: the batch is not the next one of this rank, or the teacher is lost for good.
+        """
+        consumer = self._consumers[student]
+        if not consumer.lives[rank]:
+            # This stream was started again while the rank was learning.
+            await self.attach(student, rank, number)
+        if number != consumer.next_of_rank[rank]:
+            raise RunError(f"{student} rank {rank} asked for batch {number}, its next is {consumer.next_of_rank[rank]}")
+        started, life = time.monotonic(), consumer.lives[rank]
+        async with self._changed:
+            self._forget()
+            self._changed.notify_all()
+            while number not in self._window.ready:
+                if self._error is not None:
+                    raise RunError(self._error)
+                consumer.waiting = True
+                await self._changed.wait()
+                if consumer.lives[rank] != life:
+                    raise RunError(f"{student} rank {rank} has been started again; this call is from before")
+            blocks = self._window.ready[number]
+            consumer.waiting = False
+            consumer.next_of_rank[rank] = number + 1
+            if rank == 0:
+                consumer.delivered += 1
+                consumer.waited_s += time.monotonic() - started
+        return self._deliver(self._batches.train(number), blocks, rank, consumer.ranks)
+
+    def _deliver(self, batch: Batch, blocks: list[ray.ObjectRef], rank: int, ranks: int) -> Delivery:
+        rows = len(batch.tokens_BS) // ranks
+        share = self._blocks // ranks
+        return Delivery(
+            batch.rows(rank * rows, (rank + 1) * rows), blocks[rank * share : (rank + 1) * share], batch.loss_tokens
+        )
+
+    async def held_out(self, student: str, rank: int, number: int) -> Delivery:
+        """Held-out batch ``number`` with the teacher's hidden states; fetched once, kept for the whole run."""
+        source, batch = await self._labels_from(), self._batches.held_out(number)
+        if number not in self._held_out:
+            self._held_out[number] = asyncio.ensure_future(source.hidden(batch))
+        blocks = await asyncio.shield(self._held_out[number])
+        return self._deliver(batch, blocks, rank, self._consumers[student].ranks)
+
+    async def teacher_head(self) -> np.ndarray:
+        """The teacher's head weight [V, D], fetched once."""
+        source = await self._labels_from()
+        if self._head is None:
+            self._head = asyncio.ensure_future(source.head())
+        return await asyncio.shield(self._head)
+
+    async def detach(self, student: str) -> None:
+        """A student has finished or failed: nobody waits for it any more."""
+        async with self._changed:
+            self._consumers[student].active = False
+            self._consumers[student].waiting = False
+            self._forget()
+            self._changed.notify_all()
+
+    # -- watching --------------------------------------------------------------------------------------------------
+
+    async def stats(self) -> StreamStats:
+        """A snapshot, see :class:`StreamStats`."""
+        await self.start()
+        source = self._source
+        assert source is not None
+        active = {name: c for name, c in self._consumers.items() if c.active and c.attached}
+        slowest = min(active, key=lambda name: active[name].position, default=None)
+        fastest = max((c.position for c in active.values()), default=0)
+        idle = self._positions() is not None and self._next_to_fetch() is None and not self._window.in_flight
+        left = slowest is not None and active[slowest].position + self._spec.stream.window < self._batches.count
+        return StreamStats(
+            total=self._batches.count,
+            scored=source.log.counts(),
+            read=dict(source.read),
+            delivered={name: c.delivered for name, c in self._consumers.items()},
+            waiting=[name for name, c in active.items() if c.waiting],
+            waited_s={name: c.waited_s for name, c in self._consumers.items()},
+            blocked_by=slowest if idle and left and not self._window.stored else None,
+            behind={name: fastest - c.position for name, c in active.items()},
+            window_used=len(self._window.ready),
+            unsaved=source.unsaved,
+            pool=source.stats,
+            error=self._error or source.error,
+        )
+
+    async def finish(self) -> None:
+        """The pass is complete: wait until the store has all of it and say so there."""
+        if self._source is not None and self._window.stored and self._error is None:
+            train, _ = await asyncio.to_thread(self._addresses)
+            await self._source.publish(list(train.values()), CLOSE_S)
+
+    async def stop(self) -> None:
+        """End the teacher."""
+        for task in self._tasks:
+            task.cancel()
+        if self._source is not None:
+            await self._source.close()

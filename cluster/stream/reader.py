@@ -1,0 +1,99 @@
+"""A rank's side of the stream: asks for batches, and goes on when the stream or a node with labels has died."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+import tenacity
+from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError, RayActorError
+
+from cluster.stream.figures import Delivery
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+# A stream that was killed is back in seconds; one that takes longer than this has no node to run on.
+PATIENCE_S = 600.0
+
+
+class Reader:
+    """Reads one rank's part of a family's stream.
+
+    Args:
+        patience_s: seconds that the stream may be away.
+    """
+
+    def __init__(self, stream: ActorHandle, student: str, rank: int, patience_s: float = PATIENCE_S) -> None:
+        self._stream, self._student, self._rank, self._patience_s = stream, student, rank, patience_s
+
+    def _through(self, work: Callable[[], R], again: Callable[[], None]) -> R:
+        """Do some work; each time that an actor or an object it needs has died, ``again`` and then once more."""
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type((RayActorError, ObjectLostError)),
+            wait=tenacity.wait_exponential_jitter(initial=0.5, max=10.0),
+            stop=tenacity.stop_after_delay(self._patience_s),
+            reraise=True,
+        ):
+            with attempt:
+                if attempt.retry_state.attempt_number > 1:
+                    log.warning("%s rank %d asks the stream again", self._student, self._rank)
+                    again()
+                return work()
+        raise AssertionError("tenacity returns or raises")
+
+    def attach(self, number: int) -> None:
+        """Say which batch this rank asks for first."""
+        self._through(lambda: ray.get(self._stream.attach.remote(self._student, self._rank, number)), _nothing)
+
+    def next(self, number: int) -> tuple[Delivery, list[np.ndarray]]:
+        """Batch ``number`` and its label blocks, waiting until they are there.
+
+        Raises:
+            RunError: the teacher is lost for good.
+            RayActorError: the stream did not come back.
+        """
+
+        def read() -> tuple[Delivery, list[np.ndarray]]:
+            delivery = ray.get(self._stream.next.remote(self._student, self._rank, number))
+            return delivery, self._blocks(delivery)
+
+        def again() -> None:
+            # A stream that was restarted knows nobody.
+            ray.get(self._stream.attach.remote(self._student, self._rank, number))
+
+        return self._through(read, again)
+
+    def _blocks(self, delivery: Delivery) -> list[np.ndarray]:
+        try:
+            blocks: list[np.ndarray] = ray.get(delivery.labels)
+        except ObjectLostError:
+            ray.get(self._stream.lost.remote(delivery.batch.number))
+            raise
+        return blocks
+
+    def held_out(self, number: int) -> tuple[Delivery, list[np.ndarray]]:
+        """Held-out batch ``number`` with the teacher's hidden states."""
+
+        def read() -> tuple[Delivery, list[np.ndarray]]:
+            delivery = ray.get(self._stream.held_out.remote(self._student, self._rank, number))
+            return delivery, ray.get(delivery.labels)
+
+        return self._through(read, _nothing)
+
+    def teacher_head(self) -> Any:
+        """The teacher's head weight [V, D], read-only."""
+        return self._through(lambda: ray.get(self._stream.teacher_head.remote()), _nothing)
+
+    def detach(self) -> None:
+        """This student needs nothing more."""
+        self._through(lambda: ray.get(self._stream.detach.remote(self._student)), _nothing)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,243 @@
+"""Where a batch's labels come from: the store if they are there, else the teacher, and then into the store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+
+from cluster.audit import ScoringLog
+from cluster.corpus.batches import Batch
+from cluster.errors import RunError
+from cluster.labels.kinds import joined
+from cluster.labels.store.leases import Lease
+from cluster.labels.store.objects import labels_prefix
+from cluster.labels.store.store import LabelStore
+from cluster.labels.wire import Stamp, decode, encode
+from cluster.models import TeacherModel
+from cluster.spec import FamilySpec, HiddenLabels, LabelsSpec
+from cluster.teacher.pool import PoolStats, TeacherPool
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+THREADS = 8
+RENEW_S = 120.0
+SAVE_AGAIN_S = 5.0
+HIDDEN = HiddenLabels(kind="hidden")
+
+
+class LabelSource:
+    """Gives labels of batches as references to blocks that this process owns. Lives in the stream's event loop.
+
+    The teacher is started when something is missing from the store, and not before.
+
+    Args:
+        store: none where labels are not kept.
+        log: what the teacher scored, also in earlier sessions of the run.
+        holder: name under which what this run uses is protected from being cleaned up.
+    """
+
+    def __init__(
+        self, spec: FamilySpec, teacher: TeacherModel, store: LabelStore | None, log: ScoringLog, holder: str
+    ) -> None:
+        self._spec, self._teacher, self._store, self.log = spec, teacher, store, log
+        self._blocks = spec.blocks_per_batch
+        self._pool: TeacherPool | None = None
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
+        self._lease: Lease | None = None
+        self._holder = holder
+        self._saving: set[asyncio.Task[None]] = set()
+        self._keeper: asyncio.Task[None] | None = None
+        self.read: dict[int, int] = {}
+
+    # -- the teacher -----------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> PoolStats:
+        """The pool's counters; all zero while it was not needed."""
+        return PoolStats() if self._pool is None else self._pool.stats
+
+    @property
+    def error(self) -> str | None:
+        """Why no label can be had any more, if so."""
+        return self.stats.last_error if self._pool is not None and self._pool.failed else None
+
+    @property
+    def replicas(self) -> int:
+        """Batches that can be scored at a time."""
+        return self._spec.teacher.replicas
+
+    def _started(self) -> TeacherPool:
+        if self._pool is None:
+            self._pool = TeacherPool(self._spec.teacher, self._spec.labels, self._teacher, self._blocks)
+            self._pool.start()
+        return self._pool
+
+    async def open(self, train: Mapping[int, str], held_out: Sequence[str]) -> set[int]:
+        """Look what is in the store and start the teacher if anything is not.
+
+        Args:
+            train: content addresses of the training batches that are still needed, by number.
+            held_out: those of the held-out batches.
+
+        Returns:
+            Numbers of the training batches whose labels are there.
+
+        Raises:
+            UserError: the store cannot be used.
+        """
+        if self._store is None:
+            self._started()
+            return set()
+        wanted = {number: self._stamp(self._spec.labels, address) for number, address in train.items()}
+        exact = [self._stamp(HIDDEN, address) for address in held_out]
+        prefixes = sorted({labels_prefix(stamp) for stamp in (*wanted.values(), *exact)})
+        self._lease = await self._aside(self._store.lease, self._holder, *prefixes)
+        self._keeper = asyncio.get_running_loop().create_task(self._renew(self._lease))
+        missing = await self._aside(self._store.missing, [*wanted.values(), *exact])
+        if missing or await self._aside(self._store.get_head, self._teacher.fingerprint) is None:
+            self._started()
+        lost = {(stamp.labels, stamp.batch) for stamp in missing}
+        return {number for number, stamp in wanted.items() if (stamp.labels, stamp.batch) not in lost}
+
+    # -- labels ----------------------------------------------------------------------------------------------------
+
+    def _stamp(self, spec: LabelsSpec, address: str) -> Stamp:
+        return Stamp.of(self._teacher.fingerprint, self._teacher.tokenizer, spec, address)
+
+    async def labels(self, batch: Batch, saved: Callable[[], None]) -> list[ray.ObjectRef]:
+        """Labels of a training batch in the spec's kind, one reference per block.
+
+        Args:
+            saved: called once they are in the store, which may be later.
+
+        Raises:
+            RunError: they are not in the store, and no replica can be had any more.
+        """
+        stamp = self._stamp(self._spec.labels, batch.address)
+        if (blocks := await self._stored(stamp)) is not None:
+            self.read[batch.number] = self.read.get(batch.number, 0) + 1
+            saved()
+            return blocks
+        blocks = await self._started().score(batch)
+        self.log.add(batch.number, batch.address)
+        self._save(stamp, blocks, saved)
+        return blocks
+
+    async def hidden(self, batch: Batch) -> list[ray.ObjectRef]:
+        """Last hidden states of a held-out batch, one reference per block."""
+        stamp = self._stamp(HIDDEN, batch.address)
+        if (blocks := await self._stored(stamp)) is not None:
+            return blocks
+        blocks = await self._started().hidden(batch)
+        self._save(stamp, blocks, lambda: None)
+        return blocks
+
+    async def head(self) -> np.ndarray:
+        """The teacher's head weight [V, D]."""
+        teacher = self._teacher.fingerprint
+        if self._store is not None and (kept := await self._tried(self._store.get_head, teacher)) is not None:
+            return kept
+        head = await self._started().head()
+        if self._store is not None:
+            await self._tried(self._store.put_head, teacher, head)
+        return head
+
+    # -- the store -------------------------------------------------------------------------------------------------
+
+    async def _aside(self, work: Callable[..., R], *args: Any) -> R:
+        """Run what blocks in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args))
+
+    async def _tried(self, work: Callable[..., R], *args: Any) -> R | None:
+        """The same, or None where the store cannot be reached: it saves work, but nothing depends on it."""
+        try:
+            return await self._aside(work, *args)
+        except (RunError, OSError) as error:
+            log.warning("going on without the label store: %s", error)
+            return None
+
+    async def _stored(self, stamp: Stamp) -> list[ray.ObjectRef] | None:
+        if self._store is None or (block := await self._tried(self._store.get, stamp)) is None:
+            return None
+        return await self._aside(_cut, block, self._blocks)
+
+    def _save(self, stamp: Stamp, blocks: list[ray.ObjectRef], saved: Callable[[], None]) -> None:
+        if self._store is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._save_until_kept(self._store, stamp, blocks, saved))
+        self._saving.add(task)
+        task.add_done_callback(self._saving.discard)
+
+    async def _save_until_kept(
+        self, store: LabelStore, stamp: Stamp, blocks: list[ray.ObjectRef], saved: Callable[[], None]
+    ) -> None:
+        """A store that is away delays what is kept; it loses nothing."""
+        whole = await self._aside(_whole, blocks)
+        while True:
+            try:
+                await self._aside(store.put, whole, stamp)
+                break
+            except (RunError, OSError) as error:
+                log.warning("the label store does not take batch %s yet: %s", stamp.batch, error)
+                await asyncio.sleep(SAVE_AGAIN_S)
+        saved()
+
+    @property
+    def unsaved(self) -> int:
+        """Batches that the store has not taken yet."""
+        return len(self._saving)
+
+    async def _renew(self, lease: Lease) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            await self._tried(lease.renew)
+
+    async def publish(self, addresses: Sequence[str], wait_s: float) -> None:
+        """Say in the store that the labels of a whole pass are there, once they are.
+
+        Args:
+            addresses: content addresses of its batches, in order.
+            wait_s: seconds that the store may take for what it has not taken yet.
+        """
+        if self._store is None:
+            return
+        if self._saving:
+            await asyncio.wait(set(self._saving), timeout=wait_s)
+        stamps = [self._stamp(self._spec.labels, address) for address in addresses]
+        facts = {"teacher": self._spec.teacher.model, "labels": self._spec.labels.model_dump(), "run": self._holder}
+        await self._tried(self._store.publish, self._spec.name, stamps, facts)
+
+    async def close(self) -> None:
+        """End the teacher and let go of the store; what it has not taken by now is scored again one day."""
+        for task in (*self._saving, *([self._keeper] if self._keeper else [])):
+            task.cancel()
+        if self._lease is not None:
+            await self._tried(self._lease.release)
+        if self._pool is not None:
+            self._pool.stop()
+
+
+def _cut(block: np.ndarray, blocks: int) -> list[ray.ObjectRef]:
+    """A whole batch's block as references to its parts, owned by this process."""
+    if blocks == 1:
+        return [ray.put(block)]
+    labels, stamp = decode(block)
+    size = labels.sequences // blocks
+    return [ray.put(encode(labels.rows(i * size, (i + 1) * size), stamp)) for i in range(blocks)]
+
+
+def _whole(blocks: list[ray.ObjectRef]) -> np.ndarray:
+    """Undo :func:`_cut`."""
+    parts = ray.get(blocks)
+    if len(parts) == 1:
+        return parts[0]
+    read = [decode(part) for part in parts]
+    return encode(joined([labels for labels, _ in read]), read[0][1])

@@ -1,0 +1,147 @@
+"""`stillhouse labels`: what a label store holds, whether it is good, and what may go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import typer
+from pydantic import ByteSize, TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from cluster.errors import UserError
+from cluster.labels.store.store import LabelStore
+from cluster.labels.store.upkeep import gc, passes, stat, verify
+from cluster.specfile import home
+from jobs.console import PIPE_WIDTH
+
+# A person waits for the answer.
+_PATIENCE_S = 20.0
+
+
+def open_store(uri: str | None) -> LabelStore:
+    """The store that a user names, by default the Stillhouse home's own.
+
+    Raises:
+        UserError: it is not there or cannot be used.
+    """
+    name = uri if uri is not None else str(home() / "labels")
+    store = LabelStore.open(name, patience_s=_PATIENCE_S)
+    if "://" not in name and not Path(store.bucket.uri).exists():
+        raise UserError(f"label store {store.bucket.uri} is not there; name one with --store DIRECTORY or s3://...")
+    return store
+
+
+def list_passes(uri: str | None, as_json: bool) -> None:
+    """Print the complete passes, the latest first."""
+    found = passes(open_store(uri))
+    if as_json:
+        typer.echo(
+            json.dumps([{**each.model_dump(exclude={"batches"}), "batches": len(each.batches)} for each in found])
+        )
+        return
+    rows = [
+        (each.name, each.teacher, each.tokenizer, each.labels, str(len(each.batches)), _when(each.published))
+        for each in found
+    ]
+    _show(("pass", "teacher", "tokenizer", "labels", "batches", "published"), rows)
+
+
+def show_holdings(uri: str | None, as_json: bool) -> None:
+    """Print what the store holds, a line for each teacher and labels section."""
+    found = stat(open_store(uri))
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in found]))
+        return
+    rows = [
+        (
+            *(each.teacher, each.tokenizer, each.labels, each.kind, str(each.objects)),
+            *(_size(each.size), _when(each.oldest), _when(each.newest)),
+        )
+        for each in found
+    ]
+    _show(("teacher", "tokenizer", "labels", "kind", "objects", "size", "oldest", "newest"), rows)
+
+
+def verify_store(uri: str | None, remove: bool) -> int:
+    """Read everything and print what is wrong. Returns 0 when nothing is, else 1."""
+    read, wrong = 0, 0
+    for entry, problem in verify(open_store(uri), remove):
+        read += 1
+        if problem is not None:
+            wrong += 1
+            typer.echo(f"{entry.key}: {problem}")
+    typer.echo(f"read {read} objects, {wrong} of them wrong")
+    return 1 if wrong else 0
+
+
+def collect(uri: str | None, older_than: str | None, max_size: str | None, dry_run: bool) -> None:
+    """Remove what is old or too much, and print what went.
+
+    Raises:
+        UserError: an age or a size that cannot be read.
+    """
+    age = parse_age(older_than).total_seconds() if older_than is not None else None
+    at_most = parse_size(max_size) if max_size is not None else None
+    removed = gc(open_store(uri), age, at_most, dry_run)
+    for entry in (*removed.entries, *removed.leftovers):
+        typer.echo(entry.key)
+    count = len(removed.entries) + len(removed.leftovers)
+    spared = f"; {removed.leased} more are under a live lease" if removed.leased else ""
+    typer.echo(f"{'would remove' if dry_run else 'removed'} {count} objects, {_size(removed.size)}{spared}")
+
+
+def parse_age(text: str) -> timedelta:
+    """An age such as ``30d``: a number of seconds, minutes, hours, days or weeks.
+
+    Raises:
+        UserError: anything else.
+    """
+    number, unit = text[:-1], text[-1:]
+    try:
+        # As ISO 8601 writes them, which pydantic reads: P30D, PT12H.
+        whole = f"P{'T' if unit in 'smh' else ''}{int(number)}{unit.upper()}" if unit in "smhdw" else ""
+        return TypeAdapter(timedelta).validate_python(whole)
+    except ValueError:
+        raise UserError(f"--older-than {text}: give a whole number and s, m, h, d or w, such as 30d") from None
+
+
+def parse_size(text: str) -> int:
+    """A size such as ``200GB`` in bytes.
+
+    Raises:
+        UserError: anything else.
+    """
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError:
+        raise UserError(f"--max-size {text}: give bytes or a unit such as MB, GB, TB or GiB, such as 200GB") from None
+
+
+def _size(size: int) -> str:
+    return ByteSize(size).human_readable(decimal=True)
+
+
+def _when(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on a terminal; in a pipe one line for each row, its cells parted by tabs."""
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            typer.echo("\t".join(row))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in ("batches", "objects", "size") else "left")
+    for row in rows:
+        table.add_row(*row)
+    # A narrow terminal breaks its lines rather than lose half of every address.
+    console.width = max(console.width, PIPE_WIDTH)
+    console.print(table)

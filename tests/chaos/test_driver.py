@@ -1,0 +1,56 @@
+"""The family's driver killed at a random moment: ``--resume`` goes on, and ends where nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.chaos.conftest import BATCHES, FAMILY, STUDENTS
+from tests.integration.conftest import write_family
+from tests.integration.test_command_line import environment, final_weights, read_until, start, stillhouse
+
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+
+
+def learnt(home: Path) -> int:
+    """Steps that all students of a run have taken."""
+    logs = (home / "stillhouse" / "runs").glob("*/*/audit/*.jsonl")
+    return sum(line.count('"loss"') for log in logs for line in log.read_text().splitlines())
+
+
+def test_the_driver_is_killed(tiny: Path, tmp_path: Path, dice: random.Random) -> None:
+    path = write_family(tmp_path, tiny, STUDENTS, **FAMILY)
+    homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
+    for home in homes:
+        home.mkdir()
+    moment = dice.randrange(1, BATCHES * len(STUDENTS) - 10)
+    process = start("run", str(path), env=environment(homes[0]))
+    read_until(process, "run tiny-")
+    while learnt(homes[0]) < moment:
+        assert process.poll() is None
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    # What it started ends with it, without anybody's help.
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []
+
+    resumed = stillhouse("run", str(path), "--resume", env=environment(homes[0]))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    whole = stillhouse("run", str(path), env=environment(homes[1]))
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    disturbed, undisturbed = (final_weights(home) for home in homes)
+    assert set(disturbed) == set(undisturbed) == set(STUDENTS)
+    for name, weights in undisturbed.items():
+        assert all(weights[key].equal(disturbed[name][key]) for key in weights), name
+    run = next((homes[0] / "stillhouse" / "runs" / "tiny").iterdir())
+    audit = stillhouse("audit", run.name, env=environment(homes[0]))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert audit.stdout.count("each batch once, in order") == len(STUDENTS)

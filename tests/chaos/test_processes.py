@@ -1,0 +1,66 @@
+"""Processes of a family killed at random moments; every student ends to the bit where it would have ended."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cluster.evaluate.result import FamilyResult
+from cluster.family import run_family
+from cluster.preflight import preflight
+from cluster.runs import open_run
+from cluster.specfile import load_spec
+from tests.chaos.conftest import BATCHES, FAMILY, STUDENTS, Faults, assert_survived
+from tests.integration.conftest import run_here, write_family
+from tests.processes import kill_one, own_processes
+
+pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+ALL = BATCHES * len(STUDENTS)
+WORKER = "RayTrainWorker"
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The label store that the undisturbed run fills."""
+    return str(tmp_path_factory.mktemp("warm"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, warm: str, tmp_path_factory: pytest.TempPathFactory) -> FamilyResult:
+    path = write_family(tmp_path_factory.mktemp("undisturbed"), tiny, STUDENTS, store={"uri": warm}, **FAMILY)
+    _, result, _ = run_here(path)
+    assert result.failed == {}
+    return result
+
+
+def test_the_teacher_the_stream_and_ranks_of_every_student_are_killed(
+    tiny: Path, tmp_path: Path, undisturbed: FamilyResult, dice: random.Random
+) -> None:
+    moments = sorted(dice.sample(range(2, ALL - 10), 5))
+    victims = ["Shard", "Stream", WORKER, WORKER, WORKER]
+    dice.shuffle(victims)
+    faults = Faults([(at, partial(kill_one, who, dice.randrange(5))) for at, who in zip(moments, victims, strict=True)])
+    checked = preflight(load_spec(write_family(tmp_path, tiny, STUDENTS, **FAMILY)))
+    result = run_family(checked, open_run(checked.spec, False), faults)
+    assert len(faults.done) == len(victims), faults
+    assert_survived(result, checked.spec, undisturbed)
+    # With a store only what was being scored when its teacher died may be scored again.
+    again = sum(count - 1 for count in result.stats.scored.values())
+    assert again <= 2
+
+
+def test_a_second_run_over_a_warm_store_needs_no_teacher(
+    tiny: Path, tmp_path: Path, warm: str, undisturbed: FamilyResult
+) -> None:
+    path = write_family(tmp_path, tiny, STUDENTS, store={"uri": warm}, **FAMILY)
+    seen: list[int] = []
+    checked = preflight(load_spec(path))
+    result = run_family(checked, open_run(checked.spec, False), lambda status: seen.append(len(own_processes("Shard"))))
+    assert max(seen) == 0
+    assert result.stats.scored == {}
+    # A student that falls behind may make the stream read a batch again.
+    assert sorted(result.stats.read) == list(range(BATCHES))
+    assert_survived(result, checked.spec, undisturbed)
