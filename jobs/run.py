@@ -171,7 +171,7 @@ def _print_result(
     scorings = sum(result.stats.scored.values())
     kept = f", {len(result.stats.read)} came from the label store" if result.stats.read else ""
     console.print(
-        f"the teacher scored {len(result.stats.scored)} batches in {scorings} scorings{kept}; learnt by "
+        f"the teacher scored {len(result.stats.scored)} batches in {scorings} scorings{kept}; read by "
         + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),
         highlight=False,
     )
