@@ -65,7 +65,11 @@ class Replica:
         """
         first = getattr(self._shards[0], method).options(num_returns=self._blocks + 1).remote(batch)
         others = [getattr(shard, method).remote(batch) for shard in self._shards[1:]]
-        receipt, *_ = await _all_or_death([first[0], *others])
+        try:
+            receipt, *_ = await _all_or_death([first[0], *others])
+        except Exception:
+            _look_away(first[1:])
+            raise
         return receipt, first[1:]
 
     async def head(self) -> np.ndarray:
@@ -89,6 +93,9 @@ async def _all_or_death(refs: list[ray.ObjectRef]) -> list[Any]:
     cause, so it is waited for a moment and raised before any other.
     """
     tasks = [asyncio.ensure_future(_value(ref)) for ref in refs]
+    for task in tasks:
+        # One that fails when nobody waits any more is no news.
+        task.add_done_callback(lambda t: t.cancelled() or t.exception())
     await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
     if any(t.done() and t.exception() for t in tasks):
         await asyncio.wait(tasks, timeout=DEATH_GRACE_S)
@@ -100,3 +107,9 @@ async def _all_or_death(refs: list[ray.ObjectRef]) -> list[Any]:
 
 async def _value(ref: ray.ObjectRef) -> Any:
     return await ref
+
+
+def _look_away(refs: list[ray.ObjectRef]) -> None:
+    """Drop results of a call that has failed: Ray reports an error that nobody has looked at, at any later moment."""
+    for ref in refs:
+        ref.future().add_done_callback(lambda done: done.exception())

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from tests.tiny import VOCABULARY
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 LABELS = TopKLabels(k=8)
+UNSEEN_S = 6.0
 
 
 def a_batch(number: int = 0) -> Batch:
@@ -90,6 +94,24 @@ def test_a_killed_replica_is_replaced_and_its_batch_scored_again(tiny: Path, sha
     assert pool.stats.rescored == 1
     np.testing.assert_array_equal(before.ids_TK, after.ids_TK)
     np.testing.assert_array_equal(before.codes_TK, after.codes_TK)
+
+
+def test_a_failed_call_is_reported_once(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def beyond_the_vocabulary() -> None:
+        pool = pool_of(tiny)
+        pool.start()
+        batch = replace(a_batch(), tokens_BS=np.full((4, 32), 10**6, dtype=np.int32))
+        try:
+            await pool.score(batch)
+        finally:
+            pool.stop()
+
+    with pytest.raises(RunError, match="the teacher failed on batch 0: IndexError"):
+        asyncio.run(beyond_the_vocabulary())
+    # Ray logs the error of a result that nobody has looked at for five seconds.
+    time.sleep(UNSEEN_S)
+    gc.collect()
+    assert "Unhandled error" not in caplog.text
 
 
 def test_blocks_outlive_the_replica_that_made_them(tiny: Path) -> None:

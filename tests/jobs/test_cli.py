@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import sys
@@ -27,6 +28,7 @@ def spec(tmp_path: Path, tiny_teacher: Path, tiny_corpus: Path) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     def typed(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["stillhouse", *arguments])
+        gc.collect()  # what other tests have left says so now
         capfd.readouterr()  # what making the mistake has printed
         with pytest.raises(SystemExit) as ended:
             main()
