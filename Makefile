@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export SOAK
 export STILLHOUSE_HOME ?= $(CURDIR)/.stillhouse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -14,8 +15,8 @@ demo: $(VENV)/demo.stamp  ## a real teacher, two students, one endpoint: the who
 test: $(VENV)/dev.stamp  ## the whole suite; starts real Ray, DeepSpeed, MLflow, Serve and S3 on loopback
 	$(BIN)/pytest -m "not chaos"
 
-chaos: $(VENV)/dev.stamp  ## kills and cuts off the parts of running families; CHAOS_SEED=n repeats a run
-	$(BIN)/pytest -m chaos
+chaos: $(VENV)/dev.stamp  ## kills and cuts off the parts of running families; CHAOS_SEED=n repeats a run, SOAK=30m goes on
+	$(BIN)/pytest -m chaos $(if $(SOAK),tests/chaos/test_soak.py)
 
 check: $(VENV)/dev.stamp  ## lint, types and unit tests
 	$(BIN)/ruff check .

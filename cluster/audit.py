@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ class ScoringLog:
 
     def add(self, batch: int, address: str) -> None:
         """Say that a batch has been scored."""
-        self._lines.add({"batch": batch, "address": address})
+        self._lines.add({"batch": batch, "address": address, "at": time.time()})
         self._counts[batch] += 1
 
     def counts(self) -> dict[int, int]:
@@ -72,12 +73,14 @@ class Step:
         batch: number of the batch.
         address: its content address.
         loss: of the batch, nats per loss token, exact to the bit as hex.
+        at: when it was done, in seconds since the epoch.
     """
 
     life: int
     batch: int
     address: str
     loss: str
+    at: float
 
 
 class AuditLog:
@@ -90,11 +93,11 @@ class AuditLog:
 
     def __init__(self, storage: str, student: str, life: int) -> None:
         self._life, self._lines = life, _Lines(Path(storage), student)
-        self._lines.add({"life": life})
+        self._lines.add({"life": life, "at": time.time()})
 
     def step(self, batch: int, address: str, loss: float) -> None:
         """Say that a step has been taken on a batch."""
-        self._lines.add(asdict(Step(self._life, batch, address, loss.hex())))
+        self._lines.add(asdict(Step(self._life, batch, address, loss.hex(), time.time())))
 
 
 def steps_of(folder: Path, student: str) -> tuple[list[Step], int]:
@@ -105,7 +108,7 @@ def steps_of(folder: Path, student: str) -> tuple[list[Step], int]:
     kept: list[Step] = []
     lives = 0
     for facts in _read(folder / AUDIT_FOLDER / f"{student}.jsonl"):
-        if set(facts) == {"life"}:
+        if "batch" not in facts:
             lives += 1
             kept = [step for step in kept if step.batch < facts["life"]]
         else:

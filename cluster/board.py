@@ -25,6 +25,7 @@ class Board:
     def __init__(self) -> None:
         self._points: list[Point] = []
         self._phases: dict[str, str] = {}
+        self._places: dict[str, str] = {}
 
     def post(self, point: Point) -> None:
         """Add a point."""
@@ -37,3 +38,11 @@ class Board:
     def since(self, cursor: int) -> tuple[list[Point], dict[str, str]]:
         """Points from ``cursor`` on, and every student's phase."""
         return self._points[cursor:], dict(self._phases)
+
+    def take_place(self, student: str, placement_group: str) -> None:
+        """Say which of Ray's placement groups, as hex, a student's ranks run in."""
+        self._places[student] = placement_group
+
+    def place_of(self, student: str) -> str | None:
+        """The one it last took."""
+        return self._places.get(student)

@@ -32,7 +32,8 @@ from cluster.watch import Status, Watch
 
 Report = Callable[[Status], None]
 POLL_S = 0.5
-STREAM_RESTARTS = 20
+# Of the stream and of what waits for the students: both go on from what the others know.
+RESTARTS = 20
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
         check_capacity(needs, alive_nodes())
     report(Status("reading the corpus"))
     # Both take seconds to import what they need, so they begin before they have work.
-    trainers = ray.remote(Trainers).options(num_cpus=0, max_concurrency=len(spec.students)).remote()
+    trainers = (
+        ray.remote(Trainers)
+        .options(num_cpus=0, max_concurrency=len(spec.students), max_restarts=RESTARTS, max_task_retries=RESTARTS)
+        .remote()
+    )
     registry = (
         ray.remote(Registry)
         .options(num_cpus=0)
@@ -114,7 +119,7 @@ def _start_stream(checked: Checked, run: Run) -> ActorHandle:
     # On this node, because the packed corpus lies here.
     placed = NodeAffinitySchedulingStrategy(here(), soft=False)
     # It can be built again from what its readers ask for, so its death costs no more than what it was doing.
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": STREAM_RESTARTS}
+    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": RESTARTS}
     stream = ray.remote(Stream).options(scheduling_strategy=placed, **options)
     return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store)
 

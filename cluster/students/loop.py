@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 
@@ -185,6 +186,7 @@ def train_student(config: dict[str, StudentJob]) -> None:
     if not job.spec.gpus_per_rank:
         os.environ["DS_ACCELERATOR"] = "cpu"
         use_plain_gloo()
+    job.board.take_place.remote(job.name, ray.get_runtime_context().get_placement_group_id())
     rank = _Rank(job)
     first = rank.restore()
     if first >= job.batches:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import ray
+import tenacity
+from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity, StudentResult
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
@@ -21,8 +26,24 @@ class Trainers:
         import cluster.students.loop  # noqa: F401  (before there is work, while the corpus is read)
 
     def run(self, job: StudentJob) -> StudentResult:
-        """See :func:`run_student`."""
-        return run_student(job)
+        """See :func:`run_student`; once more from the last checkpoint when what looks after its ranks dies itself."""
+        for attempt in tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(RayActorError),
+            stop=tenacity.stop_after_attempt(job.spec.max_failures + 1),
+            wait=tenacity.wait_fixed(1.0),
+            reraise=True,
+        ):
+            with attempt:
+                _clear_place(job)
+                return run_student(job)
+        raise AssertionError("tenacity returns or raises")
+
+
+def _clear_place(job: StudentJob) -> None:
+    """Give back what the ranks of an earlier attempt held: Ray keeps it for them as long as its job lives."""
+    place = ray.get(job.board.place_of.remote(job.name))
+    if place is not None:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(place)))
 
 
 def run_student(job: StudentJob) -> StudentResult:

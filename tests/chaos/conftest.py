@@ -1,37 +1,16 @@
-"""Families that are disturbed at random moments, and what must hold of them afterwards."""
+"""The dice of a chaos run, and the report after it."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from cluster.audit import problems_of
-from cluster.corpus.batches import CORPUS_FOLDER, Batches
-from cluster.evaluate.result import FamilyResult
-from cluster.watch import Status
+from tests.chaos.report import ChaosReport
 from tests.conftest import CHAOS_SEED
 from tests.integration.conftest import ray_cluster, s3, s3_environment, tiny  # noqa: F401
 
-BATCHES = 40
-SAME: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "max_failures": 20}
-STUDENTS: dict[str, dict[str, Any]] = {
-    "alone": {**SAME, "zero_stage": 1, "micro_batch": 4},
-    "two": {**SAME, "zero_stage": 2, "ranks": 2, "micro_batch": 2},
-    "three": {**SAME, "zero_stage": 3, "ranks": 2, "micro_batch": 1},
-}
-FAMILY: dict[str, Any] = {
-    "corpus": {"max_batches": BATCHES},
-    "checkpoints": {"every": 4},
-    "evaluation": {"batches": 1, "angle_every": None},
-    "teacher": {"max_restarts": 100},
-}
+REPORT = pytest.StashKey[ChaosReport]()
 
 
 @pytest.fixture(scope="session")
@@ -40,40 +19,15 @@ def dice() -> random.Random:
     return random.Random(CHAOS_SEED)
 
 
-@dataclass
-class Faults:
-    """Faults that wait for their moment; given to a run as what it reports its status to.
-
-    Args:
-        planned: moments, as batches that all students together have learnt, and what is done then. What returns False
-            could not be done yet and is tried again.
-    """
-
-    planned: list[tuple[int, Callable[[], bool]]]
-    done: list[int] = field(default_factory=list)
-
-    def __call__(self, status: Status) -> None:
-        """Do what is due."""
-        learnt = sum(student.batch for student in status.students.values())
-        due = [fault for fault in self.planned if fault[0] <= learnt]
-        # One at a time: the next one finds what the one before left.
-        if due and min(due, key=lambda fault: fault[0])[1]():
-            fault = min(due, key=lambda fault: fault[0])
-            self.planned.remove(fault)
-            self.done.append(learnt)
+@pytest.fixture(scope="session")
+def report(pytestconfig: pytest.Config) -> ChaosReport:
+    """Filled by the tests, printed after them."""
+    return pytestconfig.stash.setdefault(REPORT, ChaosReport())
 
 
-def weights(result: FamilyResult, student: str) -> dict[str, torch.Tensor]:
-    """A finished student's weights."""
-    return load_file(Path(result.students[student].model_dir) / "model.safetensors")
-
-
-def assert_survived(result: FamilyResult, spec: Any, undisturbed: FamilyResult) -> None:
-    """Every student finished, learnt each batch once, and is to the bit what it would have been."""
-    assert result.failed == {}
-    batches = Batches(result.run.folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
-    for name in spec.students:
-        assert problems_of(result.run.folder, name, batches) == []
-        own, other = weights(result, name), weights(undisturbed, name)
-        assert own.keys() == other.keys()
-        assert all(torch.equal(own[key], other[key]) for key in own), name
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    made = config.stash.get(REPORT, None)
+    if made is not None:
+        terminalreporter.section("chaos report")
+        for line in (f"seed {CHAOS_SEED}", *made.lines()):
+            terminalreporter.line(line)

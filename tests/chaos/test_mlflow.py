@@ -19,7 +19,9 @@ from cluster.family import run_family
 from cluster.preflight import preflight
 from cluster.runs import open_run
 from cluster.specfile import load_spec
-from tests.chaos.conftest import BATCHES, FAMILY, STUDENTS, Faults
+from tests.chaos.families import BATCHES, FAMILY, STUDENTS, note
+from tests.chaos.faults import Fault, Faults
+from tests.chaos.report import ChaosReport
 from tests.integration.conftest import free_port, write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -71,7 +73,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
     made.kill()
 
 
-def test_mlflow_is_away_for_a_minute(tiny: Path, tmp_path: Path, server: Server, dice: random.Random) -> None:
+def test_mlflow_is_away_for_a_minute(
+    tiny: Path, tmp_path: Path, server: Server, dice: random.Random, report: ChaosReport
+) -> None:
     back = threading.Timer(AWAY_S, server.start)
 
     def cut_off() -> bool:
@@ -79,9 +83,10 @@ def test_mlflow_is_away_for_a_minute(tiny: Path, tmp_path: Path, server: Server,
         back.start()
         return True
 
-    faults = Faults([(dice.randrange(1, BATCHES), cut_off)])
+    faults = Faults([Fault("MLflow away for a minute", dice.randrange(1, BATCHES), cut_off)])
     checked = preflight(load_spec(write_family(tmp_path, tiny, ONE, tracking={"uri": server.uri}, **FAMILY)))
     result = run_family(checked, open_run(checked.spec, False), faults)
+    note(report, result, checked.spec, faults)
     assert faults.done
     assert result.failed == {}
     client = mlflow.MlflowClient(server.uri)
@@ -91,3 +96,4 @@ def test_mlflow_is_away_for_a_minute(tiny: Path, tmp_path: Path, server: Server,
     assert int(version.version) == result.versions["alone"] == 1
     assert client.get_run(result.run.mlflow["alone"]).data.metrics["kl_after"] > 0
     assert client.get_run(result.run.mlflow[""]).info.status == "FINISHED"
+    report.survived.update(name for name, _ in faults.done)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.conftest import FAMILY, STUDENTS
+from tests.chaos.families import FAMILY, STUDENTS
 from tests.integration.conftest import write_family
 from tests.integration.s3_proxy import S3Proxy, now_and_then
 from tests.integration.test_command_line import environment, final_weights, stillhouse

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.conftest import BATCHES, FAMILY, STUDENTS, assert_survived
+from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived
 from tests.integration.conftest import run_here, write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]

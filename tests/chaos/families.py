@@ -1,0 +1,59 @@
+"""Families that are disturbed, and what must hold of them afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from cluster.audit import problems_of, steps_of
+from cluster.corpus.batches import CORPUS_FOLDER, Batches
+from cluster.evaluate.result import FamilyResult
+from tests.chaos.faults import RANK, STUDENT, Faults
+from tests.chaos.report import ChaosReport, student_recoveries
+
+BATCHES = 40
+SAME: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "max_failures": 20}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "alone": {**SAME, "zero_stage": 1, "micro_batch": 4},
+    "two": {**SAME, "zero_stage": 2, "ranks": 2, "micro_batch": 2},
+    "three": {**SAME, "zero_stage": 3, "ranks": 2, "micro_batch": 1},
+}
+FAMILY: dict[str, Any] = {
+    "corpus": {"max_batches": BATCHES},
+    "checkpoints": {"every": 4},
+    "evaluation": {"batches": 1, "angle_every": None},
+    "teacher": {"max_restarts": 100},
+}
+
+
+def weights(result: FamilyResult, student: str) -> dict[str, torch.Tensor]:
+    """A finished student's weights."""
+    return load_file(Path(result.students[student].model_dir) / "model.safetensors")
+
+
+def note(report: ChaosReport, result: FamilyResult, spec: Any, faults: Faults) -> None:
+    """Add what has happened to a family to the report, before anything is asserted of it."""
+    report.families += 1
+    report.injected.update(name for name, _ in faults.done)
+    report.rescored += sum(count - 1 for count in result.stats.scored.values())
+    for name in spec.students:
+        numbers = [step.batch for step in steps_of(result.run.folder, name)[0]]
+        report.lost += len(set(range(result.stats.total)) - set(numbers))
+        report.doubled += len(numbers) - len(set(numbers))
+    kills = [at for name, at in faults.done if name in (RANK, STUDENT)]
+    for seconds in student_recoveries(result.run.folder, list(spec.students), kills):
+        report.took("a student killed to its next step", seconds)
+
+
+def assert_survived(result: FamilyResult, spec: Any, undisturbed: FamilyResult) -> None:
+    """Every student finished, learnt each batch once, and is to the bit what it would have been."""
+    assert result.failed == {}
+    batches = Batches(result.run.folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
+    for name in spec.students:
+        assert problems_of(result.run.folder, name, batches) == []
+        own, other = weights(result, name), weights(undisturbed, name)
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[key], other[key]) for key in own), name

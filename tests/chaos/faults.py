@@ -1,0 +1,74 @@
+"""What is done to a running family, and when."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from cluster.watch import Status
+from tests.processes import kill_one
+
+RANK, STUDENT = "a rank of a student killed", "a whole student killed"
+# What is killed, by the title that Ray gives its process. A student's controller takes all of its ranks with it.
+VICTIMS = {
+    "a teacher shard killed": "Shard",
+    "the stream killed": "Stream",
+    "what waits for the students killed": "Trainers",
+    RANK: "RayTrainWorker",
+    STUDENT: "TrainController",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to a family, and when.
+
+    Attributes:
+        moment: batches that all students together have learnt by then.
+        do: does it; False where it could not be done yet and must be tried again.
+    """
+
+    name: str
+    moment: int
+    do: Callable[[], bool]
+
+
+@dataclass
+class Faults:
+    """Faults that wait for their moment; given to a run as what it reports its status to.
+
+    Attributes:
+        done: names of what has been done, and when, in seconds since the epoch.
+    """
+
+    planned: list[Fault]
+    done: list[tuple[str, float]] = field(default_factory=list)
+
+    def __call__(self, status: Status) -> None:
+        """Do one thing that is due; the next one finds what it left."""
+        learnt = sum(student.batch for student in status.students.values())
+        for fault in sorted(self.planned, key=lambda fault: fault.moment):
+            at = time.time()
+            if fault.moment <= learnt and fault.do():
+                self.planned.remove(fault)
+                self.done.append((fault.name, at))
+                return
+
+
+def kills(names: Sequence[str], last: int, dice: random.Random) -> Faults:
+    """One kill for each name at random moments.
+
+    Args:
+        names: keys of :data:`VICTIMS`.
+        last: the latest moment.
+    """
+    moments = dice.sample(range(2, last), len(names))
+    return Faults(
+        [
+            Fault(name, moment, partial(kill_one, VICTIMS[name], dice.randrange(5)))
+            for name, moment in zip(names, moments, strict=True)
+        ]
+    )
