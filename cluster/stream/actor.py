@@ -100,7 +100,7 @@ class Stream:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        log, holder = ScoringLog(self._folder), self._folder.name
+        log, holder = ScoringLog(self._folder, self._spec.patience_s), self._folder.name
         self._source = LabelSource(self._spec, self._teacher, None, log, holder)
         try:
             if self._store_uri is None:

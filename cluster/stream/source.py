@@ -32,6 +32,7 @@ Lost = Callable[[list[ray.ObjectRef]], None]
 THREADS = 8
 RENEW_S = 120.0
 SAVE_AGAIN_S = 5.0
+LAST_S = 10.0
 HIDDEN = HiddenLabels(kind="hidden")
 
 
@@ -130,7 +131,7 @@ class LabelSource:
             saved()
             return blocks
         blocks = await self._started().score(batch)
-        self.log.add(batch.number, batch.address)
+        await self._aside(self.log.add, batch.number, batch.address)
         self._save(stamp, blocks, saved, lost)
         return blocks
 
@@ -225,7 +226,9 @@ class LabelSource:
         await self._tried(self._store.publish, self._spec.name, stamps, facts)
 
     async def close(self) -> None:
-        """End the teacher and let go of the store; what it has not taken by now is scored again one day."""
+        """End the teacher and let go of the store; what it does not take in a moment is scored again one day."""
+        if self._saving:
+            await asyncio.wait(set(self._saving), timeout=LAST_S)
         for task in (*self._saving, *([self._keeper] if self._keeper else [])):
             task.cancel()
         if self._lease is not None:

@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 
 from cluster.audit import AuditLog
-from cluster.board import Point
+from cluster.board import NO_PLACE, Point
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
+from cluster.space import NoRoomError, size_of, wait_for_room
 from cluster.stream.reader import Reader
 from cluster.students.initial import initial_student
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
@@ -26,10 +28,22 @@ from cluster.students.losses.fused import distillation_loss
 from cluster.students.losses.objective import objective_at
 from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
-from cluster.students.space import size_of, wait_for_room
 from cluster.students.zero import adamw, gathered_state, schedule_of, use_plain_gloo, zero_config
 
 ZERO_FOLDER = "zero"
+# A weight in float32 with its master copy and AdamW's two moments.
+STATE_BYTES = 16
+
+
+class Restarts(ray.train.UserCallback):
+    """Posts that a student has lost its ranks; they say themselves when they have a place again."""
+
+    def __init__(self, job: StudentJob) -> None:
+        self._job = job
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called where the student's Ray Train run is steered, once ranks have failed or died."""
+        self._job.board.phase.remote(self._job.name, NO_PLACE)
 
 
 class _Rank:
@@ -93,6 +107,9 @@ class _Rank:
     def commit(self, batch: int, after: Fidelity | None = None) -> None:
         """Report a checkpoint with the number of batches learnt; with ``after`` the finished model instead."""
         assert self.before is not None
+        patience_s = self.job.family.patience_s
+        # It is written aside first, often on the same disk. What all ranks of a student write is at most this.
+        wait_for_room(Path(tempfile.gettempdir()), self.parameters * STATE_BYTES, patience_s)
         with tempfile.TemporaryDirectory() as folder:
             if after is None:
                 self.engine.save_checkpoint(folder, tag=ZERO_FOLDER)
@@ -107,7 +124,8 @@ class _Rank:
                     "after": asdict(after) if after else None,
                 }
                 (Path(folder) / COMMIT_FILE).write_text(json.dumps(facts))
-            wait_for_room(Path(self.job.storage), size_of(Path(folder)))
+            # All ranks write to it at the same time.
+            wait_for_room(Path(self.job.storage), size_of(Path(folder)) * self.spec.ranks, patience_s)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"batch": batch}, checkpoint=checkpoint)
 
@@ -125,7 +143,7 @@ class _Rank:
     def begin(self, first: int) -> None:
         """Begin a life of this student at batch ``first``."""
         if self.rank == 0:
-            self.audit = AuditLog(self.job.storage, self.job.name, first)
+            self.audit = AuditLog(self.job.storage, self.job.name, first, self.job.family.patience_s)
 
     def learn(self, number: int) -> None:
         """Consume one batch: forward and backward over its micro-batches, one optimiser step, one point posted.
@@ -182,6 +200,16 @@ def train_student(config: dict[str, StudentJob]) -> None:
     The checkpoints it reports hold ``commit.json`` and ZeRO's own state; the last one the finished model.
     """
     job = config["job"]
+    job.board.phase.remote(job.name, "loading")
+    try:
+        _train(job)
+    except NoRoomError as error:
+        # Another life would only wait once more.
+        ray.get(job.board.stop.remote(f"student {job.name}: {error}"))
+        raise
+
+
+def _train(job: StudentJob) -> None:
     if not job.spec.gpus_per_rank:
         os.environ["DS_ACCELERATOR"] = "cpu"
         use_plain_gloo()

@@ -34,7 +34,7 @@ def run_student(job: StudentJob) -> StudentResult:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from cluster.students.loop import train_student
+    from cluster.students.loop import Restarts, train_student
 
     spec, checkpoints = job.spec, job.family.checkpoints
     per_rank = {"CPU": spec.cpus_per_rank, "GPU": spec.gpus_per_rank}
@@ -52,6 +52,7 @@ def run_student(job: StudentJob) -> StudentResult:
             storage_path=f"{job.storage}/students",
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=checkpoints.keep),
             failure_config=ray.train.FailureConfig(max_failures=spec.max_failures),
+            callbacks=[Restarts(job)],
         ),
     )
     try:
