@@ -65,7 +65,7 @@ class ScoringLog:
 
     def __init__(self, folder: Path, patience_s: float) -> None:
         self._lines = _Lines(folder, TEACHER, patience_s)
-        self._counts = Counter(facts["batch"] for facts in _read(folder / AUDIT_FOLDER / f"{TEACHER}.jsonl"))
+        self._counts = Counter(scorings_of(folder))
 
     def add(self, batch: int, address: str) -> None:
         """Say that a batch has been scored.
@@ -79,6 +79,12 @@ class ScoringLog:
     def counts(self) -> dict[int, int]:
         """How often each batch was scored."""
         return dict(sorted(self._counts.items()))
+
+
+def scorings_of(folder: Path) -> dict[int, int]:
+    """How often each batch of a run was scored, from its folder."""
+    counts = Counter(facts["batch"] for facts in _read(folder / AUDIT_FOLDER / f"{TEACHER}.jsonl"))
+    return dict(sorted(counts.items()))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.result import FamilyResult
 from cluster.watch import Status
 from tests.conftest import CHAOS_SEED
-from tests.integration.conftest import ray_cluster, s3, s3_environment, tiny  # noqa: F401
+from tests.integration.conftest import ray_cluster, s3, s3_environment, tiny, write_family  # noqa: F401
+from tests.integration.test_command_line import environment, final_weights, stillhouse
 
 BATCHES = 40
 SAME: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "max_failures": 20}
@@ -77,3 +78,42 @@ def assert_survived(result: FamilyResult, spec: Any, undisturbed: FamilyResult) 
         own, other = weights(result, name), weights(undisturbed, name)
         assert own.keys() == other.keys()
         assert all(torch.equal(own[key], other[key]) for key in own), name
+
+
+PAIR = {name: STUDENTS[name] for name in ("alone", "two")}
+
+
+def learnt(home: Path) -> int:
+    """Steps that all students of the runs in a home have taken."""
+    logs = (home / "stillhouse" / "runs").glob("*/*/audit/*.jsonl")
+    return sum(line.count('"loss"') for log in logs for line in log.read_text().splitlines())
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:  # noqa: F811
+    """What the two students of :data:`PAIR` become when nothing happens."""
+    home = tmp_path_factory.mktemp("undisturbed-pair")
+    whole = stillhouse("run", str(write_family(home, tiny, PAIR, **FAMILY)), env=environment(home), timeout=500)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    return final_weights(home)
+
+
+def assert_finished_as(undisturbed: dict[str, dict[str, torch.Tensor]], home: Path, **more: str) -> str:
+    """The run in a home is finished, learnt each batch once, and is to the bit what it would have been.
+
+    Args:
+        more: of the command's environment.
+
+    Returns:
+        What ``stillhouse audit`` prints.
+    """
+    disturbed = final_weights(home)
+    assert set(disturbed) == set(undisturbed)
+    for name, own in disturbed.items():
+        assert own.keys() == undisturbed[name].keys()
+        assert all(own[key].equal(undisturbed[name][key]) for key in own), name
+    run = next((home / "stillhouse" / "runs" / "tiny").iterdir())
+    audit = stillhouse("audit", run.name, env=environment(home, **more))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert audit.stdout.count("each batch once, in order") == len(undisturbed)
+    return audit.stdout
