@@ -80,23 +80,29 @@ class Unplaced:
     """Watches for how long each student has had no place on the cluster, whatever keeps it from one.
 
     Args:
-        nodes: asks for the resources of each node that is alive.
+        pending: whether a place is waited for. A student that has one and only starts its processes waits for none.
+        nodes: resources of each node that is alive.
     """
 
-    def __init__(self, spec: FamilySpec, nodes: Callable[[], Iterable[Mapping[str, float]]]) -> None:
-        self._spec, self._nodes = spec, nodes
-        self._since: dict[str, float] = {}
+    def __init__(
+        self, spec: FamilySpec, pending: Callable[[], bool], nodes: Callable[[], Iterable[Mapping[str, float]]]
+    ) -> None:
+        self._spec, self._pending, self._nodes = spec, pending, nodes
+        self._waited_s: dict[str, float] = {}
+        self._looked = time.monotonic()
 
-    def look(self, waiting: Iterable[str]) -> None:
-        """Say which students have no place now.
+    def look(self, without: Iterable[str]) -> None:
+        """Say which students have no rank running now.
 
         Raises:
-            RunError: one of them has had none for ``patience_s``; says what it needs and what there is.
+            RunError: one of them has had no place for ``patience_s``; says what it needs and what there is.
         """
-        now = time.monotonic()
-        self._since = {name: self._since.get(name, now) for name in waiting}
-        name = min(self._since, key=lambda each: self._since[each], default=None)
-        if name is None or now - self._since[name] < self._spec.patience_s:
+        names, now = list(without), time.monotonic()
+        passed_s = now - self._looked if names and self._pending() else 0.0
+        self._looked = now
+        self._waited_s = {name: self._waited_s.get(name, 0.0) + passed_s for name in names}
+        name = max(names, key=lambda each: self._waited_s[each], default=None)
+        if name is None or self._waited_s[name] < self._spec.patience_s:
             return
         need = next(need for need in needs_of(self._spec) if need.who == f"student {name}")
         raise RunError(

@@ -23,7 +23,7 @@ from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
 from cluster.registry import Registry, code_version
 from cluster.runs import Run
-from cluster.session import alive_nodes, here
+from cluster.session import alive_nodes, here, places_pending
 from cluster.space import when_there_is_room
 from cluster.spec import FamilySpec
 from cluster.specfile import home
@@ -156,7 +156,8 @@ def _distil(
     """Train all students from one pass; register each as it finishes; one that fails harms no other."""
     spec = checked.spec
     actors.stream.start.remote()
-    watch, unplaced = Watch(actors.stream, actors.board, list(spec.students)), Unplaced(spec, alive_nodes)
+    watch = Watch(actors.stream, actors.board, list(spec.students))
+    unplaced = Unplaced(spec, places_pending, alive_nodes)
     tasks = {actors.trainers.run.remote(job): job.name for job in _jobs(checked, run, actors, batches.count)}
     registering: dict[ray.ObjectRef, str] = {}
     students: dict[str, StudentResult] = {}

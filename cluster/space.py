@@ -19,7 +19,7 @@ R = TypeVar("R")
 LOOK_S = 2.0
 # What a file system should keep free beside a checkpoint: logs and the registry grow meanwhile.
 SPARE_BYTES = 8 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class NoRoomError(RunError):
@@ -59,7 +59,7 @@ def when_there_is_room(folder: Path, work: Callable[[], R], patience_s: float) -
         try:
             return work()
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in DISK_FULL:
                 raise
             if time.monotonic() >= deadline:
                 raise NoRoomError(

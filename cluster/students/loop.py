@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -28,6 +29,7 @@ from cluster.students.losses.fused import distillation_loss
 from cluster.students.losses.objective import objective_at
 from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
+from cluster.students.snapshot import keep
 from cluster.students.zero import adamw, gathered_state, schedule_of, use_plain_gloo, zero_config
 
 ZERO_FOLDER = "zero"
@@ -35,14 +37,20 @@ ZERO_FOLDER = "zero"
 STATE_BYTES = 16
 
 
-class Restarts(ray.train.UserCallback):
-    """Posts that a student has lost its ranks; they say themselves when they have a place again."""
+class Steering(ray.train.UserCallback):
+    """What is done where a student's Ray Train run is steered, in a process of its own."""
 
     def __init__(self, job: StudentJob) -> None:
         self._job = job
 
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """A checkpoint is complete and in Ray Train's list."""
+        # Without a second copy of the list the student is as safe as it was before.
+        with contextlib.suppress(OSError):
+            keep(self._job.folder)
+
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called where the student's Ray Train run is steered, once ranks have failed or died."""
+        """Ranks have failed or died; those of the next life say themselves when they have a place."""
         self._job.board.phase.remote(self._job.name, NO_PLACE)
 
 

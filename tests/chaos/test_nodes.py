@@ -56,7 +56,7 @@ def test_a_worker_node_dies_and_another_comes(
 def test_no_node_comes_back_and_the_run_stops_and_can_be_resumed(
     tiny: Path, tmp_path: Path, undisturbed_pair: Any, dice: random.Random
 ) -> None:
-    path = write(tmp_path, tiny, patience_s=45.0)
+    path = write(tmp_path, tiny, patience_s=20.0)
     with Nodes(tmp_path, HEAD_CPUS) as nodes:
         node = nodes.add(NODE_CPUS)
         env = environment(tmp_path, **nodes.client)
@@ -66,7 +66,7 @@ def test_no_node_comes_back_and_the_run_stops_and_can_be_resumed(
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 1, output
         said = output.strip().splitlines()[-1]
-        assert "has had no place for patience_s 45 s; there is 1 CPU, 0 GPU" in said
+        assert "has had no place for patience_s 20 s; there is 1 CPU, 0 GPU" in said
         assert "--resume" in said
         nodes.add(NODE_CPUS)
         resumed = stillhouse("run", str(path), "--resume", "--set", "patience_s=600", env=env, timeout=400)
