@@ -30,10 +30,12 @@ from cluster.models import TeacherModel
 from cluster.session import ray_session
 from cluster.spec import FamilySpec
 from cluster.stream.actor import Stream
+from cluster.stream.source import Lost
 from cluster.teacher.pool import PoolStats
 
 LENGTH = 8
 READERS = 2
+PATIENCE_S = 60.0
 SIZES = {"64 KB": 64 * 1024, "16 MB": 16 * 1024**2}
 
 
@@ -43,10 +45,10 @@ class NoTeacher:
     replicas, unsaved, error = 4, 0, None
 
     def __init__(self, folder: Path, nbytes: int) -> None:
-        self.log, self.read, self.stats = ScoringLog(folder), {}, PoolStats()
+        self.log, self.read, self.stats = ScoringLog(folder, PATIENCE_S), {}, PoolStats()
         self._block = np.zeros(nbytes, dtype=np.uint8)
 
-    async def labels(self, batch: Batch, saved: Callable[[], None]) -> list[ray.ObjectRef]:
+    async def labels(self, batch: Batch, saved: Callable[[], None], lost: Lost) -> list[ray.ObjectRef]:
         """A new object for each batch, as a teacher's answer is."""
         self.log.add(batch.number, batch.address)
         return [ray.put(self._block)]

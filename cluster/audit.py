@@ -9,10 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.corpus.batches import Batches
+from cluster.space import when_there_is_room
 
 AUDIT_FOLDER = "audit"
 # Not a name that a student may have.
@@ -20,19 +22,31 @@ TEACHER = "teacher.scored"
 
 
 class _Lines:
-    """A file of JSON lines, each whole or not there, also when its writer is killed."""
+    """A file of JSON lines, each whole or not there, also when its writer is killed.
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self._path = folder / AUDIT_FOLDER / f"{name}.jsonl"
-        self._path.parent.mkdir(exist_ok=True)
-        self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    Args:
+        patience_s: how long a full disk is waited for at a time.
+    """
+
+    def __init__(self, folder: Path, name: str, patience_s: float) -> None:
+        self._path, self._patience_s = folder / AUDIT_FOLDER / f"{name}.jsonl", patience_s
+        self._file = when_there_is_room(folder, self._open, patience_s)
         # The last writer may have been killed in the middle of a line.
         if (size := os.fstat(self._file).st_size) and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")
+            self._write(b"\n")
+
+    def _open(self) -> int:
+        self._path.parent.mkdir(exist_ok=True)
+        return os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def _write(self, line: bytes) -> None:
+        """Append bytes; a disk that is nearly full takes them in parts."""
+        while line:
+            line = line[when_there_is_room(self._path.parent, partial(os.write, self._file, line), self._patience_s) :]
 
     def add(self, facts: dict[str, object]) -> None:
         """Append one line."""
-        os.write(self._file, (json.dumps(facts) + "\n").encode())
+        self._write((json.dumps(facts) + "\n").encode())
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
@@ -47,20 +61,31 @@ class ScoringLog:
 
     Args:
         folder: the run's.
+        patience_s: how long a full disk is waited for.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._lines = _Lines(folder, TEACHER)
-        self._counts = Counter(facts["batch"] for facts in _read(folder / AUDIT_FOLDER / f"{TEACHER}.jsonl"))
+    def __init__(self, folder: Path, patience_s: float) -> None:
+        self._lines = _Lines(folder, TEACHER, patience_s)
+        self._counts = Counter(scorings_of(folder))
 
     def add(self, batch: int, address: str) -> None:
-        """Say that a batch has been scored."""
+        """Say that a batch has been scored.
+
+        Raises:
+            NoRoomError: the disk stayed full.
+        """
         self._lines.add({"batch": batch, "address": address, "at": time.time()})
         self._counts[batch] += 1
 
     def counts(self) -> dict[int, int]:
         """How often each batch was scored."""
         return dict(sorted(self._counts.items()))
+
+
+def scorings_of(folder: Path) -> dict[int, int]:
+    """How often each batch of a run was scored, from its folder."""
+    counts = Counter(facts["batch"] for facts in _read(folder / AUDIT_FOLDER / f"{TEACHER}.jsonl"))
+    return dict(sorted(counts.items()))
 
 
 @dataclass(frozen=True)
@@ -89,14 +114,19 @@ class AuditLog:
     Args:
         storage: the run's folder.
         life: the batch that this life begins at.
+        patience_s: how long a full disk is waited for.
     """
 
-    def __init__(self, storage: str, student: str, life: int) -> None:
-        self._life, self._lines = life, _Lines(Path(storage), student)
+    def __init__(self, storage: str, student: str, life: int, patience_s: float) -> None:
+        self._life, self._lines = life, _Lines(Path(storage), student, patience_s)
         self._lines.add({"life": life, "at": time.time()})
 
     def step(self, batch: int, address: str, loss: float) -> None:
-        """Say that a step has been taken on a batch."""
+        """Say that a step has been taken on a batch.
+
+        Raises:
+            NoRoomError: the disk stayed full.
+        """
         self._lines.add(asdict(Step(self._life, batch, address, loss.hex(), time.time())))
 
 

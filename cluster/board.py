@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# What a student does that has no rank running: at first, and after its ranks have died.
+NO_PLACE = "waiting for a place"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -20,12 +23,13 @@ class Point:
 
 
 class Board:
-    """A Ray actor: an append-only list of points and what each student is doing."""
+    """A Ray actor: an append-only list of points, what each student is doing, and why the run must stop, if it must."""
 
     def __init__(self) -> None:
         self._points: list[Point] = []
         self._phases: dict[str, str] = {}
         self._places: dict[str, str] = {}
+        self._stop = ""
 
     def post(self, point: Point) -> None:
         """Add a point."""
@@ -35,9 +39,13 @@ class Board:
         """Say what a student is doing now, in a word or two."""
         self._phases[student] = phase
 
-    def since(self, cursor: int) -> tuple[list[Point], dict[str, str]]:
-        """Points from ``cursor`` on, and every student's phase."""
-        return self._points[cursor:], dict(self._phases)
+    def stop(self, reason: str) -> None:
+        """Say that the whole run cannot go on: no restart of a student would end otherwise."""
+        self._stop = self._stop or reason
+
+    def since(self, cursor: int) -> tuple[list[Point], dict[str, str], str]:
+        """Points from ``cursor`` on, every student's phase, and why the run must stop, empty when it need not."""
+        return self._points[cursor:], dict(self._phases), self._stop
 
     def take_place(self, student: str, placement_group: str) -> None:
         """Say which of Ray's placement groups, as hex, a student's ranks run in."""

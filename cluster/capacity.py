@@ -1,14 +1,16 @@
 """Whether a family fits on a cluster, asked before anything is started.
 
-Ray Train waits without end for a worker that cannot be placed, so this is the only moment to say so.
+Ray Train waits without end for a worker that cannot be placed, so what fits is asked first, and a student that loses
+its place is watched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from cluster.errors import UserError
+from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec
 
 
@@ -55,8 +57,8 @@ def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) 
         UserError: what does not fit, all that is needed, and what there is.
     """
     needs = list(needs)
+    nodes = list(nodes)
     free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
-    there = " + ".join(f"{cpus:g} CPU, {gpus:g} GPU" for cpus, gpus in free) or "no node"
     for need in sorted(needs, key=lambda n: (n.gpus, n.cpus), reverse=True):
         for _ in range(need.count):
             # A little slack, for tenths do not add up exactly in binary.
@@ -64,7 +66,46 @@ def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) 
             if room is None:
                 raise UserError(
                     f"the cluster is too small: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
-                    f"there is {there}. Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes"
+                    f"there is {_shown(nodes)}. Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes"
                 )
             room[0] -= need.cpus
             room[1] -= need.gpus
+
+
+def _shown(nodes: Iterable[Mapping[str, float]]) -> str:
+    return " + ".join(f"{node.get('CPU', 0.0):g} CPU, {node.get('GPU', 0.0):g} GPU" for node in nodes) or "no node"
+
+
+class Unplaced:
+    """Watches for how long each student has had no place on the cluster, whatever keeps it from one.
+
+    Args:
+        pending: whether a place is waited for. A student that has one and only starts its processes waits for none.
+        nodes: resources of each node that is alive.
+    """
+
+    def __init__(
+        self, spec: FamilySpec, pending: Callable[[], bool], nodes: Callable[[], Iterable[Mapping[str, float]]]
+    ) -> None:
+        self._spec, self._pending, self._nodes = spec, pending, nodes
+        self._waited_s: dict[str, float] = {}
+        self._looked = time.monotonic()
+
+    def look(self, without: Iterable[str]) -> None:
+        """Say which students have no rank running now.
+
+        Raises:
+            RunError: one of them has had no place for ``patience_s``; says what it needs and what there is.
+        """
+        names, now = list(without), time.monotonic()
+        passed_s = now - self._looked if names and self._pending() else 0.0
+        self._looked = now
+        self._waited_s = {name: self._waited_s.get(name, 0.0) + passed_s for name in names}
+        name = max(names, key=lambda each: self._waited_s[each], default=None)
+        if name is None or self._waited_s[name] < self._spec.patience_s:
+            return
+        need = next(need for need in needs_of(self._spec) if need.who == f"student {name}")
+        raise RunError(
+            f"{need} and has had no place for patience_s {self._spec.patience_s:g} s; there is "
+            f"{_shown(self._nodes())}, used by this family or others. Add nodes, and go on with --resume"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.board import Board
-from cluster.capacity import check_capacity, needs_of, serving_needs_of
+from cluster.board import NO_PLACE, Board
+from cluster.capacity import Unplaced, check_capacity, needs_of, serving_needs_of
 from cluster.corpus.batches import CORPUS_FOLDER, Batches, CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import RunError
@@ -22,7 +23,8 @@ from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
 from cluster.registry import Registry, code_version
 from cluster.runs import Run
-from cluster.session import alive_nodes, here
+from cluster.session import alive_nodes, here, places_pending
+from cluster.space import when_there_is_room
 from cluster.spec import FamilySpec
 from cluster.specfile import home
 from cluster.stream.actor import Stream
@@ -30,10 +32,14 @@ from cluster.students.job import StudentJob
 from cluster.students.trainer import Trainers
 from cluster.watch import Status, Watch
 
+log = logging.getLogger(__name__)
+
 Report = Callable[[Status], None]
 POLL_S = 0.5
 # Of the stream and of what waits for the students: both go on from what the others know.
 RESTARTS = 20
+# How long a run that cannot go on waits for its parts to put away what they have.
+LAST_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -64,15 +70,11 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
         check_capacity(needs, alive_nodes())
     report(Status("reading the corpus"))
     # Both take seconds to import what they need, so they begin before they have work.
-    trainers = (
-        ray.remote(Trainers)
-        .options(num_cpus=0, max_concurrency=len(spec.students), max_restarts=RESTARTS, max_task_retries=RESTARTS)
-        .remote()
-    )
-    registry = (
-        ray.remote(Registry)
-        .options(num_cpus=0)
-        .remote(checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts"))
+    trainers = _beside_us(
+        Trainers, max_concurrency=len(spec.students), max_restarts=RESTARTS, max_task_retries=RESTARTS
+    ).remote()
+    registry = _beside_us(Registry).remote(
+        checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts")
     )
     try:
         corpus = prepare_corpus(spec.corpus, checked.teacher.folder, run.folder / CORPUS_FOLDER)
@@ -81,19 +83,22 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
         run.mlflow = ray.get(
             registry.start.remote(run.name, list(spec.students), spec.model_dump(mode="json"), lineage, run.mlflow)
         )
-        run.save()
-        board = ray.remote(Board).options(num_cpus=0).remote()
-        actors = _Actors(registry, board, _start_stream(checked, run), trainers)
-        result = _distil(checked, run, batches, actors, lineage, report)
+        _keep(run, spec)
+        actors = _Actors(registry, _beside_us(Board).remote(), _start_stream(checked, run), trainers)
+        try:
+            result = _distil(checked, run, batches, actors, lineage, report)
+        except BaseException:
+            _end_at_once(actors)
+            raise
         _end_stream(actors.stream, complete=bool(result.students))
         ray.kill(actors.stream)
         result.seconds = time.monotonic() - started
         ray.get(registry.finish.remote(list(result.failed)))
     except KeyboardInterrupt:
-        ray.get(registry.finish.remote([], killed=True))
+        _say_how_it_ended(registry, [], killed=True)
         raise
     except Exception:
-        ray.get(registry.finish.remote(list(spec.students)))
+        _say_how_it_ended(registry, list(spec.students), killed=False)
         raise
     if not result.students:
         raise RunError("every student failed; " + "; ".join(f"{n}: {why}" for n, why in result.failed.items()))
@@ -115,13 +120,21 @@ def _lineage(checked: Checked, run: Run, corpus: CorpusFacts) -> dict[str, str]:
     }
 
 
-def _start_stream(checked: Checked, run: Run) -> ActorHandle:
-    # On this node, because the packed corpus lies here.
+def _beside_us(actor: type, **options: Any) -> Any:
+    """An actor class to be started on this node: the packed corpus lies here, and other nodes come and go."""
     placed = NodeAffinitySchedulingStrategy(here(), soft=False)
+    return ray.remote(actor).options(num_cpus=0, scheduling_strategy=placed, **options)
+
+
+def _start_stream(checked: Checked, run: Run) -> ActorHandle:
     # It can be built again from what its readers ask for, so its death costs no more than what it was doing.
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": RESTARTS}
-    stream = ray.remote(Stream).options(scheduling_strategy=placed, **options)
+    stream = _beside_us(Stream, max_concurrency=1000, max_restarts=RESTARTS)
     return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store)
+
+
+def _keep(run: Run, spec: FamilySpec) -> None:
+    """Save the run's state, once there is room for it."""
+    when_there_is_room(run.folder, run.save, spec.patience_s)
 
 
 def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[StudentJob]:
@@ -147,6 +160,7 @@ def _distil(
     spec = checked.spec
     actors.stream.start.remote()
     watch = Watch(actors.stream, actors.board, list(spec.students))
+    unplaced = Unplaced(spec, places_pending, alive_nodes)
     tasks = {actors.trainers.run.remote(job): job.name for job in _jobs(checked, run, actors, batches.count)}
     registering: dict[ray.ObjectRef, str] = {}
     students: dict[str, StudentResult] = {}
@@ -159,10 +173,11 @@ def _distil(
             actors.registry.log.remote(new)
         if status.stats is not None and status.stats.error and tasks:
             raise RunError(status.stats.error)
+        unplaced.look([name for name in tasks.values() if status.students[name].phase == NO_PLACE])
         for ref in done:
             if ref in registering:
                 run.versions[registering.pop(ref)] = ray.get(ref)
-                run.save()
+                _keep(run, spec)
                 continue
             name = tasks.pop(ref)
             actors.stream.detach.remote(name)
@@ -178,6 +193,22 @@ def _distil(
     ray.get(actors.registry.log.remote(new))
     assert status.stats is not None
     return FamilyResult(run, batches.facts, status.stats, students, failed, watch.points, 0.0, dict(run.versions))
+
+
+def _end_at_once(actors: _Actors) -> None:
+    """End a run that cannot go on. A student that learnt on would get into the way of the resumed run."""
+    ray.kill(actors.trainers)
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(actors.stream.stop.remote(), timeout=LAST_S)
+    ray.kill(actors.stream)
+
+
+def _say_how_it_ended(registry: ActorHandle, failed: list[str], killed: bool) -> None:
+    """Tell MLflow of a run that did not finish; when it is away, nobody waits for it."""
+    try:
+        ray.get(registry.finish.remote(failed, killed), timeout=LAST_S)
+    except ray.exceptions.RayError as error:
+        log.warning("MLflow does not know that the run has ended: %s", error)
 
 
 def _end_stream(stream: ActorHandle, complete: bool) -> None:

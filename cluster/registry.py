@@ -16,6 +16,7 @@ import tenacity
 
 from cluster.board import Point
 from cluster.errors import RunError, UserError
+from cluster.space import DISK_FULL
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,9 @@ def _client(tracking_uri: str) -> Any:
 
 
 def _is_away(error: BaseException) -> bool:
-    """Whether an error says that MLflow cannot be reached, rather than that it refuses."""
+    """Whether an error says that MLflow cannot be reached or has no room, rather than that it refuses."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return True
     return isinstance(error, ConnectionError) or getattr(error, "error_code", None) in TRANSIENT
 
 

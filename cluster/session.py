@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import ray
+from ray.util.placement_group import placement_group_table
 
 OBJECT_STORE_BYTES = 2 * 1024**3
 
@@ -68,6 +69,11 @@ def ray_session() -> Iterator[None]:
 def alive_nodes() -> list[dict[str, float]]:
     """Resources of every node that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def places_pending() -> bool:
+    """Whether somebody on the cluster waits for a place: a teacher's replica or a student's ranks, among others."""
+    return any(group["state"] not in ("CREATED", "REMOVED") for group in placement_group_table().values())
 
 
 def here() -> str:

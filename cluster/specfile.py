@@ -154,6 +154,7 @@ _NOT_TRAINING: Any = {
     "store": True,
     "evaluation": True,
     "checkpoints": True,
+    "patience_s": True,
     "teacher": {"replicas", "max_restarts", "start_timeout_s", "cpus_per_shard"},
     "students": {"__all__": {"max_failures", "cpus_per_rank"}},
 }

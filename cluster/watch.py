@@ -9,7 +9,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from cluster.board import Point
+from cluster.board import NO_PLACE, Point
+from cluster.errors import RunError
 from cluster.stream.figures import StreamStats
 
 # Batches that may be on their way to the store without a word.
@@ -62,8 +63,14 @@ class Watch:
         self._stats: StreamStats | None = None
 
     def look(self, phase: str) -> tuple[Status, list[Point]]:
-        """The present status, and the points that are new since the last look."""
-        new, phases = ray.get(self._board.since.remote(len(self.points)))
+        """The present status, and the points that are new since the last look.
+
+        Raises:
+            RunError: a part of the run has said that the whole cannot go on, and why.
+        """
+        new, phases, stop = ray.get(self._board.since.remote(len(self.points)))
+        if stop:
+            raise RunError(stop)
         # While the stream is away, it is started again and its readers wait for it.
         with contextlib.suppress(RayActorError):
             self._stats = ray.get(self._stream.stats.remote())
@@ -74,7 +81,7 @@ class Watch:
         for name in self._students:
             point = last.get(name)
             students[name] = StudentStatus(
-                phases.get(name, "starting"),
+                phases.get(name, NO_PLACE),
                 point.batch if point else 0,
                 point.metrics if point else {},
                 stats.waited_s.get(name, 0.0) if stats else 0.0,

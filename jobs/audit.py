@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cluster.audit import AUDIT_FOLDER, ScoringLog, problems_of, steps_of
+from cluster.audit import AUDIT_FOLDER, problems_of, scorings_of, steps_of
 from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.errors import RunError, UserError
 from cluster.runs import find_run
@@ -33,7 +33,7 @@ def audit(run: str) -> None:
         wrong += [f"{name}: {problem}" for problem in found]
         verdict = "; ".join(found) or "each batch once, in order"
         typer.echo(f"{name}: {len(steps)} of {batches.count} batches in {lives} lives; {verdict}")
-    counts = ScoringLog(folder).counts()
+    counts = scorings_of(folder)
     again = sum(count - 1 for count in counts.values())
     typer.echo(f"teacher: scored {len(counts)} of {batches.count} batches, {again} of them again")
     if wrong:

@@ -39,8 +39,10 @@ def quiet(log: Path) -> Iterator[Console]:
             # A pipe has no width of its own; the result table needs this much.
             yield Console(file=terminal, soft_wrap=True, width=None if terminal.isatty() else PIPE_WIDTH)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        # What the log's disk has no room for must not hide how the run ended.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         for descriptor, original in zip((1, 2), saved, strict=True):
             os.dup2(original, descriptor)
             os.close(original)

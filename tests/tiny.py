@@ -86,12 +86,12 @@ def write_tiny_corpus(path: Path, documents: int = 64, words: int = 60, seed: in
 
 
 def tiny_family(
-    teacher_dir: Path | str = "teacher", corpus_file: Path | str = "corpus.jsonl", /, **sections: Mapping[str, Any]
+    teacher_dir: Path | str = "teacher", corpus_file: Path | str = "corpus.jsonl", /, **sections: Any
 ) -> dict[str, Any]:
     """A family spec as it is read from YAML: one student ``small`` of two of the teacher's layers.
 
     Args:
-        sections: fields that are added to a section, or a section that is added.
+        sections: fields that are added to a section, or a section or a single field that is added.
     """
     tree: dict[str, Any] = {
         "name": "tiny",
@@ -101,5 +101,5 @@ def tiny_family(
         "students": {"small": {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "lr": 1e-3}},
     }
     for name, fields in sections.items():
-        tree[name] = {**tree.get(name, {}), **fields}
+        tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, Mapping) else fields
     return tree

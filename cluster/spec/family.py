@@ -158,6 +158,8 @@ class FamilySpec(Section):
     tracking: TrackingSpec = TrackingSpec()
     serving: ServingSpec | None = None
     """Leave out to end after the registry."""
+    patience_s: PositiveFloat = 600.0
+    """Seconds that a run waits for room on its disk, or for a place on the cluster, before it stops for `--resume`."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> FamilySpec:

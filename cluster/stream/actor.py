@@ -24,6 +24,7 @@ from cluster.spec import FamilySpec
 from cluster.stream.figures import Delivery, StreamStats
 from cluster.stream.source import LabelSource
 from cluster.stream.window import Window
+from cluster.teacher.replica import first_line
 
 # Batches that may be on their way from the store beside those that the teacher scores.
 READS = 4
@@ -99,7 +100,7 @@ class Stream:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        log, holder = ScoringLog(self._folder), self._folder.name
+        log, holder = ScoringLog(self._folder, self._spec.patience_s), self._folder.name
         self._source = LabelSource(self._spec, self._teacher, None, log, holder)
         try:
             if self._store_uri is None:
@@ -164,9 +165,17 @@ class Stream:
     async def _fetch(self, number: int) -> None:
         assert self._source is not None
         try:
-            blocks = await self._source.labels(self._batches.train(number), lambda: self._saved(number))
+            blocks = await self._source.labels(
+                self._batches.train(number),
+                lambda: self._saved(number),
+                lambda lost: self._spawn(self.lost(number, lost)),
+            )
         except RunError as error:
             await self._fail(str(error))
+            return
+        except Exception as error:
+            # Left alone, it would be on its way for ever, and everybody would wait for it.
+            await self._fail(f"the labels of batch {number} cannot be had: {first_line(error)}")
             return
         async with self._changed:
             self._window.in_flight.discard(number)
@@ -203,10 +212,19 @@ class Stream:
             consumer.active = True
             self._changed.notify_all()
 
-    async def lost(self, number: int) -> None:
-        """The blocks of a batch cannot be had any more, because a node died with them: fetch them again."""
+    async def lost(self, number: int, labels: list[ray.ObjectRef], held_out: bool = False) -> None:
+        """Blocks of a batch cannot be had any more, because a node died with them: have them fetched again.
+
+        Args:
+            labels: those that were tried. Where others are held by now, somebody else has said so before.
+        """
         async with self._changed:
-            self._window.ready.pop(number, None)
+            if held_out:
+                known = self._held_out.get(number)
+                if known is not None and known.done() and set(labels) & set(known.result()):
+                    del self._held_out[number]
+            elif set(labels) & set(self._window.ready.get(number, [])):
+                del self._window.ready[number]
             self._changed.notify_all()
 
     async def next(self, student: str, rank: int, number: int) -> Delivery:
@@ -251,7 +269,9 @@ class Stream:
         """Held-out batch ``number`` with the teacher's hidden states; fetched once, kept for the whole run."""
         source, batch = await self._labels_from(), self._batches.held_out(number)
         if number not in self._held_out:
-            self._held_out[number] = asyncio.ensure_future(source.hidden(batch))
+            self._held_out[number] = asyncio.ensure_future(
+                source.hidden(batch, lambda lost: self._spawn(self.lost(number, lost, held_out=True)))
+            )
         blocks = await asyncio.shield(self._held_out[number])
         return self._deliver(batch, blocks, rank, self._consumers[student].ranks)
 

@@ -61,7 +61,7 @@ class Reader:
 
         def read() -> tuple[Delivery, list[np.ndarray]]:
             delivery = ray.get(self._stream.next.remote(self._student, self._rank, number))
-            return delivery, self._blocks(delivery)
+            return delivery, self._blocks(delivery, held_out=False)
 
         def again() -> None:
             # A stream that was restarted knows nobody.
@@ -69,11 +69,11 @@ class Reader:
 
         return self._through(read, again)
 
-    def _blocks(self, delivery: Delivery) -> list[np.ndarray]:
+    def _blocks(self, delivery: Delivery, held_out: bool) -> list[np.ndarray]:
         try:
             blocks: list[np.ndarray] = ray.get(delivery.labels)
         except ObjectLostError:
-            ray.get(self._stream.lost.remote(delivery.batch.number))
+            ray.get(self._stream.lost.remote(delivery.batch.number, delivery.labels, held_out))
             raise
         return blocks
 
@@ -82,7 +82,7 @@ class Reader:
 
         def read() -> tuple[Delivery, list[np.ndarray]]:
             delivery = ray.get(self._stream.held_out.remote(self._student, self._rank, number))
-            return delivery, ray.get(delivery.labels)
+            return delivery, self._blocks(delivery, held_out=True)
 
         return self._through(read, _nothing)
 

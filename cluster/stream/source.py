@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import ray
+from ray.exceptions import ObjectLostError
 
 from cluster.audit import ScoringLog
 from cluster.corpus.batches import Batch
@@ -26,10 +27,12 @@ from cluster.teacher.pool import PoolStats, TeacherPool
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
+Lost = Callable[[list[ray.ObjectRef]], None]
 
 THREADS = 8
 RENEW_S = 120.0
 SAVE_AGAIN_S = 5.0
+LAST_S = 10.0
 HIDDEN = HiddenLabels(kind="hidden")
 
 
@@ -112,11 +115,12 @@ class LabelSource:
     def _stamp(self, spec: LabelsSpec, address: str) -> Stamp:
         return Stamp.of(self._teacher.fingerprint, self._teacher.tokenizer, spec, address)
 
-    async def labels(self, batch: Batch, saved: Callable[[], None]) -> list[ray.ObjectRef]:
+    async def labels(self, batch: Batch, saved: Callable[[], None], lost: Lost) -> list[ray.ObjectRef]:
         """Labels of a training batch in the spec's kind, one reference per block.
 
         Args:
             saved: called once they are in the store, which may be later.
+            lost: called instead with the references, when a node has died with them before the store had them.
 
         Raises:
             RunError: they are not in the store, and no replica can be had any more.
@@ -127,17 +131,17 @@ class LabelSource:
             saved()
             return blocks
         blocks = await self._started().score(batch)
-        self.log.add(batch.number, batch.address)
-        self._save(stamp, blocks, saved)
+        await self._aside(self.log.add, batch.number, batch.address)
+        self._save(stamp, blocks, saved, lost)
         return blocks
 
-    async def hidden(self, batch: Batch) -> list[ray.ObjectRef]:
-        """Last hidden states of a held-out batch, one reference per block."""
+    async def hidden(self, batch: Batch, lost: Lost) -> list[ray.ObjectRef]:
+        """Last hidden states of a held-out batch, one reference per block; ``lost`` as for :meth:`labels`."""
         stamp = self._stamp(HIDDEN, batch.address)
         if (blocks := await self._stored(stamp)) is not None:
             return blocks
         blocks = await self._started().hidden(batch)
-        self._save(stamp, blocks, lambda: None)
+        self._save(stamp, blocks, lambda: None, lost)
         return blocks
 
     async def head(self) -> np.ndarray:
@@ -169,18 +173,24 @@ class LabelSource:
             return None
         return await self._aside(_cut, block, self._blocks)
 
-    def _save(self, stamp: Stamp, blocks: list[ray.ObjectRef], saved: Callable[[], None]) -> None:
+    def _save(self, stamp: Stamp, blocks: list[ray.ObjectRef], saved: Callable[[], None], lost: Lost) -> None:
         if self._store is None:
             return
-        task = asyncio.get_running_loop().create_task(self._save_until_kept(self._store, stamp, blocks, saved))
+        work = self._save_until_kept(self._store, stamp, blocks, saved, lost)
+        task = asyncio.get_running_loop().create_task(work)
         self._saving.add(task)
         task.add_done_callback(self._saving.discard)
 
     async def _save_until_kept(
-        self, store: LabelStore, stamp: Stamp, blocks: list[ray.ObjectRef], saved: Callable[[], None]
+        self, store: LabelStore, stamp: Stamp, blocks: list[ray.ObjectRef], saved: Callable[[], None], lost: Lost
     ) -> None:
         """A store that is away delays what is kept; it loses nothing."""
-        whole = await self._aside(_whole, blocks)
+        try:
+            whole = await self._aside(_whole, blocks)
+        except ObjectLostError as error:
+            log.warning("a node died with the labels of batch %s before the store had them: %s", stamp.batch, error)
+            lost(blocks)
+            return
         while True:
             try:
                 await self._aside(store.put, whole, stamp)
@@ -216,7 +226,9 @@ class LabelSource:
         await self._tried(self._store.publish, self._spec.name, stamps, facts)
 
     async def close(self) -> None:
-        """End the teacher and let go of the store; what it has not taken by now is scored again one day."""
+        """End the teacher and let go of the store; what it does not take in a moment is scored again one day."""
+        if self._saving:
+            await asyncio.wait(set(self._saving), timeout=LAST_S)
         for task in (*self._saving, *([self._keeper] if self._keeper else [])):
             task.cancel()
         if self._lease is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from ray.actor import ActorHandle
@@ -17,6 +18,7 @@ from cluster.stream.figures import Delivery
 # What a checkpoint of a student holds, beside ZeRO's own state: the commit always, the model when it has finished.
 COMMIT_FILE = "commit.json"
 MODEL_FOLDER = "model"
+STUDENTS_FOLDER = "students"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class StudentJob:
     def spec(self) -> StudentSpec:
         """The student's own part of the spec."""
         return self.family.students[self.name]
+
+    @property
+    def folder(self) -> Path:
+        """Of the student's Ray Train run: its checkpoints and their list."""
+        return Path(self.storage) / STUDENTS_FOLDER / self.name
 
     def labels(self, delivery: Delivery, blocks: Sequence[np.ndarray], spec: LabelsSpec) -> Labels:
         """A delivery's labels, refused unless they are this teacher's, of this kind and this batch.

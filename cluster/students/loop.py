@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -16,9 +17,10 @@ import ray.train
 import torch
 
 from cluster.audit import AuditLog
-from cluster.board import Point
+from cluster.board import NO_PLACE, Point
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
+from cluster.space import NoRoomError, size_of, wait_for_room
 from cluster.stream.reader import Reader
 from cluster.students.initial import initial_student
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
@@ -27,10 +29,29 @@ from cluster.students.losses.fused import distillation_loss
 from cluster.students.losses.objective import objective_at
 from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
-from cluster.students.space import size_of, wait_for_room
+from cluster.students.snapshot import keep
 from cluster.students.zero import adamw, gathered_state, schedule_of, use_plain_gloo, zero_config
 
 ZERO_FOLDER = "zero"
+# A weight in float32 with its master copy and AdamW's two moments.
+STATE_BYTES = 16
+
+
+class Steering(ray.train.UserCallback):
+    """What is done where a student's Ray Train run is steered, in a process of its own."""
+
+    def __init__(self, job: StudentJob) -> None:
+        self._job = job
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """A checkpoint is complete and in Ray Train's list."""
+        # Without a second copy of the list the student is as safe as it was before.
+        with contextlib.suppress(OSError):
+            keep(self._job.folder)
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Ranks have failed or died; those of the next life say themselves when they have a place."""
+        self._job.board.phase.remote(self._job.name, NO_PLACE)
 
 
 class _Rank:
@@ -94,6 +115,9 @@ class _Rank:
     def commit(self, batch: int, after: Fidelity | None = None) -> None:
         """Report a checkpoint with the number of batches learnt; with ``after`` the finished model instead."""
         assert self.before is not None
+        patience_s = self.job.family.patience_s
+        # It is written aside first, often on the same disk. What all ranks of a student write is at most this.
+        wait_for_room(Path(tempfile.gettempdir()), self.parameters * STATE_BYTES, patience_s)
         with tempfile.TemporaryDirectory() as folder:
             if after is None:
                 self.engine.save_checkpoint(folder, tag=ZERO_FOLDER)
@@ -108,7 +132,8 @@ class _Rank:
                     "after": asdict(after) if after else None,
                 }
                 (Path(folder) / COMMIT_FILE).write_text(json.dumps(facts))
-            wait_for_room(Path(self.job.storage), size_of(Path(folder)))
+            # All ranks write to it at the same time.
+            wait_for_room(Path(self.job.storage), size_of(Path(folder)) * self.spec.ranks, patience_s)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report({"batch": batch}, checkpoint=checkpoint)
 
@@ -126,7 +151,7 @@ class _Rank:
     def begin(self, first: int) -> None:
         """Begin a life of this student at batch ``first``."""
         if self.rank == 0:
-            self.audit = AuditLog(self.job.storage, self.job.name, first)
+            self.audit = AuditLog(self.job.storage, self.job.name, first, self.job.family.patience_s)
 
     def learn(self, number: int) -> None:
         """Consume one batch: forward and backward over its micro-batches, one optimiser step, one point posted.
@@ -183,6 +208,16 @@ def train_student(config: dict[str, StudentJob]) -> None:
     The checkpoints it reports hold ``commit.json`` and ZeRO's own state; the last one the finished model.
     """
     job = config["job"]
+    job.board.phase.remote(job.name, "loading")
+    try:
+        _train(job)
+    except NoRoomError as error:
+        # Another life would only wait once more.
+        ray.get(job.board.stop.remote(f"student {job.name}: {error}"))
+        raise
+
+
+def _train(job: StudentJob) -> None:
     if not job.spec.gpus_per_rank:
         os.environ["DS_ACCELERATOR"] = "cpu"
         use_plain_gloo()

@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity, StudentResult
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
+from cluster.students.snapshot import mend
 
 
 class Trainers:
@@ -55,7 +56,7 @@ def run_student(job: StudentJob) -> StudentResult:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from cluster.students.loop import train_student
+    from cluster.students.loop import Steering, train_student
 
     spec, checkpoints = job.spec, job.family.checkpoints
     per_rank = {"CPU": spec.cpus_per_rank, "GPU": spec.gpus_per_rank}
@@ -70,11 +71,13 @@ def run_student(job: StudentJob) -> StudentResult:
         ),
         run_config=ray.train.RunConfig(
             name=job.name,
-            storage_path=f"{job.storage}/students",
+            storage_path=str(job.folder.parent),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=checkpoints.keep),
             failure_config=ray.train.FailureConfig(max_failures=spec.max_failures),
+            callbacks=[Steering(job)],
         ),
     )
+    mend(job.folder)
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:

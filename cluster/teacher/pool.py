@@ -11,13 +11,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
 
 from cluster.corpus.batches import Batch
 from cluster.errors import RunError
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
-from cluster.teacher.replica import Replica
+from cluster.teacher.replica import Replica, first_line, is_loss
 
 log = logging.getLogger(__name__)
 
@@ -81,12 +80,12 @@ class TeacherPool:
         started = time.monotonic()
         try:
             probe = await replica.start()
-        except (RayActorError, TimeoutError) as error:
-            await self._replace(replica, error)
-            return
         except Exception as error:
+            if is_loss(error):
+                await self._replace(replica, error)
+                return
             # The model itself cannot be loaded or run: another try would end the same way.
-            self._fail(f"teacher replica {replica.index} cannot start: {_first_line(error)}")
+            self._fail(f"teacher replica {replica.index} cannot start: {first_line(error)}")
             return
         if not self._proves_itself(replica, probe):
             return
@@ -115,12 +114,13 @@ class TeacherPool:
         """Start a dead replica again, a little later each time, until its restarts are used up."""
         replica.stop()
         self._deaths[replica.index] += 1
-        self.stats.last_error = f"replica {replica.index}: {_first_line(error)}"
+        self.stats.last_error = f"replica {replica.index}: {first_line(error)}"
         log.warning("teacher replica %d died: %s", replica.index, error)
         if self._deaths[replica.index] > self._spec.max_restarts:
             self._fail(
                 f"teacher replica {replica.index} died {self._deaths[replica.index]} times, which is more than "
-                f"teacher.max_restarts {self._spec.max_restarts}; the last time: {_first_line(error)}"
+                f"teacher.max_restarts {self._spec.max_restarts}; the last time: {first_line(error)}. See to the "
+                f"cluster, or raise teacher.max_restarts, and go on with --resume"
             )
             return
         self.stats.restarts += 1
@@ -142,14 +142,14 @@ class TeacherPool:
             replica = await self._acquire()
             try:
                 result = await work(replica)
-            except RayActorError as error:
-                self.stats.ready -= 1
-                self.stats.rescored += 1
-                self._begin(self._replace(replica, error))
-                continue
             except Exception as error:
+                if is_loss(error):
+                    self.stats.ready -= 1
+                    self.stats.rescored += 1
+                    self._begin(self._replace(replica, error))
+                    continue
                 # The model itself fails on this input: another replica would too.
-                reason = f"the teacher failed on {what}: {_first_line(error)}"
+                reason = f"the teacher failed on {what}: {first_line(error)}"
                 self._fail(reason)
                 raise RunError(reason) from error
             self._idle.put_nowait(replica)
@@ -183,10 +183,3 @@ class TeacherPool:
             task.cancel()
         for replica in self._replicas:
             replica.stop()
-
-
-def _first_line(error: BaseException) -> str:
-    """The cause in one line: Ray wraps the worker's traceback around it."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -18,6 +18,20 @@ from cluster.teacher.shard import Receipt, Shard
 
 # Seconds that the other shards get to show whether a failed call was really the death of one of them.
 DEATH_GRACE_S = 5.0
+
+
+class ReplicaLostError(Exception):
+    """Some shards do not answer any more: their node is gone, or they wait for ever for one that has failed."""
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether a call failed because the replica is gone, with a process, a node or its place on the cluster.
+
+    What the model itself raises comes as a ``RayTaskError``; every other error of Ray's says that something died.
+    """
+    if isinstance(error, (ReplicaLostError, TimeoutError)):
+        return True
+    return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
 
 class Replica:
@@ -34,19 +48,27 @@ class Replica:
         """Place the shards, load the weights, and return the probe's answer.
 
         Raises:
-            TimeoutError: not placed and loaded within ``teacher.start_timeout_s``.
-            ray.exceptions.RayActorError: a shard died on the way.
+            ReplicaLostError: not placed and loaded within ``teacher.start_timeout_s``.
+            ray.exceptions.RayError: a shard or its node died on the way; see :func:`is_loss`.
         """
-        async with asyncio.timeout(self._spec.start_timeout_s):
-            bundle = {"CPU": self._spec.cpus_per_shard, "GPU": self._spec.gpus_per_shard}
-            wanted = {name: amount for name, amount in bundle.items() if amount}
-            # PACK: the shards talk at every layer, so they belong on one node where one has room.
-            self._group = placement_group([wanted] * self._spec.shards, strategy="PACK")
-            await self._group.ready()
-            self._shards = [self._place(rank) for rank in range(self._spec.shards)]
-            host, port = await self._shards[0].free_address.remote()
-            await _all_or_death([shard.join.remote(host, port) for shard in self._shards])
-            return (await _all_or_death([shard.probe.remote() for shard in self._shards]))[0]
+        try:
+            async with asyncio.timeout(self._spec.start_timeout_s):
+                return await self._start()
+        except TimeoutError as error:
+            raise ReplicaLostError(
+                f"it was not placed and loaded within teacher.start_timeout_s {self._spec.start_timeout_s:g} s"
+            ) from error
+
+    async def _start(self) -> np.ndarray:
+        bundle = {"CPU": self._spec.cpus_per_shard, "GPU": self._spec.gpus_per_shard}
+        wanted = {name: amount for name, amount in bundle.items() if amount}
+        # PACK: the shards talk at every layer, so they belong on one node where one has room.
+        self._group = placement_group([wanted] * self._spec.shards, strategy="PACK")
+        await self._group.ready()
+        self._shards = [self._place(rank) for rank in range(self._spec.shards)]
+        host, port = await self._shards[0].free_address.remote()
+        await _all_or_death([shard.join.remote(host, port) for shard in self._shards])
+        return (await _all_or_death([shard.probe.remote() for shard in self._shards]))[0]
 
     def _place(self, rank: int) -> ActorHandle:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
@@ -90,7 +112,11 @@ async def _all_or_death(refs: list[ray.ObjectRef]) -> list[Any]:
     """Results of one call on all shards.
 
     When a shard dies, its peers fail too, with an error of their collective that may arrive first. The death is the
-    cause, so it is waited for a moment and raised before any other.
+    cause, so it is waited for a moment and raised before any other. A shard on a node that was cut off says nothing
+    for a long time; that it does not answer while another has failed is enough.
+
+    Raises:
+        ReplicaLostError: one failed, and others do not answer.
     """
     tasks = [asyncio.ensure_future(_value(ref)) for ref in refs]
     for task in tasks:
@@ -100,7 +126,10 @@ async def _all_or_death(refs: list[ray.ObjectRef]) -> list[Any]:
     if any(t.done() and t.exception() for t in tasks):
         await asyncio.wait(tasks, timeout=DEATH_GRACE_S)
     errors = [error for t in tasks if t.done() and (error := t.exception())]
-    for error in sorted(errors, key=lambda e: not isinstance(e, RayActorError)):
+    silent = sum(not t.done() for t in tasks)
+    for error in sorted(errors, key=lambda e: not is_loss(e)):
+        if silent and not is_loss(error):
+            raise ReplicaLostError(f"{silent} of its shards do not answer; another says {first_line(error)}") from error
         raise error
     return [t.result() for t in tasks]
 
@@ -113,3 +142,10 @@ def _look_away(refs: list[ray.ObjectRef]) -> None:
     """Drop results of a call that has failed: Ray reports an error that nobody has looked at, at any later moment."""
     for ref in refs:
         ref.future().add_done_callback(lambda done: done.exception())
+
+
+def first_line(error: BaseException) -> str:
+    """The cause in one line: Ray wraps the worker's traceback around it."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
+import torch
 
+from tests.chaos.families import FAMILY, PAIR
 from tests.chaos.report import ChaosReport
 from tests.conftest import CHAOS_SEED
-from tests.integration.conftest import ray_cluster, s3, s3_environment, tiny  # noqa: F401
+from tests.integration.conftest import ray_cluster, s3, s3_environment, tiny, write_family  # noqa: F401
+from tests.integration.test_command_line import environment, final_weights, stillhouse
 
 REPORT = pytest.StashKey[ChaosReport]()
 
@@ -31,3 +35,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("chaos report")
         for line in (f"seed {CHAOS_SEED}", *made.lines()):
             terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def undisturbed_pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:  # noqa: F811
+    """What the two students of :data:`PAIR` become when nothing happens."""
+    home = tmp_path_factory.mktemp("undisturbed-pair")
+    whole = stillhouse("run", str(write_family(home, tiny, PAIR, **FAMILY)), env=environment(home), timeout=500)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    return final_weights(home)

@@ -13,6 +13,7 @@ from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.result import FamilyResult
 from tests.chaos.faults import RANK, STUDENT, Faults
 from tests.chaos.report import ChaosReport, student_recoveries
+from tests.integration.test_command_line import environment, final_weights, stillhouse
 
 BATCHES = 40
 SAME: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "max_failures": 20}
@@ -21,6 +22,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "two": {**SAME, "zero_stage": 2, "ranks": 2, "micro_batch": 2},
     "three": {**SAME, "zero_stage": 3, "ranks": 2, "micro_batch": 1},
 }
+PAIR = {name: STUDENTS[name] for name in ("alone", "two")}
 FAMILY: dict[str, Any] = {
     "corpus": {"max_batches": BATCHES},
     "checkpoints": {"every": 4},
@@ -57,3 +59,30 @@ def assert_survived(result: FamilyResult, spec: Any, undisturbed: FamilyResult) 
         own, other = weights(result, name), weights(undisturbed, name)
         assert own.keys() == other.keys()
         assert all(torch.equal(own[key], other[key]) for key in own), name
+
+
+def learnt(home: Path) -> int:
+    """Steps that all students of the runs in a home have taken."""
+    logs = (home / "stillhouse" / "runs").glob("*/*/audit/*.jsonl")
+    return sum(line.count('"loss"') for log in logs for line in log.read_text().splitlines())
+
+
+def assert_finished_as(undisturbed: dict[str, dict[str, torch.Tensor]], home: Path, **more: str) -> str:
+    """The run in a home is finished, learnt each batch once, and is to the bit what it would have been.
+
+    Args:
+        more: of the command's environment.
+
+    Returns:
+        What ``stillhouse audit`` prints.
+    """
+    disturbed = final_weights(home)
+    assert set(disturbed) == set(undisturbed)
+    for name, own in disturbed.items():
+        assert own.keys() == undisturbed[name].keys()
+        assert all(own[key].equal(undisturbed[name][key]) for key in own), name
+    run = next((home / "stillhouse" / "runs" / "tiny").iterdir())
+    audit = stillhouse("audit", run.name, env=environment(home, **more))
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert audit.stdout.count("each batch once, in order") == len(undisturbed)
+    return audit.stdout

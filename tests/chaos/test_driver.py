@@ -11,17 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.chaos.families import BATCHES, FAMILY, STUDENTS
+from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_finished_as, learnt
 from tests.integration.conftest import write_family
 from tests.integration.test_command_line import environment, final_weights, read_until, start, stillhouse
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
-
-
-def learnt(home: Path) -> int:
-    """Steps that all students of a run have taken."""
-    logs = (home / "stillhouse" / "runs").glob("*/*/audit/*.jsonl")
-    return sum(line.count('"loss"') for log in logs for line in log.read_text().splitlines())
 
 
 def test_the_driver_is_killed(tiny: Path, tmp_path: Path, dice: random.Random) -> None:
@@ -46,11 +40,4 @@ def test_the_driver_is_killed(tiny: Path, tmp_path: Path, dice: random.Random) -
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     whole = stillhouse("run", str(path), env=environment(homes[1]))
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    disturbed, undisturbed = (final_weights(home) for home in homes)
-    assert set(disturbed) == set(undisturbed) == set(STUDENTS)
-    for name, weights in undisturbed.items():
-        assert all(weights[key].equal(disturbed[name][key]) for key in weights), name
-    run = next((homes[0] / "stillhouse" / "runs" / "tiny").iterdir())
-    audit = stillhouse("audit", run.name, env=environment(homes[0]))
-    assert audit.returncode == 0, audit.stdout + audit.stderr
-    assert audit.stdout.count("each batch once, in order") == len(STUDENTS)
+    assert_finished_as(final_weights(homes[1]), homes[0])

@@ -12,6 +12,7 @@ from cluster.corpus.batches import STARTS_FILE, TOKENS_FILE, Batches, CorpusFact
 from cluster.spec import CorpusSpec
 
 COUNT = 6
+PATIENCE_S = 1.0
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def batches(tmp_path: Path) -> Batches:
 
 def live(folder: Path, batches: Batches, first: int, last: int) -> None:
     """A life of a student from one batch to before another."""
-    log = AuditLog(str(folder), "s", first)
+    log = AuditLog(str(folder), "s", first, PATIENCE_S)
     for number in range(first, last):
         log.step(number, batches.train(number).address, 0.1 * number)
 
@@ -77,7 +78,7 @@ def test_batches_that_were_left_out_are_named(
 
 def test_a_batch_that_was_learnt_twice_is_named(tmp_path: Path, batches: Batches) -> None:
     live(tmp_path, batches, 0, COUNT)
-    log = AuditLog(str(tmp_path), "s", COUNT)
+    log = AuditLog(str(tmp_path), "s", COUNT, PATIENCE_S)
     log.step(1, batches.train(1).address, 0.0)
     found = problems_of(tmp_path, "s", batches)
     assert found == ["learnt more than once: batches 1", "batches were not learnt in order"]
@@ -85,13 +86,13 @@ def test_a_batch_that_was_learnt_twice_is_named(tmp_path: Path, batches: Batches
 
 def test_text_that_the_corpus_does_not_hold_is_named(tmp_path: Path, batches: Batches) -> None:
     live(tmp_path, batches, 0, COUNT - 1)
-    AuditLog(str(tmp_path), "s", COUNT - 1).step(COUNT - 1, "f" * 32, 0.0)
+    AuditLog(str(tmp_path), "s", COUNT - 1, PATIENCE_S).step(COUNT - 1, "f" * 32, 0.0)
     assert problems_of(tmp_path, "s", batches) == ["learnt from other text than the corpus holds: batches 5"]
 
 
 def test_a_scoring_log_counts_over_all_sessions_of_a_run(tmp_path: Path) -> None:
     for numbers in ((0, 1), (1, 2)):
-        log = ScoringLog(tmp_path)
+        log = ScoringLog(tmp_path, PATIENCE_S)
         for number in numbers:
             log.add(number, "0" * 32)
-    assert ScoringLog(tmp_path).counts() == {0: 1, 1: 2, 2: 1}
+    assert ScoringLog(tmp_path, PATIENCE_S).counts() == {0: 1, 1: 2, 2: 1}

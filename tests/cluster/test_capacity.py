@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from cluster import capacity
 from cluster.capacity import Need, check_capacity, needs_of, serving_needs_of
-from cluster.errors import UserError
+from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec
 from tests.tiny import tiny_family
 
@@ -93,3 +94,36 @@ def test_serving_needs_an_arm_for_every_student_and_one_for_the_teacher() -> Non
     without = tiny_family(serving={"include_teacher": False, "gpus_per_arm": 1.0})
     assert serving_needs_of(FamilySpec.model_validate(without)) == [Need("serving", 1, 0.5, 1.0)]
     assert serving_needs_of(FamilySpec.model_validate(tiny_family())) == []
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A clock that a test sets."""
+    now = {"s": 0.0}
+    monkeypatch.setattr(capacity.time, "monotonic", lambda: now["s"])
+    return now
+
+
+def test_a_student_without_a_place_ends_the_run_after_its_patience(clock: dict[str, float]) -> None:
+    spec = FamilySpec.model_validate(tiny_family(patience_s=60.0))
+    unplaced = capacity.Unplaced(spec, lambda: True, lambda: [{"CPU": 0.5}])
+    for clock["s"] in (0.0, 30.0, 59.0):
+        unplaced.look(["small"])
+    clock["s"] = 60.0
+    with pytest.raises(RunError, match=r"student small needs 1 x \(1 CPU\) .* 60 s; there is 0.5 CPU.*--resume"):
+        unplaced.look(["small"])
+
+
+def test_only_the_time_without_a_place_counts(clock: dict[str, float]) -> None:
+    spec = FamilySpec.model_validate(tiny_family(patience_s=60.0))
+    pending = [True]
+    unplaced = capacity.Unplaced(spec, lambda: pending[0], list)
+    clock["s"] = 50.0
+    unplaced.look(["small"])
+    pending[0] = False
+    clock["s"] = 500.0  # it has a place, and starts its processes
+    unplaced.look(["small"])
+    pending[0] = True
+    unplaced.look([])  # it runs
+    clock["s"] = 550.0
+    unplaced.look(["small"])  # it lost its ranks, and waits anew

@@ -1,0 +1,95 @@
+"""A Ray cluster of several nodes on this machine, each a set of processes of its own that can be killed as one."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from tests.integration.test_command_line import ROOT, environment
+
+# Ray sees that a node is dead after a minute by default.
+HEALTH = {"initial_delay_ms": "1000", "period_ms": "500", "timeout_ms": "1000", "failure_threshold": "4"}
+# No label is small enough to travel inside a message: all of them lie where they were made, and die there.
+INLINED = {"RAY_max_direct_call_object_size": "1", "RAY_task_rpc_inlined_bytes_limit": "1"}
+JOINED = """
+import ray, sys, time
+ray.init()
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
+    time.sleep(0.2)
+"""
+
+
+class Nodes:
+    """A head node and what is added to it. Use in a ``with`` block.
+
+    Args:
+        home: of the processes.
+        head_cpus: what the head node offers.
+    """
+
+    def __init__(self, home: Path, head_cpus: int) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
+        more = {f"RAY_health_check_{name}": value for name, value in HEALTH.items()} | INLINED
+        more |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+        self._env = environment(home, PYTHONPATH=str(ROOT), **more)
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        port_file = self._folder / "ray_current_cluster"
+        self._start("--head", "--port=0", "--include-dashboard=false", f"--temp-dir={self._folder}", cpus=head_cpus)
+        self._wait(port_file.exists)
+        self.address = port_file.read_text().strip()
+        self.client = {"RAY_ADDRESS": self.address, **{k: self._env[k] for k in self._env if k.startswith("RAY_")}}
+
+    def _start(self, *options: str, cpus: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options, f"--num-cpus={cpus}"]
+        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--disable-usage-stats"]
+        # Two nodes on one machine must not share the ports that each would take.
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        with (self._folder / "start.log").open("ab") as log:
+            process = subprocess.Popen(command, env=self._env, cwd=ROOT, stdout=log, stderr=log)
+        self._nodes.append(process)
+        return process
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, (self._folder / "start.log").read_text()[-2000:]
+            time.sleep(0.2)
+
+    def add(self, cpus: int) -> subprocess.Popen[bytes]:
+        """Add a node and wait until it has joined."""
+        node = self._start(f"--address={self.address}", cpus=cpus)
+        command = [sys.executable, "-c", JOINED, str(len(self._nodes))]
+        subprocess.run(command, env={**self._env, **self.client}, check=True, capture_output=True, timeout=90)
+        return node
+
+    def processes(self, node: subprocess.Popen[bytes], title: str = "") -> list[psutil.Process]:
+        """The processes of a node that run what Ray titles so."""
+        found = psutil.Process(node.pid).children(recursive=True)
+        return [process for process in found if f"ray::{title}" in " ".join(process.cmdline()[:1])]
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """``SIGKILL`` everything that belongs to a node."""
+        processes = [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]
+        for process in processes:
+            # First all of them stop, so that none sees another one die and says goodbye.
+            process.suspend()
+        for process in processes:
+            process.kill()
+        node.wait()
+        self._nodes.remove(node)
+
+    def __enter__(self) -> Nodes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for node in list(reversed(self._nodes)):
+            self.kill(node)
+        shutil.rmtree(self._folder, ignore_errors=True)

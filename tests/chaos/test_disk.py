@@ -1,0 +1,90 @@
+"""The disk of a run filled to the last byte, for a while or for good: a real file system with everything on it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.families import BATCHES, FAMILY, PAIR, assert_finished_as, learnt
+from tests.integration.conftest import write_family
+from tests.integration.test_command_line import environment, start, stillhouse
+
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+MIB = 1 << 20
+PATIENCE_S = 20.0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own: run folder, checkpoints, label store, registry and log all lie on it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a file system, which is not permitted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all the room that there is; returns the file that holds it."""
+    hog = disk / "hog"
+    with hog.open("wb", buffering=0) as file:
+        for size in (MIB, 4096):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(b"\0" * size)
+    with pytest.raises(OSError) as full:
+        (disk / "more").write_bytes(b"\0" * 4096)
+    assert full.value.errno == errno.ENOSPC
+    return hog
+
+
+def run_until_full(path: Path, disk: Path, dice: random.Random) -> tuple[subprocess.Popen[str], Path]:
+    """Start a family and fill its disk at a random moment."""
+    process = start("run", str(path), env=environment(disk))
+    moment = dice.randrange(1, BATCHES)
+    while learnt(disk) < moment:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process, fill(disk)
+
+
+def test_the_disk_is_full_for_a_while(
+    tiny: Path, tmp_path: Path, disk: Path, undisturbed_pair: Any, dice: random.Random
+) -> None:
+    path = write_family(tmp_path, tiny, PAIR, store={"uri": str(disk / "labels")}, **FAMILY)
+    process, hog = run_until_full(path, disk, dice)
+    time.sleep(dice.uniform(5, 15))
+    assert process.poll() is None, process.communicate()
+    hog.unlink()
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert_finished_as(undisturbed_pair, disk)
+
+
+def test_the_disk_stays_full_and_the_run_stops_and_can_be_resumed(
+    tiny: Path, tmp_path: Path, disk: Path, undisturbed_pair: Any, dice: random.Random
+) -> None:
+    path = write_family(tmp_path, tiny, PAIR, store={"uri": str(disk / "labels")}, patience_s=PATIENCE_S, **FAMILY)
+    process, hog = run_until_full(path, disk, dice)
+    kept = learnt(disk)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1, output
+    said = output.strip().splitlines()[-1]
+    run = next((disk / "stillhouse" / "runs" / "tiny").iterdir())
+    assert str(run) in said and f"patience_s {PATIENCE_S:g} s" in said and " bytes " in said and "--resume" in said
+    assert learnt(disk) >= kept
+    hog.unlink()
+    resumed = stillhouse("run", str(path), "--resume", env=environment(disk), timeout=500)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_finished_as(undisturbed_pair, disk)
