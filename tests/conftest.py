@@ -7,12 +7,16 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.tiny import write_tiny_corpus, write_tiny_model
 
 # Decides when and what the chaos tests kill.
 CHAOS_SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(10**6))
+# Examples are not timed: on a busy machine a fast one may take long, and nothing is proved by it.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 KINDS = ("unit", "integration", "chaos", "slow", "gpu")
 
 
