@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
+from cluster.board import NO_PLACE
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity, StudentResult
+from cluster.space import DISK_FULL, NoRoomError, wait_for_room
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
 from cluster.students.snapshot import mend
+
+log = logging.getLogger(__name__)
 
 
 class Trainers:
@@ -29,9 +34,34 @@ class Trainers:
 def run_student(job: StudentJob) -> StudentResult:
     """Train one student to the end; blocks.
 
+    Ray Train starts ranks again that died, but gives up at once when it cannot write down what it has: a full disk at
+    such a moment is waited for here.
+
     Raises:
         RunError: its ranks failed more often than ``max_failures`` allows.
+        NoRoomError: the disk stayed full; the run is told to stop.
     """
+    import ray.train
+
+    for attempt in range(job.spec.max_failures + 1):
+        mend(job.folder)
+        try:
+            return _fit(job)
+        except ray.train.TrainingFailedError as error:
+            if not _disk_was_full(error) or attempt == job.spec.max_failures:
+                raise RunError(_root_cause(error)) from error
+            job.board.phase.remote(job.name, NO_PLACE)
+            log.warning("student %s goes on from its last checkpoint once the disk has room: %s", job.name, error)
+        try:
+            wait_for_room(Path(job.storage), 0, job.family.patience_s)
+        except NoRoomError as error:
+            ray.get(job.board.stop.remote(f"student {job.name}: {error}"))
+            raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _fit(job: StudentJob) -> StudentResult:
+    """One Ray Train run of a student, from its last checkpoint if it has one."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -56,14 +86,16 @@ def run_student(job: StudentJob) -> StudentResult:
             callbacks=[Steering(job)],
         ),
     )
-    mend(job.folder)
-    try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise RunError(_root_cause(error)) from error
+    result = trainer.fit()
     if result.checkpoint is None:
         raise RunError("it ended without a checkpoint")
     return student_result(job.name, Path(result.checkpoint.path))
+
+
+def _disk_was_full(error: Exception) -> bool:
+    """Whether Ray Train itself, and not a rank, found no room."""
+    cause = getattr(error, "controller_failure", None)
+    return isinstance(cause, NoRoomError) or (isinstance(cause, OSError) and cause.errno in DISK_FULL)
 
 
 def _root_cause(error: Exception) -> str:
