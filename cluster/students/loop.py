@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
@@ -20,7 +19,7 @@ from cluster.audit import AuditLog
 from cluster.board import NO_PLACE, Point
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
-from cluster.space import NoRoomError, size_of, wait_for_room
+from cluster.space import NoRoomError, size_of, wait_for_room, when_there_is_room
 from cluster.stream.reader import Reader
 from cluster.students.initial import initial_student
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
@@ -45,9 +44,9 @@ class Steering(ray.train.UserCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """A checkpoint is complete and in Ray Train's list."""
-        # Without a second copy of the list the student is as safe as it was before.
-        with contextlib.suppress(OSError):
-            keep(self._job.folder)
+        folder = self._job.folder
+        # An older copy would name checkpoints that are no more.
+        when_there_is_room(folder, partial(keep, folder), self._job.family.patience_s)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ranks have failed or died; those of the next life say themselves when they have a place."""

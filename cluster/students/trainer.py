@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import ray
-import tenacity
 from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
+from cluster.board import NO_PLACE
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity, StudentResult
+from cluster.space import DISK_FULL, NoRoomError, wait_for_room
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
 from cluster.students.snapshot import mend
+
+log = logging.getLogger(__name__)
 
 
 class Trainers:
@@ -27,32 +31,55 @@ class Trainers:
         import cluster.students.loop  # noqa: F401  (before there is work, while the corpus is read)
 
     def run(self, job: StudentJob) -> StudentResult:
-        """See :func:`run_student`; once more from the last checkpoint when what looks after its ranks dies itself."""
-        for attempt in tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(RayActorError),
-            stop=tenacity.stop_after_attempt(job.spec.max_failures + 1),
-            wait=tenacity.wait_fixed(1.0),
-            reraise=True,
-        ):
-            with attempt:
-                _clear_place(job)
-                return run_student(job)
-        raise AssertionError("tenacity returns or raises")
+        """See :func:`run_student`."""
+        return run_student(job)
 
 
 def _clear_place(job: StudentJob) -> None:
     """Give back what the ranks of an earlier attempt held: Ray keeps it for them as long as its job lives."""
     place = ray.get(job.board.place_of.remote(job.name))
     if place is not None:
+        job.board.phase.remote(job.name, NO_PLACE)
         remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(place)))
 
 
 def run_student(job: StudentJob) -> StudentResult:
     """Train one student to the end; blocks.
 
+    Ray Train starts ranks again that died. What it does not get over is tried again here: that its own controller dies,
+    and that it cannot write down what it has, because the disk is full at that moment.
+
     Raises:
         RunError: its ranks failed more often than ``max_failures`` allows.
+        NoRoomError: the disk stayed full; the run is told to stop.
     """
+    import ray.train
+
+    for attempt in range(job.spec.max_failures + 1):
+        mend(job.folder)
+        _clear_place(job)
+        try:
+            return _fit(job)
+        except RayActorError as error:
+            if attempt == job.spec.max_failures:
+                raise RunError(f"what looks after its ranks died more often than max_failures: {error}") from error
+            log.warning("student %s goes on from its last checkpoint: %s", job.name, error)
+            continue
+        except ray.train.TrainingFailedError as error:
+            if not _disk_was_full(error) or attempt == job.spec.max_failures:
+                raise RunError(_root_cause(error)) from error
+            job.board.phase.remote(job.name, NO_PLACE)
+            log.warning("student %s goes on from its last checkpoint once the disk has room: %s", job.name, error)
+        try:
+            wait_for_room(Path(job.storage), 0, job.family.patience_s)
+        except NoRoomError as error:
+            ray.get(job.board.stop.remote(f"student {job.name}: {error}"))
+            raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _fit(job: StudentJob) -> StudentResult:
+    """One Ray Train run of a student, from its last checkpoint if it has one."""
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -77,14 +104,16 @@ def run_student(job: StudentJob) -> StudentResult:
             callbacks=[Steering(job)],
         ),
     )
-    mend(job.folder)
-    try:
-        result = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise RunError(_root_cause(error)) from error
+    result = trainer.fit()
     if result.checkpoint is None:
         raise RunError("it ended without a checkpoint")
     return student_result(job.name, Path(result.checkpoint.path))
+
+
+def _disk_was_full(error: Exception) -> bool:
+    """Whether Ray Train itself, and not a rank, found no room."""
+    cause = getattr(error, "controller_failure", None)
+    return isinstance(cause, NoRoomError) or (isinstance(cause, OSError) and cause.errno in DISK_FULL)
 
 
 def _root_cause(error: Exception) -> str:

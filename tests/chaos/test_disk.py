@@ -49,6 +49,11 @@ def fill(disk: Path) -> Path:
     return hog
 
 
+def tail_of_log(disk: Path) -> str:
+    """The end of the run's log, which is gone with the disk."""
+    return next((disk / "stillhouse" / "runs").glob("*/*/run.log")).read_text(errors="replace")[-20_000:]
+
+
 def run_until_full(path: Path, disk: Path, dice: random.Random) -> tuple[subprocess.Popen[str], Path]:
     """Start a family and fill its disk at a random moment."""
     process = start("run", str(path), env=environment(disk))
@@ -68,7 +73,7 @@ def test_the_disk_is_full_for_a_while(
     assert process.poll() is None, process.communicate()
     hog.unlink()
     output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
+    assert process.returncode == 0, output + tail_of_log(disk)
     assert_finished_as(undisturbed_pair, disk)
 
 
@@ -79,7 +84,7 @@ def test_the_disk_stays_full_and_the_run_stops_and_can_be_resumed(
     process, hog = run_until_full(path, disk, dice)
     kept = learnt(disk)
     output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, output
+    assert process.returncode == 1, output + tail_of_log(disk)
     said = output.strip().splitlines()[-1]
     run = next((disk / "stillhouse" / "runs" / "tiny").iterdir())
     assert str(run) in said and f"patience_s {PATIENCE_S:g} s" in said and " bytes " in said and "--resume" in said

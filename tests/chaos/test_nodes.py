@@ -21,10 +21,12 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 HEAD_CPUS, NODE_CPUS = 1, 4
 STUDENTS = {name: {**student, "cpus_per_rank": 1.0} for name, student in PAIR.items()}
 TEACHER = {**FAMILY["teacher"], "replicas": 2, "cpus_per_shard": 1.0}
+# The replicas take turns, so one of two held-out batches is made, and lies, on the node that dies.
+EVALUATION = {**FAMILY["evaluation"], "batches": 2}
 
 
 def write(folder: Path, tiny: Path, **sections: Any) -> Path:
-    return write_family(folder, tiny, STUDENTS, **{**FAMILY, "teacher": TEACHER, **sections})
+    return write_family(folder, tiny, STUDENTS, **{**FAMILY, "teacher": TEACHER, "evaluation": EVALUATION, **sections})
 
 
 def wait_until_learnt(process: subprocess.Popen[str], home: Path, steps: int) -> None:
