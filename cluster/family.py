@@ -28,6 +28,7 @@ from cluster.specfile import home
 from cluster.stream.actor import Stream
 from cluster.students.job import StudentJob
 from cluster.students.trainer import Trainers
+from cluster.teacher.scaling import PACE, Pace
 from cluster.watch import Status, Watch
 
 Report = Callable[[Status], None]
@@ -45,13 +46,14 @@ class _Actors:
     trainers: ActorHandle
 
 
-def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
+def run_family(checked: Checked, run: Run, report: Report, pace: Pace = PACE) -> FamilyResult:
     """Distil one family: corpus, teacher and students, evaluation, registry. Needs a Ray connection.
 
     Args:
         checked: from :func:`cluster.preflight.preflight`.
         run: from :func:`cluster.runs.open_run`.
         report: called with the present status about twice a second.
+        pace: how fast an elastic teacher pool follows the students.
 
     Raises:
         UserError: the family does not fit on the cluster, or its corpus holds too little.
@@ -78,7 +80,7 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
         )
         run.save()
         board = ray.remote(Board).options(num_cpus=0).remote()
-        actors = _Actors(registry, board, _start_stream(checked, run), trainers)
+        actors = _Actors(registry, board, _start_stream(checked, run, pace), trainers)
         result = _distil(checked, run, batches, actors, lineage, report)
         _end_stream(actors.stream, complete=bool(result.students))
         ray.kill(actors.stream)
@@ -110,13 +112,13 @@ def _lineage(checked: Checked, run: Run, corpus: CorpusFacts) -> dict[str, str]:
     }
 
 
-def _start_stream(checked: Checked, run: Run) -> ActorHandle:
+def _start_stream(checked: Checked, run: Run, pace: Pace) -> ActorHandle:
     # On this node, because the packed corpus lies here.
     placed = NodeAffinitySchedulingStrategy(here(), soft=False)
     # It can be built again from what its readers ask for, so its death costs no more than what it was doing.
     options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1000, "max_restarts": STREAM_RESTARTS}
     stream = ray.remote(Stream).options(scheduling_strategy=placed, **options)
-    return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store)
+    return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store, pace)
 
 
 def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[StudentJob]:
