@@ -86,7 +86,7 @@ class Scaling:
         self._least, self._most, self._pace = least, most, pace
         self._looks: deque[tuple[float, bool]] = deque()
         self._since = self._not_before = now
-        self._failures, self._failed_at = 0, now
+        self._failures, self._failed_at, self._fine_since = 0, float("-inf"), now
 
     def decide(self, look: Look) -> int:
         """1 to add a replica, -1 to take one away, 0 to leave the pool as it is. What comes of it is to be told."""
@@ -115,6 +115,7 @@ class Scaling:
     def resized(self, now: float) -> None:
         """The pool has become larger, or smaller by one that was not needed."""
         self._begin(now)
+        self._fine_since = now
 
     def no_room(self, now: float) -> None:
         """The cluster had no room for a replica. To ask costs nothing, so it is asked again after the usual span."""
@@ -123,7 +124,8 @@ class Scaling:
     def failed(self, now: float) -> None:
         """A replica was placed and did not come up, was not like the others, or has died since."""
         self._begin(now)
-        # What happened long ago says nothing about the nodes that there are now.
-        self._failures = 1 if now - self._failed_at > 2 * self._pace.retry_most_s else self._failures + 1
+        # What went wrong before a long time in which all went well says nothing about the nodes that there are now.
+        well_s = now - self._fine_since if self._fine_since > self._failed_at else 0.0
+        self._failures = 1 if well_s > 2 * self._pace.retry_most_s else self._failures + 1
         self._failed_at = now
         self._not_before = now + min(self._pace.retry_most_s, self._pace.retry_s * 2 ** (self._failures - 1))

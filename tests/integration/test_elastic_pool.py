@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
@@ -32,7 +33,7 @@ from tests.tiny import VOCABULARY, write_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 QUICK = Pace(look_s=0.1, grow_s=1.0, idle_s=1.0, place_s=2, retry_s=1.0, retry_most_s=2.0)
-CALLERS = 4
+CALLERS = 3
 ENOUGH_S = 120.0
 CPUS = 0.2
 
@@ -79,7 +80,8 @@ def test_a_pool_grows_while_calls_queue_up_and_shrinks_when_none_come(tiny: Path
             await under_load_until(pool, lambda: pool.stats.ready == 2, scored)
             assert pool.size == 2
             assert len(shard_processes()) == 2
-            await under_load_until(pool, lambda: len(scored) > 200, scored)
+            already = len(scored)
+            await under_load_until(pool, lambda: len(scored) > already + 20, scored)
             for blocks in (scored[0], scored[-1]):
                 after = read(await asyncio.to_thread(ray.get, blocks))
                 np.testing.assert_array_equal(after.codes_TK, before.codes_TK)
@@ -198,7 +200,7 @@ def test_a_family_s_pool_grows_and_its_metrics_show_it(tiny: Path, tmp_path: Pat
     client = mlflow.MlflowClient(checked.tracking_uri)
     curve = client.get_metric_history(result.run.mlflow[""], "teacher/replicas_ready")
     assert 2 in [point.value for point in curve]
-    assert all(later.step >= earlier.step for earlier, later in zip(curve, curve[1:], strict=False))
+    assert all(later.step >= earlier.step for earlier, later in itertools.pairwise(curve))
     for name in ("stream/window_used", "stream/unsaved", "stream/behind/small", "stream/waited_s/small"):
         history = client.get_metric_history(result.run.mlflow[""], name)
         assert history, name

@@ -127,6 +127,14 @@ def test_after_one_that_did_not_come_up_it_waits_longer_each_time_and_forgets_in
     gaps = [later - earlier for earlier, later in itertools.pairwise(asked)]
     assert gaps[:5] == [20, 40, 80, 80, 80]
     pool.live(200, idle)
+    pool.live(10, starved)
+    assert pool.size == 2
+    pool.live(20, starved)
+    pool.size = pool.ready = 1  # it did not live for long
+    pool.scaling.failed(pool.now)
+    assert [pool.decide(True, True) for _ in range(80)] == [0] * 79 + [1]
+    pool.scaling.resized(pool.now)
+    pool.live(200, lambda *_: (True, False))
     pool.scaling.failed(pool.now)
     assert [pool.decide(True, True) for _ in range(20)] == [0] * 19 + [1]
 
