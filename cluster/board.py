@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+
+# In place of a student: what is measured of the family as a whole.
+FAMILY = ""
 
 # What a student does that has no rank running: at first, and after its ranks have died.
 NO_PLACE = "waiting for a place"
@@ -10,16 +14,19 @@ NO_PLACE = "waiting for a place"
 
 @dataclass(frozen=True)
 class Point:
-    """Metrics of one student after one batch.
+    """Metrics of one student after one batch, or of the family.
 
     Attributes:
-        batch: batches consumed so far.
+        student: its name, or ``FAMILY``.
+        batch: batches consumed so far; of the family, by the student that is ahead.
         metrics: names to values; ``loss``, ``kl`` and ``cross_entropy`` are nats per loss token.
+        at: when it was measured, in seconds since 1970.
     """
 
     student: str
     batch: int
     metrics: dict[str, float]
+    at: float = field(default_factory=time.time)
 
 
 class Board:

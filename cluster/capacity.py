@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.errors import RunError, UserError
-from cluster.spec import FamilySpec
+from cluster.spec import FamilySpec, StudentSpec
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,18 @@ class Need:
 
 
 def needs_of(spec: FamilySpec) -> list[Need]:
-    """What the teacher and the students ask for, all at the same time."""
+    """What the teacher at its smallest and the students ask for, all at the same time."""
     teacher = spec.teacher
-    shards = teacher.replicas * teacher.shards
+    shards = teacher.min_replicas * teacher.shards
     return [
         Need("the teacher", shards, teacher.cpus_per_shard, teacher.gpus_per_shard),
-        *(Need(f"student {n}", s.ranks, s.cpus_per_rank, s.gpus_per_rank) for n, s in spec.students.items()),
+        *(student_needs(name, student) for name, student in spec.students.items()),
     ]
+
+
+def student_needs(name: str, student: StudentSpec) -> Need:
+    """What one student asks for."""
+    return Need(f"student {name}", student.ranks, student.cpus_per_rank, student.gpus_per_rank)
 
 
 def serving_needs_of(spec: FamilySpec) -> list[Need]:
@@ -56,20 +61,30 @@ def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) 
     Raises:
         UserError: what does not fit, all that is needed, and what there is.
     """
-    needs = list(needs)
-    nodes = list(nodes)
+    needs, nodes = list(needs), list(nodes)
+    if (need := first_without_room(needs, nodes)) is not None:
+        raise UserError(
+            f"the cluster is too small: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
+            f"there is {_shown(nodes)}. Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes"
+        )
+
+
+def first_without_room(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> Need | None:
+    """The first that finds no node with room, when the largest are placed first; None where all fit.
+
+    Args:
+        nodes: what each node has free, as Ray names it.
+    """
     free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
     for need in sorted(needs, key=lambda n: (n.gpus, n.cpus), reverse=True):
         for _ in range(need.count):
             # A little slack, for tenths do not add up exactly in binary.
             room = next((f for f in free if f[0] >= need.cpus - 1e-6 and f[1] >= need.gpus - 1e-6), None)
             if room is None:
-                raise UserError(
-                    f"the cluster is too small: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
-                    f"there is {_shown(nodes)}. Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes"
-                )
+                return need
             room[0] -= need.cpus
             room[1] -= need.gpus
+    return None
 
 
 def _shown(nodes: Iterable[Mapping[str, float]]) -> str:

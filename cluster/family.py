@@ -30,6 +30,7 @@ from cluster.specfile import home
 from cluster.stream.actor import Stream
 from cluster.students.job import StudentJob
 from cluster.students.trainer import Trainers
+from cluster.teacher.scaling import PACE, Pace
 from cluster.watch import Status, Watch
 
 log = logging.getLogger(__name__)
@@ -52,13 +53,14 @@ class _Actors:
     trainers: ActorHandle
 
 
-def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
+def run_family(checked: Checked, run: Run, report: Report, pace: Pace = PACE) -> FamilyResult:
     """Distil one family: corpus, teacher and students, evaluation, registry. Needs a Ray connection.
 
     Args:
         checked: from :func:`cluster.preflight.preflight`.
         run: from :func:`cluster.runs.open_run`.
         report: called with the present status about twice a second.
+        pace: how fast an elastic teacher pool follows the students.
 
     Raises:
         UserError: the family does not fit on the cluster, or its corpus holds too little.
@@ -84,7 +86,7 @@ def run_family(checked: Checked, run: Run, report: Report) -> FamilyResult:
             registry.start.remote(run.name, list(spec.students), spec.model_dump(mode="json"), lineage, run.mlflow)
         )
         _keep(run, spec)
-        actors = _Actors(registry, _beside_us(Board).remote(), _start_stream(checked, run), trainers)
+        actors = _Actors(registry, _beside_us(Board).remote(), _start_stream(checked, run, pace), trainers)
         try:
             result = _distil(checked, run, batches, actors, lineage, report)
         except BaseException:
@@ -126,10 +128,10 @@ def _beside_us(actor: type, **options: Any) -> Any:
     return ray.remote(actor).options(num_cpus=0, scheduling_strategy=placed, **options)
 
 
-def _start_stream(checked: Checked, run: Run) -> ActorHandle:
+def _start_stream(checked: Checked, run: Run, pace: Pace) -> ActorHandle:
     # It can be built again from what its readers ask for, so its death costs no more than what it was doing.
     stream = _beside_us(Stream, max_concurrency=1000, max_restarts=RESTARTS)
-    return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store)
+    return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store, pace)
 
 
 def _keep(run: Run, spec: FamilySpec) -> None:

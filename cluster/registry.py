@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import os
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
-from cluster.board import Point
+from cluster.board import FAMILY, Point
 from cluster.errors import RunError, UserError
 from cluster.space import DISK_FULL
 
@@ -23,7 +22,7 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 CHALLENGER = "challenger"
-PARENT = ""
+PARENT = FAMILY
 # How long MLflow may be away. Its own client gives up after some two minutes, and a database at once.
 PATIENCE_S = 3600.0
 # What MLflow calls an error that is not the caller's.
@@ -118,14 +117,14 @@ class Registry:
         return self._runs
 
     def log(self, points: Iterable[Point]) -> None:
-        """Add points to the students' curves; the step is the number of batches learnt."""
+        """Add points to the curves of the students and the family; the step is the number of batches learnt."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
         by_student: dict[str, list[Any]] = {}
         for point in points:
             metrics = by_student.setdefault(point.student, [])
-            metrics += [Metric(name, value, now, point.batch) for name, value in point.metrics.items()]
+            at = int(point.at * 1000)
+            metrics += [Metric(name, value, at, point.batch) for name, value in point.metrics.items()]
         for student, metrics in by_student.items():
             for start in range(0, len(metrics), 1000):  # MLflow takes at most 1,000 at a time
                 part = metrics[start : start + 1000]

@@ -75,6 +75,7 @@ def _spell(location: tuple[int | str, ...]) -> str:
     # What pydantic puts behind a field to say which branch of a union it tried.
     branches = {field: names for field, (_, names) in UNIONS.items()}
     branches |= {"layers": ("int", "list[int]"), "soft": ("number", "ramp"), "temperature": ("number", "ramp")}
+    branches["replicas"] = ("number", "range")
     parts = [str(p) for i, p in enumerate(location) if not (i and p in branches.get(str(location[i - 1]), ()))]
     return ".".join(part for part in parts if part != "[key]")
 

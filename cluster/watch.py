@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
-from cluster.board import NO_PLACE, Point
+from cluster.board import FAMILY, NO_PLACE, Point
 from cluster.errors import RunError
 from cluster.stream.figures import StreamStats
 
 # Batches that may be on their way to the store without a word.
 UNSAVED_SHOWN = 4
+# Seconds between two points of the family's own curves.
+FAMILY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,20 @@ class Status:
 
 
 class Watch:
-    """Collects the points of a run; each is handed on once."""
+    """Collects the points of a run; each is handed on once.
+
+    Attributes:
+        points: those of the students.
+    """
 
     def __init__(self, stream: ActorHandle, board: ActorHandle, students: list[str]) -> None:
         self._stream, self._board, self._students = stream, board, students
+        self._family_at = float("-inf")
         self.points: list[Point] = []
         self._stats: StreamStats | None = None
 
     def look(self, phase: str) -> tuple[Status, list[Point]]:
-        """The present status, and the points that are new since the last look.
+        """The present status, and the points that are new since the last look, every few seconds the family's too.
 
         Raises:
             RunError: a part of the run has said that the whole cannot go on, and why.
@@ -72,8 +81,9 @@ class Watch:
         if stop:
             raise RunError(stop)
         # While the stream is away, it is started again and its readers wait for it.
+        fresh = None
         with contextlib.suppress(RayActorError):
-            self._stats = ray.get(self._stream.stats.remote())
+            self._stats = fresh = ray.get(self._stream.stats.remote())
         stats = self._stats
         self.points += new
         last = {point.student: point for point in self.points}
@@ -86,4 +96,19 @@ class Watch:
                 point.metrics if point else {},
                 stats.waited_s.get(name, 0.0) if stats else 0.0,
             )
+        if fresh is not None and time.monotonic() - self._family_at >= FAMILY_EVERY_S:
+            self._family_at = time.monotonic()
+            new.append(family_point(students, fresh))
         return Status(phase, students, stats), new
+
+
+def family_point(students: Mapping[str, StudentStatus], stats: StreamStats) -> Point:
+    """How the pool and the stream stand, and who lags behind or waits."""
+    metrics: dict[str, float] = {
+        "teacher/replicas_ready": stats.pool.ready,
+        "stream/window_used": stats.window_used,
+        "stream/unsaved": stats.unsaved,
+        **{f"stream/behind/{name}": batches for name, batches in stats.behind.items()},
+        **{f"stream/waited_s/{name}": seconds for name, seconds in stats.waited_s.items()},
+    }
+    return Point(FAMILY, max((student.batch for student in students.values()), default=0), metrics)

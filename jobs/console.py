@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.teacher.pool import PoolStats
 from cluster.watch import Status
 
 PLAIN_INTERVAL_S = 10.0
@@ -93,6 +94,8 @@ class Display:
         if status.stats is not None:
             kept = f", {len(status.stats.read)} from the store" if status.stats.read else ""
             parts.append(f"scored {len(status.stats.scored)}/{status.stats.total}{kept}")
+            if status.stats.pool.elastic:
+                parts.append(_replicas(status.stats.pool))
             for name, student in status.students.items():
                 figures = ""
                 if student.metrics:
@@ -111,7 +114,7 @@ class Display:
             table.add_column(column, justify="left" if column in ("", "doing") else "right")
         total = status.stats.total
         pool = status.stats.pool
-        doing = f"{pool.ready} replica{'s' * (pool.ready != 1)} ready, window {status.stats.window_used}"
+        doing = f"{_replicas(pool)}, window {status.stats.window_used}"
         doing += f", {len(status.stats.read)} batches from the store" if status.stats.read else ""
         scored = len({*status.stats.scored, *status.stats.read})
         table.add_row("teacher", f"{scored}/{total}", ProgressBar(total, scored, width=24), "", "", "", "", doing)
@@ -122,3 +125,12 @@ class Display:
             waited = f"{student.waited_s:.0f} s"
             table.add_row(name, f"{student.batch}/{total}", bar, *figures, rate, waited, student.phase)
         return Group(head, table, Text(status.waits, style="dim"))
+
+
+def _replicas(pool: PoolStats) -> str:
+    """How many replicas serve, and how an elastic pool came to that."""
+    shown = f"{pool.ready} replica{'s' * (pool.ready != 1)} ready"
+    shown += ", one more starting" if pool.growing else ""
+    changes = {"added": pool.grown, "let go": pool.shrunk, "lost": pool.lost}
+    told = ", ".join(f"{count} {change}" for change, count in changes.items() if count)
+    return f"{shown} ({told})" if told else shown

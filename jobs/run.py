@@ -133,6 +133,10 @@ def environment() -> dict[str, str]:
     return {"machine": machine, "python": platform.python_version(), **libraries}
 
 
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def _print_result(
     console: Console, checked: Checked, result: FamilyResult, serving: Sequence[Mapping[str, Any]]
 ) -> None:
@@ -170,6 +174,8 @@ def _print_result(
     console.print(table)
     scorings = sum(result.stats.scored.values())
     kept = f", {len(result.stats.read)} came from the label store" if result.stats.read else ""
+    if (pool := result.stats.pool).grown:
+        kept += f"; its pool grew by a replica {_times(pool.grown)} and gave one back {_times(pool.shrunk)}"
     console.print(
         f"the teacher scored {len(result.stats.scored)} batches in {scorings} scorings{kept}; read by "
         + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),

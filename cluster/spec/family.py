@@ -9,15 +9,34 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, field_validator, model_validator
 
 from cluster.spec.base import Name, Section, Share
 from cluster.spec.labels import LabelsSpec, TopKLabels
 from cluster.spec.loss import why_not
 from cluster.spec.store import StoreSpec
 from cluster.spec.students import StudentSpec
+
+
+class ReplicaRange(Section):
+    """A number of replicas that follows the students: one more while they wait, one less while it has nothing to do."""
+
+    min: PositiveInt
+    """Replicas that the family starts with and never has fewer of."""
+    max: PositiveInt
+    """Replicas that it never has more of; they come where the cluster has room beside all students."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ReplicaRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}; give min <= max")
+        return self
+
+
+def _number_or_range(given: Any) -> str:
+    return "range" if isinstance(given, dict | ReplicaRange) else "number"
 
 
 class TeacherSpec(Section):
@@ -29,8 +48,11 @@ class TeacherSpec(Section):
     """Branch, tag or commit of an `hf://` model."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Precision that the teacher computes in. The softmax is always float32."""
-    replicas: PositiveInt = 1
-    """Whole copies of the teacher; they are interchangeable and share the batches."""
+    replicas: Annotated[
+        Annotated[PositiveInt, Tag("number")] | Annotated[ReplicaRange, Tag("range")], Discriminator(_number_or_range)
+    ] = 1
+    """Whole copies of the teacher; they are interchangeable and share the batches. A number, or a range such as
+    {min: 1, max: 4} in which the pool follows the students."""
     shards: PositiveInt = 1
     """Processes that hold one replica together (tensor parallel; gloo on CPU, NCCL on GPU)."""
     cpus_per_shard: PositiveFloat = 1.0
@@ -40,7 +62,8 @@ class TeacherSpec(Section):
     tokens_per_chunk: PositiveInt = 128
     """Tokens whose logits exist at one time; the full [tokens, vocabulary] matrix never does."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Times a replica that died is started again before the family gives up on it."""
+    """Times a replica that died is started again before the family gives up on it. One above `replicas.min` is not
+    started again; the pool grows anew when there is room."""
     start_timeout_s: PositiveFloat = 600.0
     """Seconds that a replica may take to be placed, to load and to answer its probe."""
     trust_remote_code: bool = False
@@ -53,6 +76,16 @@ class TeacherSpec(Section):
         if self.gpus_per_shard and self.gpus_per_shard != 1.0 and self.shards > 1:
             raise ValueError("gpus_per_shard must be 0 or 1 when shards > 1: each shard is one rank on one device")
         return self
+
+    @property
+    def min_replicas(self) -> int:
+        """Replicas that there are from the start."""
+        return self.replicas.min if isinstance(self.replicas, ReplicaRange) else self.replicas
+
+    @property
+    def max_replicas(self) -> int:
+        """Replicas that there may be."""
+        return self.replicas.max if isinstance(self.replicas, ReplicaRange) else self.replicas
 
 
 class CorpusSpec(Section):

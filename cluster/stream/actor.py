@@ -16,6 +16,7 @@ import numpy as np
 import ray
 
 from cluster.audit import ScoringLog
+from cluster.capacity import Need, student_needs
 from cluster.corpus.batches import CORPUS_FOLDER, Batch, Batches
 from cluster.errors import RunError, StillhouseError
 from cluster.labels.store.store import LabelStore
@@ -25,6 +26,7 @@ from cluster.stream.figures import Delivery, StreamStats
 from cluster.stream.source import LabelSource
 from cluster.stream.window import Window
 from cluster.teacher.replica import first_line
+from cluster.teacher.scaling import PACE, Demand, Pace
 
 # Batches that may be on their way from the store beside those that the teacher scores.
 READS = 4
@@ -71,13 +73,16 @@ class Stream:
     Args:
         folder: the run's, on this actor's node; the packed corpus lies in it.
         store: where labels are kept, see :func:`cluster.labels.store.buckets.open_bucket`; none keeps none.
+        pace: how fast an elastic pool follows the students.
     """
 
-    def __init__(self, spec: FamilySpec, folder: str, teacher: TeacherModel, store: str | None) -> None:
+    def __init__(
+        self, spec: FamilySpec, folder: str, teacher: TeacherModel, store: str | None, pace: Pace = PACE
+    ) -> None:
         self._folder = Path(folder)
         self._batches = Batches(self._folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
         self._spec, self._teacher = spec, teacher
-        self._store_uri = store
+        self._store_uri, self._pace = store, pace
         self._blocks = spec.blocks_per_batch
         self._consumers = {name: Consumer(student.ranks) for name, student in spec.students.items()}
         self._window = Window(spec.stream.window, self._batches.count, store is not None)
@@ -101,13 +106,14 @@ class Stream:
 
     async def _start(self) -> None:
         log, holder = ScoringLog(self._folder, self._spec.patience_s), self._folder.name
-        self._source = LabelSource(self._spec, self._teacher, None, log, holder)
+        demand = Demand(self._starved, self._student_needs, lambda: self._spawn(self._notify()))
+        self._source = LabelSource(self._spec, self._teacher, None, log, holder, demand, self._pace)
         try:
             if self._store_uri is None:
                 await self._source.open({}, [])
             else:
                 store = await asyncio.to_thread(LabelStore.open, self._store_uri)
-                self._source = LabelSource(self._spec, self._teacher, store, log, holder)
+                self._source = LabelSource(self._spec, self._teacher, store, log, holder, demand, self._pace)
                 self._window.safe = await self._source.open(*await asyncio.to_thread(self._addresses))
         except StillhouseError as error:
             await self._fail(str(error))
@@ -132,8 +138,11 @@ class Stream:
 
     # -- fetching --------------------------------------------------------------------------------------------------
 
+    def _counts(self, consumer: Consumer) -> bool:
+        return consumer.active and (consumer.attached or not self._again)
+
     def _active(self) -> list[Consumer]:
-        return [c for c in self._consumers.values() if c.active and (c.attached or not self._again)]
+        return [c for c in self._consumers.values() if self._counts(c)]
 
     def _positions(self) -> list[int] | None:
         """The first batch that each active student needs; none before they have said where they start.
@@ -151,16 +160,37 @@ class Stream:
 
     async def _dispatch(self) -> None:
         """Keep as many batches on their way as there are replicas, and some for the store, never past the window."""
-        assert self._source is not None
-        most = self._source.replicas + (READS if self._window.stored else 0)
+        source = self._source
+        assert source is not None
         while self._error is None:
             async with self._changed:
                 number = self._next_to_fetch()
-                while number is None or len(self._window.in_flight) >= most:
+                while number is None or len(self._window.in_flight) >= source.replicas + self._reads:
                     await self._changed.wait()
                     number = self._next_to_fetch()
                 self._window.in_flight.add(number)
             self._spawn(self._fetch(number))
+
+    @property
+    def _reads(self) -> int:
+        return READS if self._window.stored else 0
+
+    def _starved(self) -> bool:
+        """Whether a student waits for labels, and one more replica would have a batch to score for it.
+
+        Of the students the fastest counts: the others read what was scored for it, or get what it is given.
+        """
+        assert self._source is not None
+        active = self._active()
+        first = max((c.position for c in active), default=0)
+        waits = any(c.waiting for c in active if c.position == first)
+        measured = any(not task.done() for task in self._held_out.values())
+        return (waits or measured) and (self._source.queued > 0 or self._next_to_fetch() is not None)
+
+    def _student_needs(self) -> list[Need]:
+        """What the students take from the cluster that are not done."""
+        students = self._spec.students.items()
+        return [student_needs(name, student) for name, student in students if self._counts(self._consumers[name])]
 
     async def _fetch(self, number: int) -> None:
         assert self._source is not None

@@ -23,6 +23,7 @@ from cluster.labels.wire import Stamp, decode, encode
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec, HiddenLabels, LabelsSpec
 from cluster.teacher.pool import PoolStats, TeacherPool
+from cluster.teacher.scaling import PACE, Demand, Pace
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +46,18 @@ class LabelSource:
         store: none where labels are not kept.
         log: what the teacher scored, also in earlier sessions of the run.
         holder: name under which what this run uses is protected from being cleaned up.
+        demand: who waits for labels, for an elastic pool; ``pace`` is how fast it follows.
     """
 
     def __init__(
-        self, spec: FamilySpec, teacher: TeacherModel, store: LabelStore | None, log: ScoringLog, holder: str
+        self,
+        spec: FamilySpec,
+        teacher: TeacherModel,
+        store: LabelStore | None,
+        log: ScoringLog,
+        holder: str,
+        demand: Demand | None = None,
+        pace: Pace = PACE,
     ) -> None:
         self._spec, self._teacher, self._store, self.log = spec, teacher, store, log
         self._blocks = spec.blocks_per_batch
@@ -56,6 +65,7 @@ class LabelSource:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
         self._lease: Lease | None = None
         self._holder = holder
+        self._demand, self._pace = demand, pace
         self._saving: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
         self.read: dict[int, int] = {}
@@ -74,12 +84,18 @@ class LabelSource:
 
     @property
     def replicas(self) -> int:
-        """Batches that can be scored at a time."""
-        return self._spec.teacher.replicas
+        """Batches that can be scored at a time: the pool's present size."""
+        return self._spec.teacher.min_replicas if self._pool is None else self._pool.size
+
+    @property
+    def queued(self) -> int:
+        """Batches that wait for a replica."""
+        return 0 if self._pool is None else self._pool.queued
 
     def _started(self) -> TeacherPool:
         if self._pool is None:
-            self._pool = TeacherPool(self._spec.teacher, self._spec.labels, self._teacher, self._blocks)
+            family = (self._spec.teacher, self._spec.labels, self._teacher, self._blocks)
+            self._pool = TeacherPool(*family, self._demand, self._pace)
             self._pool.start()
         return self._pool
 

@@ -1,10 +1,12 @@
-"""R interchangeable replicas: hands batches to whichever is idle and replaces the ones that die."""
+"""Interchangeable replicas: hands batches to whichever is idle, replaces those that die, and follows the students."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,11 +14,13 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 
+from cluster.capacity import Need, first_without_room
 from cluster.corpus.batches import Batch
 from cluster.errors import RunError
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
 from cluster.teacher.replica import Replica, first_line, is_loss
+from cluster.teacher.scaling import PACE, Demand, Look, Pace, Scaling
 
 log = logging.getLogger(__name__)
 
@@ -29,9 +33,20 @@ PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 @dataclass
 class PoolStats:
-    """Counters of a pool. ``restarts`` are replicas started again; ``rescored`` are batches that died with one."""
+    """Counters of a pool. ``restarts`` are replicas started again; ``rescored`` are batches that died with one.
+
+    Attributes:
+        elastic: whether the number of replicas may change.
+        growing: whether one more replica is being started.
+        grown: replicas that were added; ``shrunk`` were not needed any more, ``lost`` died and were not needed.
+    """
 
     ready: int = 0
+    elastic: bool = False
+    growing: bool = False
+    grown: int = 0
+    shrunk: int = 0
+    lost: int = 0
     restarts: int = 0
     rescored: int = 0
     busy_seconds: float = 0.0
@@ -44,21 +59,39 @@ class TeacherPool:
 
     Args:
         blocks: parts that a batch's labels are returned in.
+        demand: who waits for labels; without it, whoever has called and finds no replica idle.
+        pace: how fast the pool follows, where ``teacher.replicas`` is a range.
     """
 
-    def __init__(self, spec: TeacherSpec, labels: LabelsSpec, model: TeacherModel, blocks: int) -> None:
-        self._spec = spec
-        self._replicas = [Replica(i, spec, labels, model, blocks) for i in range(spec.replicas)]
+    def __init__(
+        self,
+        spec: TeacherSpec,
+        labels: LabelsSpec,
+        model: TeacherModel,
+        blocks: int,
+        demand: Demand | None = None,
+        pace: Pace = PACE,
+    ) -> None:
+        self._spec, self._pace = spec, pace
+        self._new = (Replica(index, spec, labels, model, blocks) for index in itertools.count())
+        self._replicas = list(itertools.islice(self._new, spec.min_replicas))
+        # Not one of the replicas before it has proved itself.
+        self._candidate: Replica | None = None
+        self._demand = demand or Demand(lambda: self.queued > 0, list, lambda: None)
+        self._scaling = Scaling(spec.min_replicas, spec.max_replicas, pace, time.monotonic())
+        self._all_busy_at = time.monotonic()
+        self._slowest_start_s = 0.0
         self._idle: asyncio.Queue[Replica] = asyncio.Queue()
         self._reference: np.ndarray | None = None
-        self._deaths = dict.fromkeys(range(spec.replicas), 0)
+        self._deaths: Counter[int] = Counter()
         self._starting: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.stats = PoolStats()
+        self.queued = 0
+        self.stats = PoolStats(elastic=spec.max_replicas > spec.min_replicas)
 
     @property
     def size(self) -> int:
-        """Batches that can be scored at a time."""
+        """Batches that can be scored at a time. ``queued`` are those that wait for a replica."""
         return len(self._replicas)
 
     @property
@@ -70,6 +103,8 @@ class TeacherPool:
         """Begin to start all replicas; batches are taken as soon as one is ready."""
         for replica in self._replicas:
             self._begin(self._start(replica))
+        if self.stats.elastic:
+            self._begin(self._follow())
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -85,24 +120,52 @@ class TeacherPool:
                 await self._replace(replica, error)
                 return
             # The model itself cannot be loaded or run: another try would end the same way.
-            self._fail(f"teacher replica {replica.index} cannot start: {first_line(error)}")
+            self._unfit(replica, f"teacher replica {replica.index} cannot start: {first_line(error)}")
             return
-        if not self._proves_itself(replica, probe):
+        try:
+            self._proves_itself(replica, probe)
+        except RunError as error:
+            self._unfit(replica, str(error))
             return
-        log.info("teacher replica %d ready after %.1f s", replica.index, time.monotonic() - started)
+        self._serve(replica, time.monotonic() - started)
+
+    def _serve(self, replica: Replica, took_s: float) -> None:
+        log.info("teacher replica %d ready after %.1f s", replica.index, took_s)
+        self._slowest_start_s = max(self._slowest_start_s, took_s)
         self.stats.ready += 1
         self._idle.put_nowait(replica)
 
-    def _proves_itself(self, replica: Replica, probe: np.ndarray) -> bool:
-        """A replica must say what the first one said about the probe text before it serves."""
+    def _proves_itself(self, replica: Replica, probe: np.ndarray) -> None:
+        """A replica must say what the first one said about the probe text before it serves.
+
+        Raises:
+            RunError: it says something else.
+        """
         if self._reference is None:
             self._reference = probe
         difference = float(np.abs(probe - self._reference).max())
-        if difference <= PROBE_TOLERANCE[self._spec.dtype]:
-            return True
+        if difference > PROBE_TOLERANCE[self._spec.dtype]:
+            raise RunError(
+                f"teacher replica {replica.index} disagrees with the pool on the probe text by {difference:.3g}"
+            )
+
+    def _unfit(self, replica: Replica, reason: str) -> None:
+        """A replica will not do, however often it is started: without it the pool is smaller, or at its end."""
         replica.stop()
-        self._fail(f"teacher replica {replica.index} disagrees with the pool on the probe text by {difference:.3g}")
-        return False
+        if not self._spared(replica, reason):
+            self._fail(reason)
+
+    def _spared(self, replica: Replica, reason: str) -> bool:
+        """Whether the pool can do without a replica that is lost; it is then smaller by that one."""
+        if self.size <= self._spec.min_replicas:
+            return False
+        log.warning("going on with %d teacher replicas: %s", self.size - 1, reason)
+        self.stats.last_error = reason
+        self.stats.lost += 1
+        self._replicas.remove(replica)
+        self._scaling.failed(time.monotonic())
+        self._demand.resized()
+        return True
 
     def _fail(self, reason: str) -> None:
         self.stats.last_error = reason
@@ -113,9 +176,11 @@ class TeacherPool:
     async def _replace(self, replica: Replica, error: BaseException) -> None:
         """Start a dead replica again, a little later each time, until its restarts are used up."""
         replica.stop()
+        log.warning("teacher replica %d died: %s", replica.index, error)
+        if self._spared(replica, f"replica {replica.index}: {first_line(error)}"):
+            return
         self._deaths[replica.index] += 1
         self.stats.last_error = f"replica {replica.index}: {first_line(error)}"
-        log.warning("teacher replica %d died: %s", replica.index, error)
         if self._deaths[replica.index] > self._spec.max_restarts:
             self._fail(
                 f"teacher replica {replica.index} died {self._deaths[replica.index]} times, which is more than "
@@ -127,17 +192,97 @@ class TeacherPool:
         await asyncio.sleep(min(30.0, 0.5 * 2 ** self._deaths[replica.index]))
         self._begin(self._start(replica))
 
+    # -- following the students ------------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Look at the pool every now and then, and change it by one replica where that is due."""
+        while not self.failed:
+            await asyncio.sleep(self._pace.look_s)
+            change = self._scaling.decide(self._look())
+            if change > 0:
+                await self._grow()
+            elif change < 0:
+                self._shrink()
+
+    def _look(self) -> Look:
+        all_busy = self._note_all_busy()
+        contended = all_busy and self._demand.waits()
+        return Look(time.monotonic(), self.size, self.stats.ready, contended, self._all_busy_at, self._slowest_start_s)
+
+    def _note_all_busy(self) -> bool:
+        all_busy = self.stats.ready > 0 and self._idle.empty()
+        if all_busy:
+            self._all_busy_at = time.monotonic()
+        return all_busy
+
+    async def _grow(self) -> None:
+        """Add a replica, if the cluster has room for one now. One that does not come up is no loss."""
+        replica, started = next(self._new), time.monotonic()
+        self._candidate = replica
+        try:
+            if not await replica.reserve(self._pace.place_s) or not await self._leaves_room(replica):
+                self._scaling.no_room(time.monotonic())
+                return
+            self.stats.growing = True
+            self._proves_itself(replica, await replica.load())
+        except Exception as error:
+            self.stats.last_error = f"a replica could not be added: {first_line(error)}"
+            log.warning("teacher replica %d was not added: %s", replica.index, error)
+            self._scaling.failed(time.monotonic())
+            return
+        else:
+            self._candidate = None
+            self._replicas.append(replica)
+            self.stats.grown += 1
+            self._serve(replica, time.monotonic() - started)
+            self._scaling.resized(time.monotonic())
+            self._demand.resized()
+        finally:
+            self.stats.growing = False
+            self._dismiss_candidate()
+
+    def _dismiss_candidate(self) -> None:
+        if self._candidate is not None:
+            self._candidate.stop()
+            self._candidate = None
+
+    async def _leaves_room(self, candidate: Replica) -> bool:
+        """Whether all students would still fit beside the pool, so that one that is started again finds its place."""
+        students = self._demand.students()
+        return await asyncio.to_thread(_fits_beside, students, [*self._replicas, candidate])
+
+    def _shrink(self) -> None:
+        """Stop a replica that is idle, if one is."""
+        if not self._idle.empty():
+            replica = self._idle.get_nowait()
+            replica.stop()
+            log.info("teacher replica %d is not needed any more", replica.index)
+            self.stats.ready -= 1
+            self.stats.shrunk += 1
+            self._replicas.remove(replica)
+            self._scaling.resized(time.monotonic())
+            self._demand.resized()
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
     async def _acquire(self) -> Replica:
         waiting = asyncio.ensure_future(self._idle.get())
         either: set[asyncio.Future[Any]] = {waiting, self._failed}
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        self.queued += 1
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.queued -= 1
         if self._failed.done() and not waiting.done():
             waiting.cancel()
             await self._failed
-        return await waiting
+        replica = await waiting
+        self._note_all_busy()
+        return replica
 
     async def _run(self, what: str, work: Callable[[Replica], Awaitable[T]]) -> T:
         """Do some work on whichever replica is idle; when that one dies, do it again on another."""
+        deaths = 0
         while True:
             replica = await self._acquire()
             try:
@@ -146,12 +291,17 @@ class TeacherPool:
                 if is_loss(error):
                     self.stats.ready -= 1
                     self.stats.rescored += 1
+                    deaths += 1
                     self._begin(self._replace(replica, error))
+                    # A range of replicas can be refilled for ever, and what kills each of them would go on to do so.
+                    if deaths > self._spec.max_replicas * (1 + self._spec.max_restarts):
+                        self._fail(f"{deaths} teacher replicas died over {what}; the last: {first_line(error)}")
                     continue
                 # The model itself fails on this input: another replica would too.
                 reason = f"the teacher failed on {what}: {first_line(error)}"
                 self._fail(reason)
                 raise RunError(reason) from error
+            self._note_all_busy()
             self._idle.put_nowait(replica)
             return result
 
@@ -183,3 +333,15 @@ class TeacherPool:
             task.cancel()
         for replica in self._replicas:
             replica.stop()
+        self._dismiss_candidate()
+
+
+def _fits_beside(students: list[Need], replicas: list[Replica]) -> bool:
+    """Whether the students fit on what the replicas leave of the nodes that are alive."""
+    free = {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+    for replica in replicas:
+        for node in replica.nodes():
+            for name, amount in replica.bundle.items():
+                if node in free:
+                    free[node][name] = free[node].get(name, 0.0) - amount
+    return first_without_room(students, free.values()) is None

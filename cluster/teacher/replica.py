@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.models import TeacherModel
@@ -51,24 +58,57 @@ class Replica:
             ReplicaLostError: not placed and loaded within ``teacher.start_timeout_s``.
             ray.exceptions.RayError: a shard or its node died on the way; see :func:`is_loss`.
         """
+        async with self._in_time():
+            await self._reserve().ready()
+            return await self._load()
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        limit = self._spec.start_timeout_s
         try:
-            async with asyncio.timeout(self._spec.start_timeout_s):
-                return await self._start()
+            async with asyncio.timeout(limit):
+                yield
         except TimeoutError as error:
             raise ReplicaLostError(
-                f"it was not placed and loaded within teacher.start_timeout_s {self._spec.start_timeout_s:g} s"
+                f"it was not placed and loaded within teacher.start_timeout_s {limit:g} s"
             ) from error
 
-    async def _start(self) -> np.ndarray:
-        bundle = {"CPU": self._spec.cpus_per_shard, "GPU": self._spec.gpus_per_shard}
-        wanted = {name: amount for name, amount in bundle.items() if amount}
+    def _reserve(self) -> PlacementGroup:
         # PACK: the shards talk at every layer, so they belong on one node where one has room.
-        self._group = placement_group([wanted] * self._spec.shards, strategy="PACK")
-        await self._group.ready()
+        self._group = placement_group([self.bundle] * self._spec.shards, strategy="PACK")
+        return self._group
+
+    async def _load(self) -> np.ndarray:
         self._shards = [self._place(rank) for rank in range(self._spec.shards)]
         host, port = await self._shards[0].free_address.remote()
         await _all_or_death([shard.join.remote(host, port) for shard in self._shards])
         return (await _all_or_death([shard.probe.remote() for shard in self._shards]))[0]
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """Resources of one shard, as Ray names them."""
+        each = {"CPU": self._spec.cpus_per_shard, "GPU": self._spec.gpus_per_shard}
+        return {name: amount for name, amount in each.items() if amount}
+
+    async def reserve(self, within_s: float) -> bool:
+        """Take the resources where the cluster has them free; without them there is nothing to stop afterwards."""
+        free = await asyncio.to_thread(ray.available_resources)
+        # A little slack, for tenths do not add up exactly in binary.
+        if any(free.get(name, 0.0) < self._spec.shards * amount - 1e-6 for name, amount in self.bundle.items()):
+            return False
+        if await asyncio.to_thread(self._reserve().wait, within_s):
+            return True
+        self.stop()
+        return False
+
+    async def load(self) -> np.ndarray:
+        """The rest of :meth:`start` after :meth:`reserve`. Raises as it does."""
+        async with self._in_time():
+            return await self._load()
+
+    def nodes(self) -> list[str]:
+        """The node of each shard, as an id; blocks for as long as it takes to ask."""
+        return [] if self._group is None else list(placement_group_table(self._group)["bundles_to_node_id"].values())
 
     def _place(self, rank: int) -> ActorHandle:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)

@@ -88,6 +88,11 @@ def test_a_family_needs_every_shard_of_every_replica_and_every_rank() -> None:
     ]
 
 
+def test_an_elastic_teacher_needs_its_least_replicas_from_the_start() -> None:
+    tree = tiny_family(teacher={"replicas": {"min": 2, "max": 9}, "shards": 2})
+    assert needs_of(FamilySpec.model_validate(tree))[0] == Need("the teacher", 4, 1.0, 0.0)
+
+
 def test_serving_needs_an_arm_for_every_student_and_one_for_the_teacher() -> None:
     tree = tiny_family(serving={"cpus_per_arm": 0.4})
     assert serving_needs_of(FamilySpec.model_validate(tree)) == [Need("serving", 2, 0.4, 0.0)]

@@ -305,6 +305,15 @@ def test_a_batch_is_cut_so_that_every_student_s_ranks_share_it_out() -> None:
     assert several.blocks_per_batch == 6
 
 
+@pytest.mark.parametrize(
+    ("given", "least", "most"), [(3, 3, 3), ({"min": 1, "max": 4}, 1, 4), ({"min": 2, "max": 2}, 2, 2)]
+)
+def test_replicas_are_a_number_or_a_range(given: Any, least: int, most: int) -> None:
+    spec = family(teacher={"replicas": given})
+    assert (spec.teacher.min_replicas, spec.teacher.max_replicas) == (least, most)
+    assert FamilySpec.model_validate_json(spec.model_dump_json()) == spec
+
+
 def test_every_field_has_a_description() -> None:
     schema = FamilySpec.model_json_schema()
     sections = {"FamilySpec": schema, **schema["$defs"]}

@@ -88,6 +88,23 @@ def test_a_wrong_value_is_complained_about_once(file: Path, override: str) -> No
     assert refusal(file, override).count("got ") == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("{min: 3, max: 2}", "teacher.replicas: min 3 is more than max 2"),
+        ("{min: 0, max: 2}", "teacher.replicas.min: got 0; input should be greater than 0"),
+        ("{min: 1}", "teacher.replicas.max: is required"),
+        ("{min: 1, max: 2, most: 3}", "teacher.replicas.most: no such field"),
+        ("0", "teacher.replicas: got 0; input should be greater than 0"),
+        ("[1, 2]", "teacher.replicas: got [1, 2]; input should be a valid integer"),
+    ],
+)
+def test_a_range_of_replicas_that_is_none_is_refused_by_name(file: Path, given: str, said: str) -> None:
+    message = refusal(file, f"teacher.replicas={given}")
+    assert said in message
+    assert "\n" not in message
+
+
 @pytest.mark.parametrize("name", ["int", "teacher", "init", "scratch", "soft", "number", "ramp", "topk"])
 def test_a_student_s_name_is_never_left_out_of_a_path(file: Path, name: str) -> None:
     message = refusal(file, f"students.{name}={{init: {{source: teacher, layers: 2, depth: 1}}, lr: 0}}")

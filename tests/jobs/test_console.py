@@ -57,6 +57,16 @@ def test_descriptors_are_put_back_after_an_error(tmp_path: Path) -> None:
     assert (os.fstat(1), os.fstat(2)) == before
 
 
+def test_an_elastic_pool_shows_that_it_grows_and_shrinks() -> None:
+    pool = PoolStats(elastic=True, ready=2, growing=True, grown=3, shrunk=1, lost=1)
+    shown = "2 replicas ready, one more starting (3 added, 1 let go, 1 lost)"
+    for terminal in (False, True):
+        out = io.StringIO()
+        with Display(Console(file=out, width=200, force_terminal=terminal)) as display:
+            display.show(replace(RUNNING, stats=replace(STATS, pool=pool)))
+        assert shown in out.getvalue()
+
+
 def test_a_pipe_gets_plain_lines_and_not_one_per_look() -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=200)) as display:
