@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import shutil
 import time
 from dataclasses import asdict
 from functools import partial
@@ -13,23 +13,26 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.train import CheckpointConsistencyMode, CheckpointUploadMode
 
 from cluster.audit import AuditLog
 from cluster.board import Point
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
 from cluster.stream.reader import Reader
+from cluster.students.elastic import ZERO_FOLDER, load_universal, make_universal
 from cluster.students.initial import initial_student
-from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
+from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, STUDENTS_FOLDER, StudentJob
 from cluster.students.losses.from_labels import targets_of
 from cluster.students.losses.fused import distillation_loss
 from cluster.students.losses.objective import objective_at
 from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
-from cluster.students.space import size_of, wait_for_room
+from cluster.students.space import Staging, remove_torn, size_of, wait_for_room
 from cluster.students.zero import adamw, gathered_state, schedule_of, use_plain_gloo, zero_config
 
-ZERO_FOLDER = "zero"
+# In a run's folder: what a student whose number of ranks has changed is loaded from, while it is loaded.
+RESHARDED = "resharded"
 
 
 class _Rank:
@@ -40,6 +43,10 @@ class _Rank:
         self.rank = ray.train.get_context().get_world_rank()
         self.device = torch.device("cuda", 0) if self.spec.gpus_per_rank else torch.device("cpu")
         torch.set_num_threads(max(1, int(self.spec.cpus_per_rank)))
+        self.staging = Staging(Path(job.storage).name, job.name)
+        if self.rank == 0:
+            remove_torn(Path(job.storage) / STUDENTS_FOLDER / job.name, _stored())
+        self.last = _last_commit()
         self._build()
         self.reader = Reader(job.stream, job.name, self.rank)
         self.measures = Measures(job, self.engine, self.reader, self.device)
@@ -67,7 +74,7 @@ class _Rank:
             model=module,
             optimizer=adamw(module, self.spec),
             lr_scheduler=schedule_of(self.spec, self.job.batches),
-            config=zero_config(self.spec, self.job.family.corpus.batch_sequences),
+            config=zero_config(self.spec, self.job.family.corpus.batch_sequences, load_universal=self._resharded),
             dist_init_required=False,
         )
 
@@ -78,38 +85,72 @@ class _Rank:
 
     # -- resuming and committing -----------------------------------------------------------------------------------
 
+    @property
+    def _resharded(self) -> bool:
+        """Whether another number of ranks made the last commit."""
+        return self.last is not None and self.last["ranks"] != self.spec.ranks
+
     def restore(self) -> int:
         """Take up the last commit. Returns the first batch that is still to be learnt."""
         checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        if checkpoint is None or self.last is None:
             return 0
-        with checkpoint.as_directory() as folder:
-            commit = json.loads((Path(folder) / COMMIT_FILE).read_text())
-            self.before, self.trained_s = Fidelity(**commit["before"]), commit["seconds"]
-            if commit["batch"] < self.job.batches:
-                self.engine.load_checkpoint(folder, tag=ZERO_FOLDER)
-        return int(commit["batch"])
+        self.before, self.trained_s = Fidelity(**self.last["before"]), self.last["seconds"]
+        if self.last["batch"] < self.job.batches:
+            with checkpoint.as_directory() as folder:
+                if self._resharded:
+                    self._restore_resharded(Path(folder))
+                else:
+                    self.engine.load_checkpoint(folder, tag=ZERO_FOLDER)
+        return int(self.last["batch"])
+
+    def _restore_resharded(self, folder: Path) -> None:
+        """Load what another number of ranks has saved; rank 0 converts it, where all of them can read it."""
+        universal = Path(self.job.storage) / RESHARDED / self.job.name
+        if self.rank == 0:
+            self.say("resharding")
+            # What a rank that was killed over it has left.
+            shutil.rmtree(universal, ignore_errors=True)
+            wait_for_room(Path(self.job.storage), 2 * size_of(folder))
+            make_universal(folder, universal)
+        torch.distributed.barrier()
+        load_universal(self.engine, universal)
+        torch.distributed.barrier()
+        if self.rank == 0:
+            shutil.rmtree(universal)
 
     def commit(self, batch: int, after: Fidelity | None = None) -> None:
-        """Report a checkpoint with the number of batches learnt; with ``after`` the finished model instead."""
+        """Report a checkpoint with the number of batches learnt; with ``after`` the finished model instead.
+
+        On the way it is written down and then stored while the ranks learn on. It counts when it is whole on all of
+        them; what was learnt after one that was not is learnt again. The finished model is waited for.
+        """
         assert self.before is not None
-        with tempfile.TemporaryDirectory() as folder:
+        # Ray Train would queue any number of uploads. One at a time: then the room that is looked for is there, and a
+        # crash never takes back more than the batches of two commits. An upload that fails ends the ranks by itself.
+        _stored()
+        with self.staging.folder() as folder:
             if after is None:
                 self.engine.save_checkpoint(folder, tag=ZERO_FOLDER)
             else:
-                self._export(Path(folder) / MODEL_FOLDER)
+                self._export(folder / MODEL_FOLDER)
             if self.rank == 0:
                 facts: dict[str, Any] = {
                     "batch": batch,
+                    "ranks": self.spec.ranks,
                     "seconds": self.trained_s,
                     "parameters": self.parameters,
                     "before": asdict(self.before),
                     "after": asdict(after) if after else None,
                 }
-                (Path(folder) / COMMIT_FILE).write_text(json.dumps(facts))
-            wait_for_room(Path(self.job.storage), size_of(Path(folder)))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"batch": batch}, checkpoint=checkpoint)
+                (folder / COMMIT_FILE).write_text(json.dumps(facts))
+            wait_for_room(Path(self.job.storage), size_of(folder))
+            ray.train.report(
+                {"batch": batch},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_upload_mode=CheckpointUploadMode.SYNC if after else CheckpointUploadMode.ASYNC,
+                delete_local_checkpoint_after_upload=True,
+            )
 
     def _export(self, folder: Path) -> None:
         """Write the model and its tokenizer as rank 0; the other ranks only help to gather."""
@@ -174,6 +215,22 @@ class _Rank:
         if self.rank == 0:
             metrics["lr"] = self.engine.get_lr()[0]
             self.job.board.post.remote(Point(self.job.name, number + 1, metrics))
+
+
+def _stored() -> list[str]:
+    """Names of the checkpoints that are kept, once the last one that was reported is whole on all ranks."""
+    reported = ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+    return [Path(each.checkpoint.path).name for each in reported]
+
+
+def _last_commit() -> dict[str, Any] | None:
+    """What the checkpoint that this life begins with says of itself; None where there is none."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        commit: dict[str, Any] = json.loads((Path(folder) / COMMIT_FILE).read_text())
+    return commit
 
 
 def train_student(config: dict[str, StudentJob]) -> None:

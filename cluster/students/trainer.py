@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity, StudentResult
-from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
+from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, STUDENTS_FOLDER, StudentJob
 
 
 class Trainers:
@@ -49,7 +49,7 @@ def run_student(job: StudentJob) -> StudentResult:
         ),
         run_config=ray.train.RunConfig(
             name=job.name,
-            storage_path=f"{job.storage}/students",
+            storage_path=f"{job.storage}/{STUDENTS_FOLDER}",
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=checkpoints.keep),
             failure_config=ray.train.FailureConfig(max_failures=spec.max_failures),
         ),

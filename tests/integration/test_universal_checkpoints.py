@@ -18,7 +18,7 @@ SEQUENCES = 4
 
 
 def _engine(stage: int, precision: str, ranks: int, universal: bool) -> tuple[Any, Any]:
-    """An engine and its model, a small student: an odd width, so that no group divides by two ranks without padding."""
+    """An engine and its model, a small student: its width is odd, so that two ranks share nothing without padding."""
     import deepspeed
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -41,11 +41,12 @@ def _engine(stage: int, precision: str, ranks: int, universal: bool) -> tuple[An
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=37,
-        hidden_size=14,
-        intermediate_size=27,
+        hidden_size=15,
+        intermediate_size=26,
         num_hidden_layers=2,
         num_attention_heads=1,
         num_key_value_heads=1,
+        head_dim=14,
         initializer_range=0.2,
     )
     model = LlamaForCausalLM(config).to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
