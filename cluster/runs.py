@@ -21,7 +21,7 @@ class Run:
 
     Attributes:
         name: ``<family>-<time>``; also the MLflow run's name.
-        spec_hash: all that decides the students' weights; a resumed run must agree.
+        spec_hash: of all that decides the students' weights, as a tag of the models.
         mlflow: run ids, ``family`` and one per student.
         versions: registered model versions of students that are finished.
     """
@@ -61,11 +61,10 @@ def open_run(spec: FamilySpec, resume: bool) -> Run:
     Raises:
         UserError: nothing to resume, or it was started from a spec that would train other weights.
     """
-    wanted = training_hash(spec)
     if not resume:
         name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = _unused(_runs_folder() / spec.name, name)
-        run = Run(folder, folder.name, wanted)
+        run = Run(folder, folder.name, training_hash(spec))
         (folder / "spec.json").write_text(spec.model_dump_json(indent=1))
         run.save()
         return run
@@ -73,9 +72,8 @@ def open_run(spec: FamilySpec, resume: bool) -> Run:
     if not states:
         raise UserError(f"--resume: family {spec.name!r} has no run under {_runs_folder()}; start one without --resume")
     run = Run(folder=states[-1].parent, resumed=True, **json.loads(states[-1].read_text()))
-    if run.spec_hash != wanted:
-        before = FamilySpec.model_validate_json((run.folder / "spec.json").read_text())
-        changed = _differences(training_part(before), training_part(spec))
+    before = FamilySpec.model_validate_json((run.folder / "spec.json").read_text())
+    if changed := _differences(training_part(before), training_part(spec)):
         raise UserError(
             f"--resume: {run.name} was started from another spec; differs in {', '.join(changed)}. Put these back or "
             f"start a new run without --resume"

@@ -147,7 +147,8 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> FamilySpec:
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
-# What does not decide the students' weights: where things run, how often they are tried, what is kept or shown.
+# What does not decide the students' weights: where things run and on how many ranks (only the order of sums differs),
+# how often they are tried, what is kept or shown.
 _NOT_TRAINING: Any = {
     "tracking": True,
     "serving": True,
@@ -157,7 +158,7 @@ _NOT_TRAINING: Any = {
     "checkpoints": True,
     "patience_s": True,
     "teacher": {"replicas", "max_restarts", "start_timeout_s", "cpus_per_shard"},
-    "students": {"__all__": {"max_failures", "cpus_per_rank"}},
+    "students": {"__all__": {"max_failures", "ranks", "micro_batch", "cpus_per_rank", "gpus_per_rank"}},
 }
 
 

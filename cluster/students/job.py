@@ -15,10 +15,11 @@ from cluster.models import TeacherModel
 from cluster.spec import FamilySpec, LabelsSpec, StudentSpec
 from cluster.stream.figures import Delivery
 
+# In a run's folder: one for each student, with its checkpoints.
+STUDENTS_FOLDER = "students"
 # What a checkpoint of a student holds, beside ZeRO's own state: the commit always, the model when it has finished.
 COMMIT_FILE = "commit.json"
 MODEL_FOLDER = "model"
-STUDENTS_FOLDER = "students"
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import time
 from dataclasses import asdict
 from functools import partial
@@ -19,10 +17,12 @@ from cluster.audit import AuditLog
 from cluster.board import NO_PLACE, Point
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
-from cluster.space import NoRoomError, size_of, wait_for_room, when_there_is_room
+from cluster.space import NoRoomError, when_there_is_room
 from cluster.stream.reader import Reader
+from cluster.students.commits import Commits
+from cluster.students.elastic import ZERO_FOLDER
 from cluster.students.initial import initial_student
-from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
+from cluster.students.job import MODEL_FOLDER, StudentJob
 from cluster.students.losses.from_labels import targets_of
 from cluster.students.losses.fused import distillation_loss
 from cluster.students.losses.objective import objective_at
@@ -30,10 +30,6 @@ from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
 from cluster.students.snapshot import keep
 from cluster.students.zero import adamw, gathered_state, schedule_of, use_plain_gloo, zero_config
-
-ZERO_FOLDER = "zero"
-# A weight in float32 with its master copy and AdamW's two moments.
-STATE_BYTES = 16
 
 
 class Steering(ray.train.UserCallback):
@@ -61,6 +57,7 @@ class _Rank:
         self.rank = ray.train.get_context().get_world_rank()
         self.device = torch.device("cuda", 0) if self.spec.gpus_per_rank else torch.device("cpu")
         torch.set_num_threads(max(1, int(self.spec.cpus_per_rank)))
+        self.commits = Commits(job, self.rank)
         self._build()
         self.reader = Reader(job.stream, job.name, self.rank)
         self.measures = Measures(job, self.engine, self.reader, self.device)
@@ -88,7 +85,9 @@ class _Rank:
             model=module,
             optimizer=adamw(module, self.spec),
             lr_scheduler=schedule_of(self.spec, self.job.batches),
-            config=zero_config(self.spec, self.job.family.corpus.batch_sequences),
+            config=zero_config(
+                self.spec, self.job.family.corpus.batch_sequences, load_universal=self.commits.resharded
+            ),
             dist_init_required=False,
         )
 
@@ -101,40 +100,36 @@ class _Rank:
 
     def restore(self) -> int:
         """Take up the last commit. Returns the first batch that is still to be learnt."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
+        last = self.commits.last
+        if last is None:
             return 0
-        with checkpoint.as_directory() as folder:
-            commit = json.loads((Path(folder) / COMMIT_FILE).read_text())
-            self.before, self.trained_s = Fidelity(**commit["before"]), commit["seconds"]
-            if commit["batch"] < self.job.batches:
-                self.engine.load_checkpoint(folder, tag=ZERO_FOLDER)
-        return int(commit["batch"])
+        self.before, self.trained_s = Fidelity(**last["before"]), last["seconds"]
+        if last["batch"] < self.job.batches:
+            self.commits.take_up(self.engine)
+        return int(last["batch"])
 
     def commit(self, batch: int, after: Fidelity | None = None) -> None:
-        """Report a checkpoint with the number of batches learnt; with ``after`` the finished model instead."""
+        """Commit the number of batches learnt with the training state; with ``after`` the finished model instead.
+
+        The finished model is waited for until it is stored, see :meth:`Commits.make`.
+        """
         assert self.before is not None
-        patience_s = self.job.family.patience_s
-        # It is written aside first, often on the same disk. What all ranks of a student write is at most this.
-        wait_for_room(Path(tempfile.gettempdir()), self.parameters * STATE_BYTES, patience_s)
-        with tempfile.TemporaryDirectory() as folder:
+        facts = {
+            "batch": batch,
+            "ranks": self.spec.ranks,
+            "seconds": self.trained_s,
+            "parameters": self.parameters,
+            "before": asdict(self.before),
+            "after": asdict(after) if after else None,
+        }
+
+        def fill(folder: Path) -> None:
             if after is None:
-                self.engine.save_checkpoint(folder, tag=ZERO_FOLDER)
+                self.engine.save_checkpoint(str(folder), tag=ZERO_FOLDER)
             else:
-                self._export(Path(folder) / MODEL_FOLDER)
-            if self.rank == 0:
-                facts: dict[str, Any] = {
-                    "batch": batch,
-                    "seconds": self.trained_s,
-                    "parameters": self.parameters,
-                    "before": asdict(self.before),
-                    "after": asdict(after) if after else None,
-                }
-                (Path(folder) / COMMIT_FILE).write_text(json.dumps(facts))
-            # All ranks write to it at the same time.
-            wait_for_room(Path(self.job.storage), size_of(Path(folder)) * self.spec.ranks, patience_s)
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({"batch": batch}, checkpoint=checkpoint)
+                self._export(folder / MODEL_FOLDER)
+
+        self.commits.make(facts, fill, self.parameters, wait=after is not None)
 
     def _export(self, folder: Path) -> None:
         """Write the model and its tokenizer as rank 0; the other ranks only help to gather."""

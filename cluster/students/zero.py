@@ -23,8 +23,12 @@ def use_plain_gloo() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def zero_config(student: StudentSpec, batch_sequences: int) -> dict[str, Any]:
-    """The DeepSpeed configuration of a student whose global batch holds ``batch_sequences``."""
+def zero_config(student: StudentSpec, batch_sequences: int, load_universal: bool = False) -> dict[str, Any]:
+    """The DeepSpeed configuration of a student whose global batch holds ``batch_sequences``.
+
+    Args:
+        load_universal: what is loaded was saved by another number of ranks, see :mod:`cluster.students.elastic`.
+    """
     return {
         "train_batch_size": batch_sequences,
         "train_micro_batch_size_per_gpu": student.micro_batch,
@@ -33,6 +37,7 @@ def zero_config(student: StudentSpec, batch_sequences: int) -> dict[str, Any]:
         "bf16": {"enabled": student.precision == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {"stage": student.zero_stage, "overlap_comm": student.gpus_per_rank > 0},
+        "checkpoint": {"load_universal": load_universal},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
     }

@@ -12,9 +12,11 @@ from cluster.spec import FamilySpec
 from tests.tiny import tiny_family
 
 
-def spec(lr: float = 1e-3, **sections: Any) -> FamilySpec:
+def spec(**fields: Any) -> FamilySpec:
+    """The tiny family with other sections, or other fields of its student."""
+    sections = {name: value for name, value in fields.items() if name in FamilySpec.model_fields}
     tree = tiny_family(**sections)
-    tree["students"]["small"]["lr"] = lr
+    tree["students"]["small"] |= {name: value for name, value in fields.items() if name not in sections}
     return FamilySpec.model_validate(tree)
 
 
@@ -60,6 +62,21 @@ def test_resuming_with_another_learning_rate_names_it_and_only_it(stillhouse_hom
 def test_resuming_with_other_serving_or_tracking_is_accepted(stillhouse_home: Path, section: dict[str, Any]) -> None:
     run = open_run(spec(), resume=False)
     assert open_run(spec(**section), resume=True).folder == run.folder
+
+
+@pytest.mark.parametrize(
+    "fields", [{"ranks": 2}, {"micro_batch": 2}, {"cpus_per_rank": 0.5}, {"gpus_per_rank": 1.0}, {"max_failures": 9}]
+)
+def test_a_student_may_be_resumed_on_other_ranks(stillhouse_home: Path, fields: dict[str, Any]) -> None:
+    run = open_run(spec(), resume=False)
+    assert open_run(spec(**fields), resume=True).folder == run.folder
+
+
+@pytest.mark.parametrize("fields", [{"zero_stage": 2}, {"precision": "bfloat16"}, {"gradient_checkpointing": True}])
+def test_what_else_makes_a_student_is_refused_by_name(stillhouse_home: Path, fields: dict[str, Any]) -> None:
+    open_run(spec(), resume=False)
+    with pytest.raises(UserError, match=rf"differs in students\.small\.{next(iter(fields))}\. Put"):
+        open_run(spec(ranks=2, **fields), resume=True)
 
 
 def test_saving_leaves_the_whole_state_and_nothing_beside_it(stillhouse_home: Path) -> None:

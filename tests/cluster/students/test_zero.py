@@ -39,6 +39,11 @@ def test_stage_precision_and_clipping_are_the_student_s(stage: int, precision: s
     assert config["data_types"]["grad_accum_dtype"] == "fp32"
 
 
+@pytest.mark.parametrize("universal", [False, True])
+def test_a_universal_checkpoint_is_loaded_only_where_it_is_asked_for(universal: bool) -> None:
+    assert zero_config(student(), 1, load_universal=universal)["checkpoint"] == {"load_universal": universal}
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
 def test_the_rate_rises_over_the_warm_up_and_never_after_it(kind: Kind) -> None:
     curve = rates(100, kind, warmup=0.2)
