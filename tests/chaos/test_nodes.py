@@ -17,7 +17,7 @@ from tests.integration.test_command_line import environment, start, stillhouse
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 # Two replicas, one rank of one student and two of the other want a CPU each. The head has room for one of the five, so
-# a replica and ranks of both students lie on the other node, wherever Ray puts them.
+# at least a replica, and ranks of the student that has two, lie on the other node, wherever Ray puts them.
 HEAD_CPUS, NODE_CPUS = 1, 4
 STUDENTS = {name: {**student, "cpus_per_rank": 1.0} for name, student in PAIR.items()}
 TEACHER = {**FAMILY["teacher"], "replicas": 2, "cpus_per_shard": 1.0}
@@ -44,15 +44,15 @@ def test_a_worker_node_dies_and_another_comes(
         node = nodes.add(NODE_CPUS)
         process = start("run", str(path), env=environment(tmp_path, **nodes.client))
         wait_until_learnt(process, tmp_path, dice.randrange(2, BATCHES))
-        assert nodes.processes(node, "Shard") and len(nodes.processes(node, "RayTrainWorker")) >= 2
+        assert nodes.processes(node, "Shard") and nodes.processes(node, "RayTrainWorker")
         nodes.kill(node)
         time.sleep(dice.uniform(0, 10))
         nodes.add(NODE_CPUS)
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
     audit = assert_finished_as(undisturbed_pair, tmp_path)
-    # Both students lost ranks.
-    assert "in 1 lives" not in audit, audit
+    # A student that lost ranks began again; the one that may have had its only rank on the head did not.
+    assert audit.count("in 1 lives") <= 1, audit
 
 
 def test_no_node_comes_back_and_the_run_stops_and_can_be_resumed(
