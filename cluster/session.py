@@ -24,6 +24,8 @@ WORKER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
+# Of a cluster that is only this machine: nobody will take a node of it away, so no process need look out for that.
+ALONE_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @contextlib.contextmanager
@@ -58,7 +60,7 @@ def ray_session() -> Iterator[None]:
             include_dashboard=False,
             _temp_dir=folder,
             log_to_driver=True,
-            runtime_env={"env_vars": {**WORKER_ENV, "TMPDIR": str(temporary)}},
+            runtime_env={"env_vars": {**WORKER_ENV, **ALONE_ENV, "TMPDIR": str(temporary)}},
         )
         yield
     finally:
