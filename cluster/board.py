@@ -35,7 +35,6 @@ class Board:
     def __init__(self) -> None:
         self._points: list[Point] = []
         self._phases: dict[str, str] = {}
-        self._places: dict[str, str] = {}
         self._stop = ""
 
     def post(self, point: Point) -> None:
@@ -53,11 +52,3 @@ class Board:
     def since(self, cursor: int) -> tuple[list[Point], dict[str, str], str]:
         """Points from ``cursor`` on, every student's phase, and why the run must stop, empty when it need not."""
         return self._points[cursor:], dict(self._phases), self._stop
-
-    def take_place(self, student: str, placement_group: str) -> None:
-        """Say which of Ray's placement groups, as hex, a student's ranks run in."""
-        self._places[student] = placement_group
-
-    def place_of(self, student: str) -> str | None:
-        """The one it last took."""
-        return self._places.get(student)

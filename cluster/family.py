@@ -23,7 +23,7 @@ from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
 from cluster.registry import Registry, code_version
 from cluster.runs import Run
-from cluster.session import alive_nodes, here, places_pending
+from cluster.session import alive_nodes, give_back_places, here, places_pending
 from cluster.space import when_there_is_room
 from cluster.spec import FamilySpec
 from cluster.specfile import home
@@ -175,6 +175,7 @@ def _distil(
             actors.registry.log.remote(new)
         if status.stats is not None and status.stats.error and tasks:
             raise RunError(status.stats.error)
+        give_back_places()
         unplaced.look([name for name in tasks.values() if status.students[name].phase == NO_PLACE])
         for ref in done:
             if ref in registering:

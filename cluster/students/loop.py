@@ -215,7 +215,6 @@ def _train(job: StudentJob) -> None:
     if not job.spec.gpus_per_rank:
         os.environ["DS_ACCELERATOR"] = "cpu"
         use_plain_gloo()
-    job.board.take_place.remote(job.name, ray.get_runtime_context().get_placement_group_id())
     rank = _Rank(job)
     first = rank.restore()
     if first >= job.batches:

@@ -6,9 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-import ray
 from ray.exceptions import RayActorError
-from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cluster.board import NO_PLACE
 from cluster.errors import RunError
@@ -35,14 +33,6 @@ class Trainers:
         return run_student(job)
 
 
-def _clear_place(job: StudentJob) -> None:
-    """Give back what the ranks of an earlier attempt held: Ray keeps it for them as long as its job lives."""
-    place = ray.get(job.board.place_of.remote(job.name))
-    if place is not None:
-        job.board.phase.remote(job.name, NO_PLACE)
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(place)))
-
-
 def run_student(job: StudentJob) -> StudentResult:
     """Train one student to the end; blocks.
 
@@ -57,7 +47,7 @@ def run_student(job: StudentJob) -> StudentResult:
 
     for attempt in range(job.spec.max_failures + 1):
         mend(job.folder)
-        _clear_place(job)
+        job.board.phase.remote(job.name, NO_PLACE)
         try:
             return _fit(job)
         except RayActorError as error:
