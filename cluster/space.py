@@ -41,7 +41,7 @@ def wait_for_room(folder: Path, nbytes: int, patience_s: float) -> None:
     while (missing := nbytes + SPARE_BYTES - shutil.disk_usage(folder).free) > 0:
         if time.monotonic() >= deadline:
             raise NoRoomError(
-                f"no room for a checkpoint of {nbytes} bytes: the disk of {folder} has had {missing} bytes too few "
+                f"no room for a checkpoint: the disk of {folder} has had {missing} bytes too few "
                 f"for patience_s {patience_s:g} s; make room, or lower checkpoints.keep, and go on with --resume"
             )
         log.warning("the disk of %s has %d bytes too few for a checkpoint; waiting", folder, missing)
