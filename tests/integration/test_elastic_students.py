@@ -22,8 +22,8 @@ from cluster.preflight import Checked, preflight
 from cluster.runs import Run, open_run
 from cluster.session import ray_session
 from cluster.specfile import load_spec
+from cluster.students.commits import RESHARDED
 from cluster.students.job import COMMIT_FILE, STUDENTS_FOLDER
-from cluster.students.loop import RESHARDED
 from cluster.watch import Status
 from tests.integration.conftest import run_here, write_family
 
