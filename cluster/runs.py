@@ -78,6 +78,8 @@ def open_run(spec: FamilySpec, resume: bool) -> Run:
             f"--resume: {run.name} was started from another spec; differs in {', '.join(changed)}. Put these back or "
             f"start a new run without --resume"
         )
+    # The number of ranks may have changed.
+    (run.folder / "spec.json").write_text(spec.model_dump_json(indent=1))
     return run
 
 

@@ -88,7 +88,9 @@ def give_back_places() -> None:
     job = ray.get_runtime_context().get_job_id()
     for entry in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(entry)
-        orphaned = group.creator_actor_dead and not group.is_detached and group.creator_job_id.hex() == job
+        # Ray says of one that no actor has made that its actor is dead, too.
+        by_actor = bool(group.creator_actor_id) and not ray.ActorID(group.creator_actor_id).is_nil()
+        orphaned = by_actor and group.creator_actor_dead and not group.is_detached and group.creator_job_id.hex() == job
         if orphaned and group.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 

@@ -147,14 +147,14 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> FamilySpec:
         raise UserError(f"{path}: {_explain(error)}") from None
 
 
-# What does not decide the students' weights: where things run and on how many ranks (only the order of sums differs),
-# how often they are tried, what is kept or shown.
+# What decides neither the students' weights nor the text that they are measured on: where things run and on how many
+# ranks (only the order of sums differs), how often they are tried, what is kept or shown.
 _NOT_TRAINING: Any = {
     "tracking": True,
     "serving": True,
     "stream": True,
     "store": True,
-    "evaluation": True,
+    "evaluation": {"angle_every"},
     "checkpoints": True,
     "patience_s": True,
     "teacher": {"replicas", "max_restarts", "start_timeout_s", "cpus_per_shard"},
@@ -163,7 +163,7 @@ _NOT_TRAINING: Any = {
 
 
 def training_part(spec: FamilySpec) -> dict[str, Any]:
-    """All in a spec that decides the students' weights: what a resumed run must agree on."""
+    """All in a spec that decides the students' weights and figures: what a resumed run must agree on."""
     return spec.model_dump(mode="json", exclude=_NOT_TRAINING)
 
 

@@ -35,8 +35,11 @@ class Commits:
         self._job, self._rank = job, rank
         self._storage, self._patience_s = Path(job.storage), job.family.patience_s
         self._staging = Staging(self._storage.name, job.name)
+        self._universal = self._storage / RESHARDED / job.name
         if rank == 0:
             remove_torn(job.folder, _stored())
+            # What a rank that was killed over it has left.
+            shutil.rmtree(self._universal, ignore_errors=True)
         self.last = _last_commit()
 
     @property
@@ -56,18 +59,15 @@ class Commits:
 
     def _take_up_resharded(self, engine: Any, folder: Path) -> None:
         """Load what another number of ranks has saved; rank 0 converts it, where all of them can read it."""
-        universal = self._storage / RESHARDED / self._job.name
         if self._rank == 0:
             self._job.board.phase.remote(self._job.name, "resharding")
-            # What a rank that was killed over it has left.
-            shutil.rmtree(universal, ignore_errors=True)
             wait_for_room(self._storage, 2 * size_of(folder), self._patience_s)
-            make_universal(folder, universal)
+            make_universal(folder, self._universal)
         torch.distributed.barrier()
-        load_universal(engine, universal)
+        load_universal(engine, self._universal)
         torch.distributed.barrier()
         if self._rank == 0:
-            shutil.rmtree(universal)
+            shutil.rmtree(self._universal)
 
     def make(self, facts: dict[str, Any], fill: Callable[[Path], None], parameters: int, wait: bool) -> None:
         """Report a checkpoint. All ranks call it.

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 LIST_FILE, KEPT_FILE = "checkpoint_manager_snapshot.json", "checkpoints.kept.json"
+# What Ray Train calls the checkpoints in its list, and the numbers of the reports that brought them.
+RESULTS, INDICES = "checkpoint_results", "checkpoint_report_indices"
 
 
 def keep(folder: Path) -> None:
@@ -23,24 +24,39 @@ def keep(folder: Path) -> None:
     Args:
         folder: of the student's Ray Train run.
     """
-    _put(folder / LIST_FILE, folder / KEPT_FILE)
+    _write((folder / LIST_FILE).read_bytes(), folder / KEPT_FILE)
 
 
 def mend(folder: Path) -> None:
     """Put the kept list in the place of one that cannot be read; where none was kept, the student begins anew."""
     listed, kept = folder / LIST_FILE, folder / KEPT_FILE
-    if not listed.exists() or _readable(listed):
+    if not listed.exists():
+        return
+    if _readable(listed):
+        # The run may have been killed before it was kept; an older copy would name checkpoints that are no more.
+        keep(folder)
         return
     log.warning("%s was left half written; going back to the list before", listed)
-    if kept.exists():
-        _put(kept, listed)
-    else:
+    state = (
+        json.loads(kept.read_bytes()) if kept.exists() else {"checkpoint_results": [], "checkpoint_report_indices": []}
+    )
+    listing = zip(state["checkpoint_results"], state["checkpoint_report_indices"], strict=True)
+    there = [(result, index) for result, index in listing if (folder / result["checkpoint_dir_name"]).is_dir()]
+    if not there:
         listed.unlink()
+        return
+    results, indices = zip(*there, strict=True)
+    more = {
+        "checkpoint_results": results,
+        "checkpoint_report_indices": indices,
+        "latest_checkpoint_result": results[-1],
+    }
+    _write(json.dumps({**state, **more}).encode(), listed)
 
 
-def _put(source: Path, target: Path) -> None:
+def _write(data: bytes, target: Path) -> None:
     aside = target.with_name(f".{target.name}.part")
-    shutil.copyfile(source, aside)
+    aside.write_bytes(data)
     aside.replace(target)
 
 

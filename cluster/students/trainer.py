@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from functools import partial
 from pathlib import Path
 
+import ray
 from ray.exceptions import RayActorError
 
 from cluster.board import NO_PLACE
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity, StudentResult
-from cluster.space import DISK_FULL, NoRoomError, wait_for_room
+from cluster.space import DISK_FULL, SPARE_BYTES, NoRoomError, wait_for_room, when_there_is_room
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
 from cluster.students.snapshot import mend
 
@@ -46,26 +49,34 @@ def run_student(job: StudentJob) -> StudentResult:
     import ray.train
 
     for attempt in range(job.spec.max_failures + 1):
-        mend(job.folder)
         job.board.phase.remote(job.name, NO_PLACE)
+        _make_ready(job)
+        last = attempt == job.spec.max_failures
         try:
             return _fit(job)
         except RayActorError as error:
-            if attempt == job.spec.max_failures:
+            if last:
                 raise RunError(f"what looks after its ranks died more often than max_failures: {error}") from error
             log.warning("student %s goes on from its last checkpoint: %s", job.name, error)
-            continue
         except ray.train.TrainingFailedError as error:
-            if not _disk_was_full(error) or attempt == job.spec.max_failures:
+            if last or not _disk_is_full(job, error):
                 raise RunError(_root_cause(error)) from error
-            job.board.phase.remote(job.name, NO_PLACE)
             log.warning("student %s goes on from its last checkpoint once the disk has room: %s", job.name, error)
-        try:
-            wait_for_room(Path(job.storage), 0, job.family.patience_s)
-        except NoRoomError as error:
-            ray.get(job.board.stop.remote(f"student {job.name}: {error}"))
-            raise
     raise AssertionError("the last attempt returns or raises")
+
+
+def _make_ready(job: StudentJob) -> None:
+    """Wait for room on the disk, and see to the list of checkpoints.
+
+    Raises:
+        NoRoomError: the disk stayed full; the whole run has been told.
+    """
+    try:
+        wait_for_room(Path(job.storage), 0, job.family.patience_s)
+        when_there_is_room(Path(job.storage), partial(mend, job.folder), job.family.patience_s)
+    except NoRoomError as error:
+        ray.get(job.board.stop.remote(f"student {job.name}: {error}"))
+        raise
 
 
 def _fit(job: StudentJob) -> StudentResult:
@@ -100,10 +111,11 @@ def _fit(job: StudentJob) -> StudentResult:
     return student_result(job.name, Path(result.checkpoint.path))
 
 
-def _disk_was_full(error: Exception) -> bool:
-    """Whether Ray Train itself, and not a rank, found no room."""
+def _disk_is_full(job: StudentJob, error: Exception) -> bool:
+    """Whether Ray Train itself found no room, or there is none for anybody: an upload then fails in a rank."""
     cause = getattr(error, "controller_failure", None)
-    return isinstance(cause, NoRoomError) or (isinstance(cause, OSError) and cause.errno in DISK_FULL)
+    said = isinstance(cause, NoRoomError) or (isinstance(cause, OSError) and cause.errno in DISK_FULL)
+    return said or shutil.disk_usage(job.storage).free < SPARE_BYTES
 
 
 def _root_cause(error: Exception) -> str:

@@ -1,35 +1,70 @@
 """A list of checkpoints that was left half written is put back as it was before."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from cluster.students.snapshot import LIST_FILE, keep, mend
 
-BEFORE, AFTER = '{"checkpoints": ["a"]}', '{"checkpoints": ["a", "b"]}'
+
+def write_list(folder: Path, names: str) -> str:
+    """A list as Ray Train writes it; returns its text."""
+    results = [{"version": 0, "checkpoint_dir_name": name, "metrics": {"batch": 4}} for name in names]
+    indices = [ord(name) - ord("a") for name in names]
+    more = {"latest_checkpoint_result": results[-1], "current_report_index": 9}
+    text = json.dumps({"checkpoint_results": results, "checkpoint_report_indices": indices, **more})
+    (folder / LIST_FILE).write_text(text)
+    return text
 
 
-@pytest.mark.parametrize("left", ["", AFTER[:12], "\0" * len(AFTER)], ids=["empty", "cut short", "zeros"])
-def test_half_a_list_gives_way_to_the_one_before(tmp_path: Path, left: str) -> None:
-    listed = tmp_path / LIST_FILE
-    listed.write_text(BEFORE)
-    keep(tmp_path)
-    listed.write_text(left)
-    mend(tmp_path)
-    assert listed.read_text() == BEFORE
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    return tmp_path
 
 
-def test_a_whole_list_stays(tmp_path: Path) -> None:
-    listed = tmp_path / LIST_FILE
-    listed.write_text(BEFORE)
-    keep(tmp_path)
-    listed.write_text(AFTER)
-    mend(tmp_path)
-    assert listed.read_text() == AFTER
+@pytest.mark.parametrize("left", ["", '{"checkpoint_re', "\0" * 40], ids=["empty", "cut short", "zeros"])
+def test_half_a_list_gives_way_to_the_one_before(run: Path, left: str) -> None:
+    before = write_list(run, "ab")
+    keep(run)
+    (run / LIST_FILE).write_text(left)
+    mend(run)
+    assert json.loads((run / LIST_FILE).read_text()) == json.loads(before)
 
 
-def test_without_a_kept_list_the_student_begins_anew(tmp_path: Path) -> None:
+def test_a_whole_list_stays_and_is_the_one_to_go_back_to(run: Path) -> None:
+    write_list(run, "ab")
+    keep(run)
+    after = write_list(run, "bc")
+    mend(run)
+    assert (run / LIST_FILE).read_text() == after
+    (run / LIST_FILE).write_text("")
+    mend(run)
+    assert json.loads((run / LIST_FILE).read_text()) == json.loads(after)
+
+
+def test_what_is_gone_is_not_listed_again(run: Path) -> None:
+    write_list(run, "abc")
+    keep(run)
+    (run / LIST_FILE).write_text("")
+    for name in "ac":
+        (run / name).rmdir()
+    mend(run)
+    found = json.loads((run / LIST_FILE).read_text())
+    assert [result["checkpoint_dir_name"] for result in found["checkpoint_results"]] == ["b"]
+    assert found["checkpoint_report_indices"] == [1]
+    assert found["latest_checkpoint_result"] == found["checkpoint_results"][0]
+
+
+def test_without_a_kept_list_or_a_checkpoint_the_student_begins_anew(tmp_path: Path) -> None:
     mend(tmp_path)
     (tmp_path / LIST_FILE).write_text("")
     mend(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    write_list(tmp_path, "a")
+    keep(tmp_path)
+    (tmp_path / LIST_FILE).write_text("")
+    mend(tmp_path)
+    assert not (tmp_path / LIST_FILE).exists()
