@@ -18,11 +18,12 @@ DEMO = ROOT / ".stillhouse" / "demo"
 TEACHER, CORPUS = DEMO / "smollm2-135m-instruct", DEMO / "python-topics.jsonl"
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+def arguments(description: str, threads: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has; the threads only where torch runs in this process."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="write what was measured to this JSON file")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads on a CPU")
+    if threads:
+        parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads on a CPU")
     return parser
 
 

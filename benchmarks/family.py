@@ -57,7 +57,8 @@ class Pass:
 
     Attributes:
         wall_s: from start to finish, with starting processes, measuring and registering.
-        pass_s: from the first batch that was scored, or learnt where none was, to the last step of the last student.
+        pass_s: from when the teacher begins its first batch, or a student where there is no teacher, to the last step
+            of the last student. It takes in that the students are measured before they begin.
         teacher_s: seconds in which the teacher was busy, per batch.
         student_s: seconds that each student spent learning, per batch.
         parameters: of each student.
@@ -81,15 +82,19 @@ def measured(spec: dict[str, Any], folder: Path) -> Pass:
         raise SystemExit(f"{spec['name']}: {result.failed}")
     audit = result.run.folder / AUDIT_FOLDER
     events = {log.stem: [json.loads(line) for line in log.read_text().splitlines()] for log in audit.glob("*.jsonl")}
-    steps = [event["at"] for name, log in events.items() if name != SCORED for event in log if "batch" in event]
-    scored = [event["at"] for event in events.get(SCORED, [])]
-    batches, pool = result.stats.total, result.stats.pool
+    steps = {name: [event["at"] for event in log if "batch" in event] for name, log in events.items()}
+    scored = steps.pop(SCORED, [])
+    batches = result.stats.total
+    teacher_s = result.stats.pool.busy_seconds / max(1, len(scored))
+    student_s = {name: student.seconds / batches for name, student in result.students.items()}
+    # What is logged is the end of each.
+    begun = scored[0] - teacher_s if scored else min(steps[name][0] - student_s[name] for name in steps)
     found = Pass(
         result.seconds,
-        max(steps) - min(scored or steps),
+        max(log[-1] for log in steps.values()) - begun,
         len(scored),
-        pool.busy_seconds / max(1, len(scored)),
-        {name: student.seconds / batches for name, student in result.students.items()},
+        teacher_s,
+        student_s,
         {name: student.parameters for name, student in result.students.items()},
     )
     each = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found.student_s.items())
@@ -103,7 +108,7 @@ def measured(spec: dict[str, Any], folder: Path) -> Pass:
 
 def main() -> None:
     """Measure all, print the ratios."""
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], threads=False)
     parser.add_argument("--batches", type=int, default=32, help="batches of 1,024 tokens")
     given = parser.parse_args()
     os.environ["PYTHONPATH"] = str(ROOT)  # for the actors

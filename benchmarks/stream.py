@@ -164,7 +164,7 @@ def measure(nbytes: int, students: int, fast: int, paced: int, pace_s: float) ->
 
 def main() -> None:
     """Measure both sizes, print one table."""
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], threads=False)
     parser.add_argument("--students", type=int, default=64)
     parser.add_argument("--batches", type=int, default=3600, help="small batches that are read as fast as can be")
     parser.add_argument("--pace", type=float, default=1.0, help="seconds between two batches of a steady pass")

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from cluster.audit import problems_of, steps_of
+from cluster.audit import problems_of
 from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.result import FamilyResult
-from tests.chaos.faults import RANK, STUDENT, Faults
-from tests.chaos.report import ChaosReport, student_recoveries
+from tests.chaos.report import ChaosReport
 from tests.integration.test_command_line import environment, final_weights, stillhouse
 
 BATCHES = 40
@@ -36,22 +35,9 @@ def weights(result: FamilyResult, student: str) -> dict[str, torch.Tensor]:
     return load_file(Path(result.students[student].model_dir) / "model.safetensors")
 
 
-def note(report: ChaosReport, result: FamilyResult, spec: Any, faults: Faults) -> None:
-    """Add what has happened to a family to the report, before anything is asserted of it."""
-    report.families += 1
-    report.injected.update(name for name, _ in faults.done)
-    report.rescored += sum(count - 1 for count in result.stats.scored.values())
-    for name in spec.students:
-        numbers = [step.batch for step in steps_of(result.run.folder, name)[0]]
-        report.lost += len(set(range(result.stats.total)) - set(numbers))
-        report.doubled += len(numbers) - len(set(numbers))
-    kills = [at for name, at in faults.done if name in (RANK, STUDENT)]
-    for seconds in student_recoveries(result.run.folder, list(spec.students), kills):
-        report.took("a student killed to its next step", seconds)
-
-
-def assert_survived(result: FamilyResult, spec: Any, undisturbed: FamilyResult) -> None:
+def assert_survived(result: FamilyResult, spec: Any, undisturbed: FamilyResult, report: ChaosReport) -> None:
     """Every student finished, learnt each batch once, and is to the bit what it would have been."""
+    report.learnt(result.run.folder, spec.students, BATCHES)
     assert result.failed == {}
     batches = Batches(result.run.folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
     for name in spec.students:
@@ -67,7 +53,9 @@ def learnt(home: Path) -> int:
     return sum(line.count('"loss"') for log in logs for line in log.read_text().splitlines())
 
 
-def assert_finished_as(undisturbed: dict[str, dict[str, torch.Tensor]], home: Path, **more: str) -> str:
+def assert_finished_as(
+    undisturbed: dict[str, dict[str, torch.Tensor]], home: Path, report: ChaosReport, **more: str
+) -> str:
     """The run in a home is finished, learnt each batch once, and is to the bit what it would have been.
 
     Args:
@@ -76,12 +64,13 @@ def assert_finished_as(undisturbed: dict[str, dict[str, torch.Tensor]], home: Pa
     Returns:
         What ``stillhouse audit`` prints.
     """
+    run = next((home / "stillhouse" / "runs" / "tiny").iterdir())
+    report.learnt(run, undisturbed, BATCHES)
     disturbed = final_weights(home)
     assert set(disturbed) == set(undisturbed)
     for name, own in disturbed.items():
         assert own.keys() == undisturbed[name].keys()
         assert all(own[key].equal(undisturbed[name][key]) for key in own), name
-    run = next((home / "stillhouse" / "runs" / "tiny").iterdir())
     audit = stillhouse("audit", run.name, env=environment(home, **more))
     assert audit.returncode == 0, audit.stdout + audit.stderr
     assert audit.stdout.count("each batch once, in order") == len(undisturbed)

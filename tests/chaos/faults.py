@@ -11,12 +11,17 @@ from functools import partial
 from cluster.watch import Status
 from tests.processes import kill_one
 
-RANK, STUDENT = "a rank of a student killed", "a whole student killed"
+RANK, STUDENT, TRAINERS = (
+    "a rank of a student killed",
+    "a whole student killed",
+    "what waits for the students killed",
+)
+DAMAGED = "a label block damaged"
 # What is killed, by the title that Ray gives its process. A student's controller takes all of its ranks with it.
 VICTIMS = {
     "a teacher shard killed": "Shard",
     "the stream killed": "Stream",
-    "what waits for the students killed": "Trainers",
+    TRAINERS: "Trainers",
     RANK: "RayTrainWorker",
     STUDENT: "TrainController",
 }
@@ -46,6 +51,16 @@ class Faults:
 
     planned: list[Fault]
     done: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """Of what has been done."""
+        return [name for name, _ in self.done]
+
+    @property
+    def kills_of_students(self) -> list[float]:
+        """When something was killed that may have ended a student."""
+        return [at for name, at in self.done if name in (RANK, STUDENT, TRAINERS)]
 
     def __call__(self, status: Status) -> None:
         """Do one thing that is due; the next one finds what it left."""

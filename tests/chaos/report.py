@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from cluster.audit import AUDIT_FOLDER
+from cluster.audit import AUDIT_FOLDER, scorings_of, steps_of
+
+# A kill is timed just before it is done; a student may end its step meanwhile.
+A_STEP_S = 0.5
 
 
 @dataclass
@@ -33,6 +37,27 @@ class ChaosReport:
     families: int = 0
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
+    @contextlib.contextmanager
+    def surviving(self, *faults: str) -> Iterator[None]:
+        """Counts faults as injected; as survived too, if what the block asserts holds."""
+        self.injected.update(faults)
+        yield
+        self.survived.update(faults)
+
+    def learnt(self, folder: Path, students: Iterable[str], batches: int) -> None:
+        """Add what a disturbed family has come to.
+
+        Args:
+            folder: the run's.
+            batches: that each student should have learnt once.
+        """
+        self.families += 1
+        self.rescored += sum(count - 1 for count in scorings_of(folder).values())
+        for student in students:
+            numbers = [step.batch for step in steps_of(folder, student)[0]]
+            self.lost += len(set(range(batches)) - set(numbers))
+            self.doubled += len(numbers) - len(set(numbers))
+
     def took(self, what: str, seconds: float) -> None:
         """Add a duration."""
         self.seconds.setdefault(what, []).append(seconds)
@@ -47,22 +72,21 @@ class ChaosReport:
             yield f"{what}: median {median(seconds):.1f} s, longest {max(seconds):.1f} s, n={len(seconds)}"
 
 
-def student_recoveries(folder: Path, students: list[str], kills: list[float]) -> list[float]:
-    """Seconds from each kill of a student's process to that student's next step, read from the audit logs.
+def student_recoveries(folder: Path, students: Iterable[str], kills: Iterable[float]) -> list[float]:
+    """Seconds from each kill to the next step of a student that it hit, read from the audit logs.
 
     Args:
         folder: the run's.
-        kills: when a rank or a whole student was killed, in seconds since the epoch.
+        kills: when something was killed that may have ended a student, in seconds since the epoch.
     """
     found = []
     for student in students:
-        events = [json.loads(line) for line in (folder / AUDIT_FOLDER / f"{student}.jsonl").read_text().splitlines()]
-        lives = [event["at"] for event in events if "batch" not in event]
-        steps = [event["at"] for event in events if "batch" in event]
-        for began in lives[1:]:
-            # Of several kills that one life came after, the last is what it came back from.
-            before = [kill for kill in kills if kill < began]
-            after = [step for step in steps if step > began]
-            if before and after:
-                found.append(min(after) - max(before))
+        lines = (folder / AUDIT_FOLDER / f"{student}.jsonl").read_text().splitlines()
+        # What a killed writer left of a line is not an event.
+        events = [json.loads(line) for line in lines if line.endswith("}")]
+        for before, life, after in zip(events, events[1:], events[2:], strict=False):
+            # It was hit by the first kill after its last sign of life.
+            hits = [kill for kill in kills if before["at"] - A_STEP_S < kill < life["at"]]
+            if "batch" not in life and "batch" in after and hits:
+                found.append(after["at"] - min(hits))
     return found

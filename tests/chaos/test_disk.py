@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.families import BATCHES, FAMILY, PAIR, assert_finished_as, learnt
+from tests.chaos.report import ChaosReport
 from tests.integration.conftest import write_family
 from tests.integration.test_command_line import environment, start, stillhouse
 
@@ -65,7 +66,7 @@ def run_until_full(path: Path, disk: Path, dice: random.Random) -> tuple[subproc
 
 
 def test_the_disk_is_full_for_a_while(
-    tiny: Path, tmp_path: Path, disk: Path, undisturbed_pair: Any, dice: random.Random
+    tiny: Path, tmp_path: Path, disk: Path, undisturbed_pair: Any, dice: random.Random, report: ChaosReport
 ) -> None:
     path = write_family(tmp_path, tiny, PAIR, store={"uri": str(disk / "labels")}, **FAMILY)
     process, hog = run_until_full(path, disk, dice)
@@ -74,11 +75,12 @@ def test_the_disk_is_full_for_a_while(
     hog.unlink()
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output + tail_of_log(disk)
-    assert_finished_as(undisturbed_pair, disk)
+    with report.surviving("a full disk"):
+        assert_finished_as(undisturbed_pair, disk, report)
 
 
 def test_the_disk_stays_full_and_the_run_stops_and_can_be_resumed(
-    tiny: Path, tmp_path: Path, disk: Path, undisturbed_pair: Any, dice: random.Random
+    tiny: Path, tmp_path: Path, disk: Path, undisturbed_pair: Any, dice: random.Random, report: ChaosReport
 ) -> None:
     path = write_family(tmp_path, tiny, PAIR, store={"uri": str(disk / "labels")}, patience_s=PATIENCE_S, **FAMILY)
     process, hog = run_until_full(path, disk, dice)
@@ -92,4 +94,5 @@ def test_the_disk_stays_full_and_the_run_stops_and_can_be_resumed(
     hog.unlink()
     resumed = stillhouse("run", str(path), "--resume", env=environment(disk), timeout=500)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert_finished_as(undisturbed_pair, disk)
+    with report.surviving("a full disk that stayed so, then resumed"):
+        assert_finished_as(undisturbed_pair, disk, report)

@@ -12,13 +12,14 @@ import psutil
 import pytest
 
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_finished_as, learnt
+from tests.chaos.report import ChaosReport
 from tests.integration.conftest import write_family
 from tests.integration.test_command_line import environment, final_weights, read_until, start, stillhouse
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 
-def test_the_driver_is_killed(tiny: Path, tmp_path: Path, dice: random.Random) -> None:
+def test_the_driver_is_killed(tiny: Path, tmp_path: Path, dice: random.Random, report: ChaosReport) -> None:
     path = write_family(tmp_path, tiny, STUDENTS, **FAMILY)
     homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
     for home in homes:
@@ -40,4 +41,5 @@ def test_the_driver_is_killed(tiny: Path, tmp_path: Path, dice: random.Random) -
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     whole = stillhouse("run", str(path), env=environment(homes[1]))
     assert whole.returncode == 0, whole.stdout + whole.stderr
-    assert_finished_as(final_weights(homes[1]), homes[0])
+    with report.surviving("the driver killed"):
+        assert_finished_as(final_weights(homes[1]), homes[0], report)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.chaos.families import FAMILY, PAIR, assert_finished_as
+from tests.chaos.report import ChaosReport
 from tests.integration.conftest import write_family
 from tests.integration.test_command_line import environment, start
 from tests.processes import kill_one
@@ -37,7 +38,7 @@ def kill_after(process: subprocess.Popen[str], home: Path, more: int) -> None:
 
 
 def test_the_last_replica_dies_more_often_than_it_may(
-    tiny: Path, tmp_path: Path, undisturbed_pair: Any, dice: random.Random
+    tiny: Path, tmp_path: Path, undisturbed_pair: Any, dice: random.Random, report: ChaosReport
 ) -> None:
     path = write_family(tmp_path, tiny, PAIR, **{**FAMILY, "teacher": {"max_restarts": RESTARTS}})
     env = environment(tmp_path)
@@ -59,4 +60,5 @@ def test_the_last_replica_dies_more_often_than_it_may(
     output, _ = resumed.communicate(timeout=500)
     assert resumed.returncode == 0, output
     assert scored(tmp_path) > kept
-    assert_finished_as(undisturbed_pair, tmp_path)
+    with report.surviving(*["the last replica killed"] * (2 * RESTARTS + 1)):
+        assert_finished_as(undisturbed_pair, tmp_path, report)

@@ -19,7 +19,7 @@ from cluster.family import run_family
 from cluster.preflight import preflight
 from cluster.runs import open_run
 from cluster.specfile import load_spec
-from tests.chaos.families import BATCHES, FAMILY, STUDENTS, note
+from tests.chaos.families import BATCHES, FAMILY, STUDENTS
 from tests.chaos.faults import Fault, Faults
 from tests.chaos.report import ChaosReport
 from tests.integration.conftest import free_port, write_family
@@ -86,14 +86,14 @@ def test_mlflow_is_away_for_a_minute(
     faults = Faults([Fault("MLflow away for a minute", dice.randrange(1, BATCHES), cut_off)])
     checked = preflight(load_spec(write_family(tmp_path, tiny, ONE, tracking={"uri": server.uri}, **FAMILY)))
     result = run_family(checked, open_run(checked.spec, False), faults)
-    note(report, result, checked.spec, faults)
-    assert faults.done
-    assert result.failed == {}
-    client = mlflow.MlflowClient(server.uri)
-    history = client.get_metric_history(result.run.mlflow["alone"], "loss")
-    assert [metric.step for metric in history] == list(range(1, BATCHES + 1))
-    version = client.get_model_version_by_alias("tiny-alone", "challenger")
-    assert int(version.version) == result.versions["alone"] == 1
-    assert client.get_run(result.run.mlflow["alone"]).data.metrics["kl_after"] > 0
-    assert client.get_run(result.run.mlflow[""]).info.status == "FINISHED"
-    report.survived.update(name for name, _ in faults.done)
+    with report.surviving(*faults.names):
+        report.learnt(result.run.folder, ONE, BATCHES)
+        assert faults.done
+        assert result.failed == {}
+        client = mlflow.MlflowClient(server.uri)
+        history = client.get_metric_history(result.run.mlflow["alone"], "loss")
+        assert [metric.step for metric in history] == list(range(1, BATCHES + 1))
+        version = client.get_model_version_by_alias("tiny-alone", "challenger")
+        assert int(version.version) == result.versions["alone"] == 1
+        assert client.get_run(result.run.mlflow["alone"]).data.metrics["kl_after"] > 0
+        assert client.get_run(result.run.mlflow[""]).info.status == "FINISHED"

@@ -12,6 +12,7 @@ import pytest
 
 from tests.chaos.families import BATCHES, FAMILY, PAIR, assert_finished_as, learnt
 from tests.chaos.nodes import Nodes
+from tests.chaos.report import ChaosReport
 from tests.integration.conftest import write_family
 from tests.integration.test_command_line import environment, start, stillhouse
 
@@ -37,7 +38,7 @@ def wait_until_learnt(process: subprocess.Popen[str], home: Path, steps: int) ->
 
 @pytest.mark.parametrize("stored", [True, False], ids=["with a store", "without a store"])
 def test_a_worker_node_dies_and_another_comes(
-    tiny: Path, tmp_path: Path, undisturbed_pair: Any, dice: random.Random, stored: bool
+    tiny: Path, tmp_path: Path, undisturbed_pair: Any, dice: random.Random, stored: bool, report: ChaosReport
 ) -> None:
     path = write(tmp_path, tiny, **({} if stored else {"store": {"enabled": False}}))
     with Nodes(tmp_path, HEAD_CPUS) as nodes:
@@ -50,13 +51,14 @@ def test_a_worker_node_dies_and_another_comes(
         nodes.add(NODE_CPUS)
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
-    audit = assert_finished_as(undisturbed_pair, tmp_path)
+    with report.surviving("a worker node killed"):
+        audit = assert_finished_as(undisturbed_pair, tmp_path, report)
     # A student that lost ranks began again; the one that may have had its only rank on the head did not.
     assert audit.count("in 1 lives") <= 1, audit
 
 
 def test_no_node_comes_back_and_the_run_stops_and_can_be_resumed(
-    tiny: Path, tmp_path: Path, undisturbed_pair: Any, dice: random.Random
+    tiny: Path, tmp_path: Path, undisturbed_pair: Any, dice: random.Random, report: ChaosReport
 ) -> None:
     path = write(tmp_path, tiny, patience_s=20.0)
     with Nodes(tmp_path, HEAD_CPUS) as nodes:
@@ -73,4 +75,5 @@ def test_no_node_comes_back_and_the_run_stops_and_can_be_resumed(
         nodes.add(NODE_CPUS)
         resumed = stillhouse("run", str(path), "--resume", "--set", "patience_s=600", env=env, timeout=400)
         assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert_finished_as(undisturbed_pair, tmp_path)
+    with report.surviving("a worker node killed for good, then resumed"):
+        assert_finished_as(undisturbed_pair, tmp_path, report)

@@ -13,9 +13,9 @@ from cluster.family import run_family
 from cluster.preflight import preflight
 from cluster.runs import open_run
 from cluster.specfile import load_spec
-from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived, note
+from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived
 from tests.chaos.faults import RANK, VICTIMS, kills
-from tests.chaos.report import ChaosReport
+from tests.chaos.report import ChaosReport, student_recoveries
 from tests.integration.conftest import run_here, write_family
 from tests.processes import own_processes
 
@@ -43,10 +43,11 @@ def test_the_teacher_the_stream_and_parts_of_every_student_are_killed(
     faults = kills([*VICTIMS, RANK, RANK], ALL - 10, dice)
     checked = preflight(load_spec(write_family(tmp_path, tiny, STUDENTS, **FAMILY)))
     result = run_family(checked, open_run(checked.spec, False), faults)
-    note(report, result, checked.spec, faults)
-    assert not faults.planned, faults
-    assert_survived(result, checked.spec, undisturbed)
-    report.survived.update(name for name, _ in faults.done)
+    for seconds in student_recoveries(result.run.folder, STUDENTS, faults.kills_of_students):
+        report.took("a student killed to its next step", seconds)
+    with report.surviving(*faults.names):
+        assert not faults.planned, faults
+        assert_survived(result, checked.spec, undisturbed, report)
     # With a store only what was being scored when its teacher died may be scored again.
     again = sum(count - 1 for count in result.stats.scored.values())
     assert again <= 2
@@ -55,7 +56,7 @@ def test_the_teacher_the_stream_and_parts_of_every_student_are_killed(
 
 
 def test_a_second_run_over_a_warm_store_needs_no_teacher(
-    tiny: Path, tmp_path: Path, warm: str, undisturbed: FamilyResult
+    tiny: Path, tmp_path: Path, warm: str, undisturbed: FamilyResult, report: ChaosReport
 ) -> None:
     path = write_family(tmp_path, tiny, STUDENTS, store={"uri": warm}, **FAMILY)
     seen: list[int] = []
@@ -65,4 +66,4 @@ def test_a_second_run_over_a_warm_store_needs_no_teacher(
     assert result.stats.scored == {}
     # A student that falls behind may make the stream read a batch again.
     assert sorted(result.stats.read) == list(range(BATCHES))
-    assert_survived(result, checked.spec, undisturbed)
+    assert_survived(result, checked.spec, undisturbed, report)

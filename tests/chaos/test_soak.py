@@ -17,9 +17,9 @@ from cluster.preflight import preflight
 from cluster.runs import open_run
 from cluster.session import ray_session
 from cluster.specfile import load_spec
-from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived, note
-from tests.chaos.faults import VICTIMS, Fault, kills
-from tests.chaos.report import ChaosReport
+from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived
+from tests.chaos.faults import DAMAGED, VICTIMS, Fault, kills
+from tests.chaos.report import ChaosReport, student_recoveries
 from tests.integration.conftest import run_here, write_family
 from tests.integration.s3_proxy import S3Proxy, now_and_then
 
@@ -33,7 +33,6 @@ pytestmark = [
     pytest.mark.timeout(SECONDS + 1200),
 ]
 BUCKET = "soak"
-DAMAGED = "a label block damaged"
 # Of all requests to S3.
 SHARE = 0.03
 MOST_FAULTS = 8
@@ -74,8 +73,8 @@ def test_families_survive_whatever_comes(
         prefix = f"store-{number - dice.randrange(2) if number else 0}"
         disturbed_family(tiny, tmp_path / f"{number}", (s3, prefix), undisturbed, dice, report)
         number += 1
-    report.injected["a request to S3 spoiled"] = sum(fault is not None for *_, fault in proxy.seen)
-    report.survived["a request to S3 spoiled"] = report.injected["a request to S3 spoiled"]
+    with report.surviving(*["a request to S3 spoiled" for *_, fault in proxy.seen if fault is not None]):
+        assert number
 
 
 def disturbed_family(
@@ -95,6 +94,7 @@ def disturbed_family(
     path = write_family(folder, tiny, STUDENTS, store={"uri": f"s3://{BUCKET}/{prefix}"}, **FAMILY)
     checked = preflight(load_spec(path))
     result = run_family(checked, open_run(checked.spec, False), faults)
-    note(report, result, checked.spec, faults)
-    assert_survived(result, checked.spec, undisturbed)
-    report.survived.update(name for name, _ in faults.done)
+    for seconds in student_recoveries(result.run.folder, STUDENTS, faults.kills_of_students):
+        report.took("a student killed to its next step", seconds)
+    with report.surviving(*faults.names):
+        assert_survived(result, checked.spec, undisturbed, report)

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived
+from tests.chaos.faults import DAMAGED
+from tests.chaos.report import ChaosReport
 from tests.integration.conftest import run_here, write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 ONE = {"alone": STUDENTS["alone"]}
 
 
-def test_damaged_blocks_are_scored_again(tiny: Path, tmp_path: Path, dice: random.Random) -> None:
+def test_damaged_blocks_are_scored_again(tiny: Path, tmp_path: Path, dice: random.Random, report: ChaosReport) -> None:
     store = {"uri": str(tmp_path / "labels")}
     runs = []
     for name in ("first", "second"):
@@ -33,4 +35,5 @@ def test_damaged_blocks_are_scored_again(tiny: Path, tmp_path: Path, dice: rando
                 path.write_bytes(data)
     first, second = runs
     assert len(second.stats.scored) == 3
-    assert_survived(second, checked.spec, first)
+    with report.surviving(*[DAMAGED] * 3):
+        assert_survived(second, checked.spec, first, report)
