@@ -59,7 +59,7 @@ def run(spec: dict[str, Any], home: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run all, print one table of means and standard deviations over the seeds."""
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], threads=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batches", type=int, default=32, help="batches of 1,024 tokens")
     parser.add_argument("--student", default="large", help="which of the demo's students")
