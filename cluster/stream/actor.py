@@ -105,17 +105,16 @@ class Stream:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        log, holder = ScoringLog(self._folder, self._spec.patience_s), self._folder.name
         demand = Demand(self._starved, self._student_needs, lambda: self._spawn(self._notify()))
-        self._source = LabelSource(self._spec, self._teacher, None, log, holder, demand, self._pace)
         try:
-            if self._store_uri is None:
-                await self._source.open({}, [])
-            else:
-                store = await asyncio.to_thread(LabelStore.open, self._store_uri)
-                self._source = LabelSource(self._spec, self._teacher, store, log, holder, demand, self._pace)
-                self._window.safe = await self._source.open(*await asyncio.to_thread(self._addresses))
-        except StillhouseError as error:
+            # In a thread, for a full disk is waited for.
+            log = await asyncio.to_thread(ScoringLog, self._folder, self._spec.patience_s)
+            store = None if self._store_uri is None else await asyncio.to_thread(LabelStore.open, self._store_uri)
+            wanted = ({}, []) if store is None else await asyncio.to_thread(self._addresses)
+            holder = self._folder.name
+            self._source = LabelSource(self._spec, self._teacher, store, log, holder, demand, self._pace)
+            self._window.safe = await self._source.open(*wanted)
+        except (StillhouseError, OSError) as error:
             await self._fail(str(error))
             return
         self._spawn(self._dispatch())
@@ -326,7 +325,8 @@ class Stream:
         """A snapshot, see :class:`StreamStats`."""
         await self.start()
         source = self._source
-        assert source is not None
+        if source is None:
+            return StreamStats.unstarted(self._batches.count, self._error)
         active = {name: c for name, c in self._consumers.items() if c.active and c.attached}
         slowest = min(active, key=lambda name: active[name].position, default=None)
         fastest = max((c.position for c in active.values()), default=0)
