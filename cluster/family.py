@@ -183,7 +183,6 @@ def _distil(
                 _keep(run, spec)
                 continue
             name = tasks.pop(ref)
-            actors.stream.detach.remote(name)
             try:
                 students[name] = ray.get(ref)
             except ray.exceptions.RayTaskError as error:
@@ -192,6 +191,8 @@ def _distil(
                 continue
             if name not in run.versions:
                 registering[_register(actors.registry, spec, students[name], lineage)] = name
+        if over := [name for name in spec.students if name not in tasks.values()]:
+            actors.stream.done.remote(over)
     status, new = watch.look("registered")
     ray.get(actors.registry.log.remote(new))
     assert status.stats is not None

@@ -41,7 +41,8 @@ class Consumer:
     Attributes:
         next_of_rank: the batch that each rank asks for next. All before it were delivered once.
         lives: how often each rank has attached. A call from an earlier life must not move the present one.
-        active: False once it has finished, failed or was taken out; then nobody waits for it.
+        active: False once it has read its last batch or failed; then nobody waits for it.
+        done: whether its task has ended, well or not; before that it may need to be started again, also to measure.
         waited_s: seconds that its rank 0 waited for labels.
     """
 
@@ -49,6 +50,7 @@ class Consumer:
     next_of_rank: list[int] = field(init=False)
     lives: list[int] = field(init=False)
     active: bool = True
+    done: bool = False
     waiting: bool = False
     waited_s: float = 0.0
     delivered: int = 0
@@ -137,11 +139,8 @@ class Stream:
 
     # -- fetching --------------------------------------------------------------------------------------------------
 
-    def _counts(self, consumer: Consumer) -> bool:
-        return consumer.active and (consumer.attached or not self._again)
-
     def _active(self) -> list[Consumer]:
-        return [c for c in self._consumers.values() if self._counts(c)]
+        return [c for c in self._consumers.values() if c.active and (c.attached or not self._again)]
 
     def _positions(self) -> list[int] | None:
         """The first batch that each active student needs; none before they have said where they start.
@@ -187,9 +186,9 @@ class Stream:
         return (waits or measured) and (self._source.queued > 0 or self._next_to_fetch() is not None)
 
     def _student_needs(self) -> list[Need]:
-        """What the students take from the cluster that are not done."""
+        """What the students take from the cluster that are not done; after a restart all, until it is said again."""
         students = self._spec.students.items()
-        return [student_needs(name, student) for name, student in students if self._counts(self._consumers[name])]
+        return [student_needs(name, student) for name, student in students if not self._consumers[name].done]
 
     async def _fetch(self, number: int) -> None:
         assert self._source is not None
@@ -312,12 +311,19 @@ class Stream:
         return await asyncio.shield(self._head)
 
     async def detach(self, student: str) -> None:
-        """A student has finished or failed: nobody waits for it any more."""
+        """A student needs no further batch: nobody waits for it any more."""
         async with self._changed:
             self._consumers[student].active = False
             self._consumers[student].waiting = False
             self._forget()
             self._changed.notify_all()
+
+    async def done(self, students: list[str]) -> None:
+        """The tasks of these students have ended. To be said again now and then, for a restart forgets it."""
+        for student in students:
+            if not self._consumers[student].done:
+                self._consumers[student].done = True
+                await self.detach(student)
 
     # -- watching --------------------------------------------------------------------------------------------------
 
