@@ -355,6 +355,7 @@ class Stream:
 
     async def finish(self) -> None:
         """The pass is complete: wait until the store has all of it and say so there."""
+        await self.start()
         if self._source is not None and self._window.stored and self._error is None:
             train, _ = await asyncio.to_thread(self._addresses)
             await self._source.publish(list(train.values()), CLOSE_S)
