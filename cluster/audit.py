@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ TEACHER = "teacher.scored"
 
 
 class _Lines:
-    """A file of JSON lines, each whole or not there, also when its writer is killed.
+    """A file of JSON lines, each whole or not there, also when its writer is killed. Any thread may add to it.
 
     Args:
         patience_s: how long a full disk is waited for at a time.
@@ -30,6 +31,7 @@ class _Lines:
 
     def __init__(self, folder: Path, name: str, patience_s: float) -> None:
         self._path, self._patience_s = folder / AUDIT_FOLDER / f"{name}.jsonl", patience_s
+        self._whole = threading.Lock()
         self._file = when_there_is_room(folder, self._open, patience_s)
         # The last writer may have been killed in the middle of a line.
         if (size := os.fstat(self._file).st_size) and os.pread(self._file, 1, size - 1) != b"\n":
@@ -40,9 +42,11 @@ class _Lines:
         return os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
 
     def _write(self, line: bytes) -> None:
-        """Append bytes; a disk that is nearly full takes them in parts."""
-        while line:
-            line = line[when_there_is_room(self._path.parent, partial(os.write, self._file, line), self._patience_s) :]
+        """Append bytes; a disk that is nearly full takes them in parts, and nobody else's between them."""
+        with self._whole:
+            while line:
+                write = partial(os.write, self._file, line)
+                line = line[when_there_is_room(self._path.parent, write, self._patience_s) :]
 
     def add(self, facts: dict[str, object]) -> None:
         """Append one line."""
@@ -51,9 +55,10 @@ class _Lines:
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        # What a killed writer left of a line is not an event.
+        # What a killed writer left of a line is not an event, though it may be good JSON, such as a number.
         with contextlib.suppress(ValueError):
-            yield json.loads(line)
+            if isinstance(facts := json.loads(line), dict):
+                yield facts
 
 
 class ScoringLog:

@@ -183,7 +183,6 @@ def _distil(
                 _keep(run, spec)
                 continue
             name = tasks.pop(ref)
-            actors.stream.detach.remote(name)
             try:
                 students[name] = ray.get(ref)
             except ray.exceptions.RayTaskError as error:
@@ -192,6 +191,8 @@ def _distil(
                 continue
             if name not in run.versions:
                 registering[_register(actors.registry, spec, students[name], lineage)] = name
+        if over := [name for name in spec.students if name not in tasks.values()]:
+            actors.stream.done.remote(over)
     status, new = watch.look("registered")
     ray.get(actors.registry.log.remote(new))
     assert status.stats is not None
@@ -215,11 +216,13 @@ def _say_how_it_ended(registry: ActorHandle, failed: list[str], killed: bool) ->
 
 
 def _end_stream(stream: ActorHandle, complete: bool) -> None:
-    """End the pass. A stream that dies over it takes nothing with it that the students have not learnt."""
-    with contextlib.suppress(ray.exceptions.RayActorError):
+    """End the pass. A stream that dies over it is started again and asked once more; all that students need is done."""
+    try:
         if complete:
-            ray.get(stream.finish.remote())
-        ray.get(stream.stop.remote())
+            ray.get(stream.finish.options(max_task_retries=1).remote())
+        ray.get(stream.stop.options(max_task_retries=1).remote())
+    except ray.exceptions.RayActorError as error:
+        log.warning("the stream died at its end, so the store may not know the pass as complete: %s", error)
 
 
 def _register(registry: ActorHandle, spec: FamilySpec, student: StudentResult, lineage: dict[str, str]) -> Any:

@@ -69,6 +69,7 @@ class Watch:
         self._stream, self._board, self._students = stream, board, students
         self._family_at = float("-inf")
         self.points: list[Point] = []
+        self._last: dict[str, Point] = {}
         self._stats: StreamStats | None = None
 
     def look(self, phase: str) -> tuple[Status, list[Point]]:
@@ -86,10 +87,10 @@ class Watch:
             self._stats = fresh = ray.get(self._stream.stats.remote())
         stats = self._stats
         self.points += new
-        last = {point.student: point for point in self.points}
+        self._last.update({point.student: point for point in new})
         students = {}
         for name in self._students:
-            point = last.get(name)
+            point = self._last.get(name)
             students[name] = StudentStatus(
                 phases.get(name, NO_PLACE),
                 point.batch if point else 0,

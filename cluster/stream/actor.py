@@ -41,7 +41,8 @@ class Consumer:
     Attributes:
         next_of_rank: the batch that each rank asks for next. All before it were delivered once.
         lives: how often each rank has attached. A call from an earlier life must not move the present one.
-        active: False once it has finished, failed or was taken out; then nobody waits for it.
+        active: False once it has read its last batch or failed; then nobody waits for it.
+        done: whether its task has ended, well or not; before that it may need to be started again, also to measure.
         waited_s: seconds that its rank 0 waited for labels.
     """
 
@@ -49,6 +50,7 @@ class Consumer:
     next_of_rank: list[int] = field(init=False)
     lives: list[int] = field(init=False)
     active: bool = True
+    done: bool = False
     waiting: bool = False
     waited_s: float = 0.0
     delivered: int = 0
@@ -105,17 +107,16 @@ class Stream:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        log, holder = ScoringLog(self._folder, self._spec.patience_s), self._folder.name
         demand = Demand(self._starved, self._student_needs, lambda: self._spawn(self._notify()))
-        self._source = LabelSource(self._spec, self._teacher, None, log, holder, demand, self._pace)
         try:
-            if self._store_uri is None:
-                await self._source.open({}, [])
-            else:
-                store = await asyncio.to_thread(LabelStore.open, self._store_uri)
-                self._source = LabelSource(self._spec, self._teacher, store, log, holder, demand, self._pace)
-                self._window.safe = await self._source.open(*await asyncio.to_thread(self._addresses))
-        except StillhouseError as error:
+            # In a thread, for a full disk is waited for.
+            log = await asyncio.to_thread(ScoringLog, self._folder, self._spec.patience_s)
+            store = None if self._store_uri is None else await asyncio.to_thread(LabelStore.open, self._store_uri)
+            wanted = ({}, []) if store is None else await asyncio.to_thread(self._addresses)
+            holder = self._folder.name
+            self._source = LabelSource(self._spec, self._teacher, store, log, holder, demand, self._pace)
+            self._window.safe = await self._source.open(*wanted)
+        except (StillhouseError, OSError) as error:
             await self._fail(str(error))
             return
         self._spawn(self._dispatch())
@@ -138,11 +139,8 @@ class Stream:
 
     # -- fetching --------------------------------------------------------------------------------------------------
 
-    def _counts(self, consumer: Consumer) -> bool:
-        return consumer.active and (consumer.attached or not self._again)
-
     def _active(self) -> list[Consumer]:
-        return [c for c in self._consumers.values() if self._counts(c)]
+        return [c for c in self._consumers.values() if c.active and (c.attached or not self._again)]
 
     def _positions(self) -> list[int] | None:
         """The first batch that each active student needs; none before they have said where they start.
@@ -188,9 +186,9 @@ class Stream:
         return (waits or measured) and (self._source.queued > 0 or self._next_to_fetch() is not None)
 
     def _student_needs(self) -> list[Need]:
-        """What the students take from the cluster that are not done."""
+        """What the students take from the cluster that are not done; after a restart all, until it is said again."""
         students = self._spec.students.items()
-        return [student_needs(name, student) for name, student in students if self._counts(self._consumers[name])]
+        return [student_needs(name, student) for name, student in students if not self._consumers[name].done]
 
     async def _fetch(self, number: int) -> None:
         assert self._source is not None
@@ -313,12 +311,19 @@ class Stream:
         return await asyncio.shield(self._head)
 
     async def detach(self, student: str) -> None:
-        """A student has finished or failed: nobody waits for it any more."""
+        """A student needs no further batch: nobody waits for it any more."""
         async with self._changed:
             self._consumers[student].active = False
             self._consumers[student].waiting = False
             self._forget()
             self._changed.notify_all()
+
+    async def done(self, students: list[str]) -> None:
+        """The tasks of these students have ended. To be said again now and then, for a restart forgets it."""
+        for student in students:
+            if not self._consumers[student].done:
+                self._consumers[student].done = True
+                await self.detach(student)
 
     # -- watching --------------------------------------------------------------------------------------------------
 
@@ -326,7 +331,8 @@ class Stream:
         """A snapshot, see :class:`StreamStats`."""
         await self.start()
         source = self._source
-        assert source is not None
+        if source is None:
+            return StreamStats.unstarted(self._batches.count, self._error)
         active = {name: c for name, c in self._consumers.items() if c.active and c.attached}
         slowest = min(active, key=lambda name: active[name].position, default=None)
         fastest = max((c.position for c in active.values()), default=0)
@@ -349,6 +355,7 @@ class Stream:
 
     async def finish(self) -> None:
         """The pass is complete: wait until the store has all of it and say so there."""
+        await self.start()
         if self._source is not None and self._window.stored and self._error is None:
             train, _ = await asyncio.to_thread(self._addresses)
             await self._source.publish(list(train.values()), CLOSE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import ray
 
@@ -51,3 +52,8 @@ class StreamStats:
     unsaved: int
     pool: PoolStats
     error: str | None
+
+    @classmethod
+    def unstarted(cls, total: int, error: str | None) -> Self:
+        """Of a stream that could not begin, and why."""
+        return cls(total, {}, {}, {}, [], {}, None, {}, 0, 0, PoolStats(), error)

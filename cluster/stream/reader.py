@@ -26,7 +26,8 @@ class Reader:
     """Reads one rank's part of a family's stream.
 
     Args:
-        patience_s: seconds that the stream may be away.
+        patience_s: seconds between the tries of one call after which it is given up. What a try itself takes does not
+            count: a rank may have waited for its labels for longer when the stream dies.
     """
 
     def __init__(self, stream: ActorHandle, student: str, rank: int, patience_s: float = PATIENCE_S) -> None:
@@ -37,7 +38,7 @@ class Reader:
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((RayActorError, ObjectLostError)),
             wait=tenacity.wait_exponential_jitter(initial=0.5, max=10.0),
-            stop=tenacity.stop_after_delay(self._patience_s),
+            stop=lambda state: state.idle_for >= self._patience_s,
             reraise=True,
         ):
             with attempt:

@@ -14,7 +14,7 @@ from ray.exceptions import ObjectLostError
 
 from cluster.audit import ScoringLog
 from cluster.corpus.batches import Batch
-from cluster.errors import RunError
+from cluster.errors import StillhouseError
 from cluster.labels.kinds import joined
 from cluster.labels.store.leases import Lease
 from cluster.labels.store.objects import labels_prefix
@@ -177,10 +177,10 @@ class LabelSource:
         return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args))
 
     async def _tried(self, work: Callable[..., R], *args: Any) -> R | None:
-        """The same, or None where the store cannot be reached: it saves work, but nothing depends on it."""
+        """The same, or None where the store cannot be reached or refuses us: it saves work, nothing depends on it."""
         try:
             return await self._aside(work, *args)
-        except (RunError, OSError) as error:
+        except (StillhouseError, OSError) as error:
             log.warning("going on without the label store: %s", error)
             return None
 
@@ -200,7 +200,7 @@ class LabelSource:
     async def _save_until_kept(
         self, store: LabelStore, stamp: Stamp, blocks: list[ray.ObjectRef], saved: Callable[[], None], lost: Lost
     ) -> None:
-        """A store that is away delays what is kept; it loses nothing."""
+        """A store that is away, or lets us not write for now, delays what is kept; it loses nothing."""
         try:
             whole = await self._aside(_whole, blocks)
         except ObjectLostError as error:
@@ -211,7 +211,7 @@ class LabelSource:
             try:
                 await self._aside(store.put, whole, stamp)
                 break
-            except (RunError, OSError) as error:
+            except (StillhouseError, OSError) as error:
                 log.warning("the label store does not take batch %s yet: %s", stamp.batch, error)
                 await asyncio.sleep(SAVE_AGAIN_S)
         saved()

@@ -38,7 +38,8 @@ class PoolStats:
     Attributes:
         elastic: whether the number of replicas may change.
         growing: whether one more replica is being started.
-        grown: replicas that were added; ``shrunk`` were not needed any more, ``lost`` died and were not needed.
+        grown: replicas that were added; ``shrunk`` were not needed any more or in a student's place, ``lost`` died and
+            were not needed.
     """
 
     ready: int = 0
@@ -79,6 +80,8 @@ class TeacherPool:
         self._candidate: Replica | None = None
         self._demand = demand or Demand(lambda: self.queued > 0, list, lambda: None)
         self._scaling = Scaling(spec.min_replicas, spec.max_replicas, pace, time.monotonic())
+        # Whether a student needs the place of the next replica that has done its work.
+        self._one_too_many = False
         self._all_busy_at = time.monotonic()
         self._slowest_start_s = 0.0
         self._idle: asyncio.Queue[Replica] = asyncio.Queue()
@@ -163,6 +166,7 @@ class TeacherPool:
         self.stats.last_error = reason
         self.stats.lost += 1
         self._replicas.remove(replica)
+        self._one_too_many = False
         self._scaling.failed(time.monotonic())
         self._demand.resized()
         return True
@@ -198,16 +202,29 @@ class TeacherPool:
         """Look at the pool every now and then, and change it by one replica where that is due."""
         while not self.failed:
             await asyncio.sleep(self._pace.look_s)
-            change = self._scaling.decide(self._look())
+            look = self._look(await self._is_crowded())
+            change = self._scaling.decide(look)
+            self._one_too_many = change < 0 and look.crowded
             if change > 0:
                 await self._grow()
-            elif change < 0:
-                self._shrink()
+            elif change < 0 and not self._idle.empty():
+                self._let_go(self._idle.get_nowait())
 
-    def _look(self) -> Look:
+    def _look(self, crowded: bool) -> Look:
         all_busy = self._note_all_busy()
-        contended = all_busy and self._demand.waits()
-        return Look(time.monotonic(), self.size, self.stats.ready, contended, self._all_busy_at, self._slowest_start_s)
+        contended, now = all_busy and self._demand.waits(), time.monotonic()
+        return Look(now, self.size, self.stats.ready, contended, self._all_busy_at, self._slowest_start_s, crowded)
+
+    async def _is_crowded(self) -> bool:
+        """Whether the pool is in the place of a student and could be smaller."""
+        if self.size <= self._spec.min_replicas:
+            return False
+        try:
+            return not await asyncio.to_thread(_fits_beside, self._demand.students(), list(self._replicas))
+        except Exception as error:
+            # Whoever knows the nodes is away for a moment; the pool is followed on.
+            log.warning("it is not known whether the students fit beside the teacher: %s", first_line(error))
+            return False
 
     def _note_all_busy(self) -> bool:
         all_busy = self.stats.ready > 0 and self._idle.empty()
@@ -251,17 +268,25 @@ class TeacherPool:
         students = self._demand.students()
         return await asyncio.to_thread(_fits_beside, students, [*self._replicas, candidate])
 
-    def _shrink(self) -> None:
-        """Stop a replica that is idle, if one is."""
-        if not self._idle.empty():
-            replica = self._idle.get_nowait()
-            replica.stop()
-            log.info("teacher replica %d is not needed any more", replica.index)
-            self.stats.ready -= 1
-            self.stats.shrunk += 1
-            self._replicas.remove(replica)
-            self._scaling.resized(time.monotonic())
-            self._demand.resized()
+    def _release(self, replica: Replica) -> None:
+        """A replica has done its work: it waits for more, or makes room for a student."""
+        if self._one_too_many and self.size > self._spec.min_replicas:
+            self._let_go(replica)
+            return
+        self._note_all_busy()
+        self._idle.put_nowait(replica)
+
+    def _let_go(self, replica: Replica) -> None:
+        """Stop a replica that does nothing now."""
+        replica.stop()
+        why = "makes room for a student" if self._one_too_many else "is not needed any more"
+        log.info("teacher replica %d %s", replica.index, why)
+        self._one_too_many = False
+        self.stats.ready -= 1
+        self.stats.shrunk += 1
+        self._replicas.remove(replica)
+        self._scaling.resized(time.monotonic())
+        self._demand.resized()
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
@@ -301,8 +326,7 @@ class TeacherPool:
                 reason = f"the teacher failed on {what}: {first_line(error)}"
                 self._fail(reason)
                 raise RunError(reason) from error
-            self._note_all_busy()
-            self._idle.put_nowait(replica)
+            self._release(replica)
             return result
 
     async def _call(self, method: str, batch: Batch) -> list[ray.ObjectRef]:

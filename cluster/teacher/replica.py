@@ -108,7 +108,8 @@ class Replica:
 
     def nodes(self) -> list[str]:
         """The node of each shard, as an id; blocks for as long as it takes to ask."""
-        return [] if self._group is None else list(placement_group_table(self._group)["bundles_to_node_id"].values())
+        group = self._group  # it may be given back meanwhile
+        return [] if group is None else list(placement_group_table(group).get("bundles_to_node_id", {}).values())
 
     def _place(self, rank: int) -> ActorHandle:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)

@@ -4,6 +4,9 @@ The rule. Over the last ``grow_s`` seconds, every replica was busy while a stude
 of the time: one more. At no moment of the last ``idle_s`` seconds were all replicas busy at once, so one fewer would
 have done the same work: one less. Each change begins both spans anew, so a pool never turns around faster than they
 allow. A replica that took long to start is kept idle for as long as it took, for to have it back would cost as much.
+
+Students come first. When a node is gone, and for ``grow_s`` seconds the students have not all fitted on the cluster
+beside the pool, it gives up a replica, whatever that one does: a student that has lost its place cannot learn at all.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ class Look:
         contended: all ready replicas are busy and a student waits.
         all_busy_at: the last moment at which all replicas were busy at once.
         start_s: seconds that the slowest replica took to start.
+        crowded: the students do not all fit on the cluster beside the pool.
     """
 
     at: float
@@ -73,6 +77,7 @@ class Look:
     contended: bool
     all_busy_at: float
     start_s: float
+    crowded: bool
 
 
 class Scaling:
@@ -87,6 +92,7 @@ class Scaling:
         self._looks: deque[tuple[float, bool]] = deque()
         self._since = self._not_before = now
         self._failures, self._failed_at, self._fine_since = 0, float("-inf"), now
+        self._crowded_since: float | None = None
 
     def decide(self, look: Look) -> int:
         """1 to add a replica, -1 to take one away, 0 to leave the pool as it is. What comes of it is to be told."""
@@ -97,6 +103,10 @@ class Scaling:
             # One is being started again. What is seen now says nothing about the pool at its size.
             self._begin(look.at)
             return 0
+        if look.crowded and look.size > self._least:
+            self._crowded_since = look.at if self._crowded_since is None else self._crowded_since
+            return -1 if look.at - self._crowded_since >= self._pace.grow_s else 0
+        self._crowded_since = None
         if look.size < self._most and look.at >= self._not_before and self._waited(look.at):
             return 1
         idle_since = max(look.all_busy_at, self._since)
@@ -110,7 +120,7 @@ class Scaling:
 
     def _begin(self, now: float) -> None:
         self._looks.clear()
-        self._since = now
+        self._since, self._crowded_since = now, None
 
     def resized(self, now: float) -> None:
         """The pool has become larger, or smaller by one that was not needed."""

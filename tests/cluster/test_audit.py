@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +62,13 @@ def test_a_line_that_a_killed_writer_left_half_is_no_step(tmp_path: Path, batche
     assert problems_of(tmp_path, "s", batches) == []
 
 
+def test_a_line_that_is_no_event_is_no_step(tmp_path: Path, batches: Batches) -> None:
+    live(tmp_path, batches, 0, COUNT)
+    with (tmp_path / AUDIT_FOLDER / "s.jsonl").open("a") as file:
+        file.write('0\n"batch"\n["life"]\nnull\n')
+    assert problems_of(tmp_path, "s", batches) == []
+
+
 @pytest.mark.parametrize(
     ("lives", "problem"),
     [
@@ -96,3 +105,13 @@ def test_a_scoring_log_counts_over_all_sessions_of_a_run(tmp_path: Path) -> None
         for number in numbers:
             log.add(number, "0" * 32)
     assert ScoringLog(tmp_path, PATIENCE_S).counts() == {0: 1, 1: 2, 2: 1}
+
+
+def test_lines_of_several_threads_stay_whole_on_a_disk_that_takes_them_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, write = ScoringLog(tmp_path, PATIENCE_S), os.write
+    monkeypatch.setattr(os, "write", lambda file, line: write(file, line[:7]))
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda number: log.add(number, "0" * 32), range(200)))
+    assert ScoringLog(tmp_path, PATIENCE_S).counts() == dict.fromkeys(range(200), 1)

@@ -22,7 +22,7 @@ class Pool:
     def __init__(self, least: int, most: int, start_s: float = 0.0) -> None:
         self.scaling = Scaling(least, most, PACE, 0.0)
         self.now, self.size, self.ready, self.busy_at = 0.0, least, least, 0.0
-        self.start_s = start_s
+        self.start_s, self.crowded = start_s, False
         self.changes: list[tuple[float, int]] = []
 
     def decide(self, busy: bool, waits: bool) -> int:
@@ -30,7 +30,10 @@ class Pool:
         self.now += 1.0
         if busy:
             self.busy_at = self.now
-        return self.scaling.decide(Look(self.now, self.size, self.ready, busy and waits, self.busy_at, self.start_s))
+        contended = busy and waits
+        return self.scaling.decide(
+            Look(self.now, self.size, self.ready, contended, self.busy_at, self.start_s, self.crowded)
+        )
 
     def live(self, seconds: int, load: Load) -> None:
         for _ in range(seconds):
@@ -107,6 +110,28 @@ def test_nothing_is_decided_while_a_replica_is_started_again() -> None:
     assert [pool.decide(True, True) for _ in range(30)] == [0] * 30
     pool.ready = 2
     assert [pool.decide(True, True) for _ in range(10)] == [0] * 9 + [1]
+
+
+def test_a_busy_pool_makes_room_for_students_one_by_one_down_to_its_least() -> None:
+    pool = Pool(1, 3)
+    pool.live(25, starved)
+    pool.crowded = True
+    pool.live(25, starved)
+    assert [size for _, size in pool.changes] == [2, 3, 2, 1]
+    first, second = (at for at, _ in pool.changes[2:])
+    assert first - 25 == second - first == PACE.grow_s + 1
+    assert [pool.decide(True, True) for _ in range(5)] == [0] * 5
+
+
+def test_a_pool_that_is_in_the_way_for_a_moment_stays() -> None:
+    pool = Pool(1, 2)
+    pool.live(15, starved)
+    for _ in range(10):
+        pool.crowded = True
+        pool.live(int(PACE.grow_s), starved)
+        pool.crowded = False
+        pool.live(1, starved)
+    assert [size for _, size in pool.changes] == [2]
 
 
 def test_without_room_it_asks_again_after_each_span() -> None:

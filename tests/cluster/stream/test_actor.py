@@ -1,0 +1,74 @@
+"""What a stream knows of its students, and what it says when it cannot begin; no cluster is needed for either."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.audit import AUDIT_FOLDER
+from cluster.corpus.batches import CORPUS_FOLDER, STARTS_FILE, TOKENS_FILE, CorpusFacts
+from cluster.models import TeacherModel
+from cluster.spec import FamilySpec
+from cluster.stream.actor import Stream
+from tests.tiny import VOCABULARY, tiny_family
+
+STUDENT = {"init": {"source": "teacher", "layers": 2}}
+LENGTH, SEQUENCES = 32, 400
+
+
+def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, again: bool = False) -> Stream:
+    """A stream of two students over a small corpus, as it is first started or after a restart."""
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(was_current_actor_reconstructed=again))
+    corpus = folder / CORPUS_FOLDER
+    corpus.mkdir()
+    tokens_NS = np.zeros((SEQUENCES, LENGTH), dtype=np.int32)
+    np.save(corpus / TOKENS_FILE, tokens_NS)
+    np.save(corpus / STARTS_FILE, np.zeros(tokens_NS.shape, dtype=np.bool_))
+    CorpusFacts(1, tokens_NS.size, SEQUENCES, "0" * 32).write(corpus)
+    spec = FamilySpec.model_validate(tiny_family(students={"a": STUDENT, "b": STUDENT}))
+    return Stream(spec, str(folder), TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8), None)
+
+
+def needing(stream: Stream) -> list[str]:
+    return [need.who.removeprefix("student ") for need in stream._student_needs()]
+
+
+def test_a_student_that_measures_needs_its_place_until_its_task_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = begun(tmp_path, monkeypatch)
+    both = needing(stream)
+    asyncio.run(stream.detach("a"))
+    assert needing(stream) == both
+    asyncio.run(stream.done(["a"]))
+    assert needing(stream) == [name for name in both if name != "a"]
+
+
+def test_after_a_restart_every_student_needs_its_place_until_it_is_said_to_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = begun(tmp_path, monkeypatch, again=True)
+    assert {"a", "b"} <= set(needing(stream))
+    asyncio.run(stream.done(["a"]))
+    assert "a" not in needing(stream)
+    assert "b" in needing(stream)
+
+
+def test_a_stream_that_cannot_keep_its_log_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = begun(tmp_path, monkeypatch)
+    (tmp_path / AUDIT_FOLDER).write_text("in the way")
+
+    async def end() -> str | None:
+        stats = await stream.stats()
+        await stream.finish()
+        await stream.stop()
+        return stats.error
+
+    error = asyncio.run(end())
+    assert error is not None
+    assert str(tmp_path / AUDIT_FOLDER) in error

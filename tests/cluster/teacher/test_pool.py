@@ -1,0 +1,85 @@
+"""What a pool that is in a student's place does with the work it has: nothing is lost, and no cluster is needed."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from cluster.capacity import Need
+from cluster.models import TeacherModel
+from cluster.spec import ReplicaRange, TeacherSpec, TopKLabels
+from cluster.teacher import pool as module
+from cluster.teacher.pool import TeacherPool
+from cluster.teacher.replica import Replica
+from cluster.teacher.scaling import Demand, Pace
+
+QUICK = Pace(look_s=0.01, grow_s=0.05, idle_s=60.0)
+STUDENT = Need("student a", 1, 1.0, 0.0)
+
+
+def full_pool(least: int, most: int) -> TeacherPool:
+    """A pool at its most, of replicas that have no processes; somebody always waits for it."""
+    spec = TeacherSpec(model="teacher", replicas=ReplicaRange(min=least, max=most))
+    labels, model = TopKLabels(k=8), TeacherModel("teacher", 300, "aa" * 8, "bb" * 8)
+    pool = TeacherPool(spec, labels, model, 1, Demand(lambda: True, lambda: [STUDENT], lambda: None), QUICK)
+    pool._replicas += [next(pool._new) for _ in range(most - least)]
+    for replica in pool._replicas:
+        pool._serve(replica, 0.0)
+    return pool
+
+
+def test_a_replica_in_a_student_s_place_goes_when_it_has_done_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The student fits beside one replica.
+    monkeypatch.setattr(module, "_fits_beside", lambda students, replicas: len(replicas) <= 1)
+
+    async def work_on() -> tuple[TeacherPool, list[int], list[int]]:
+        pool = full_pool(1, 3)
+        finish, sizes = asyncio.Event(), []
+
+        async def work(_: Replica) -> int:
+            await finish.wait()
+            # Long enough for a look or two at the pool.
+            await asyncio.sleep(0.02)
+            return 1
+
+        following = asyncio.ensure_future(pool._follow())
+        calls = [asyncio.ensure_future(pool._run("work", work)) for _ in range(60)]
+        await asyncio.sleep(0.3)
+        sizes.append(pool.size)  # all are busy, so none has gone yet
+        finish.set()
+        results = await asyncio.wait_for(asyncio.gather(*calls), 60.0)
+        sizes.append(pool.size)
+        following.cancel()
+        return pool, sizes, results
+
+    pool, sizes, results = asyncio.run(work_on())
+    assert results == [1] * 60
+    assert sizes == [3, 1]
+    assert (pool.stats.ready, pool.stats.shrunk, pool.stats.rescored, pool.stats.lost) == (1, 2, 0, 0)
+
+
+def test_when_the_nodes_cannot_be_asked_for_the_pool_stays_and_is_followed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def away(*given: Any) -> bool:
+        asked.append(given)
+        if len(asked) <= 3:
+            raise ConnectionError("away")
+        return False
+
+    monkeypatch.setattr(module, "_fits_beside", away)
+
+    async def follow() -> TeacherPool:
+        pool = full_pool(1, 2)
+        following = asyncio.ensure_future(pool._follow())
+        async with asyncio.timeout(60.0):
+            while pool.size > 1 and not following.done():
+                await asyncio.sleep(0.01)
+        following.cancel()
+        return pool
+
+    pool = asyncio.run(follow())
+    assert pool.size == 1
+    assert len(asked) > 3
