@@ -48,7 +48,7 @@ def _patiently(work: Callable[[], R], patience_s: float = PATIENCE_S) -> R:
     """Do some work with MLflow, again and again while it is away: what it should know is late then, not lost."""
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_is_away),
-        wait=tenacity.wait_exponential_jitter(initial=1.0, max=30.0),
+        wait=tenacity.wait_exponential_jitter(multiplier=1.0, max=30.0),
         stop=tenacity.stop_after_delay(patience_s),
         before_sleep=tenacity.before_sleep_log(log, logging.WARNING),
         reraise=True,

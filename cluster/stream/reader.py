@@ -37,7 +37,7 @@ class Reader:
         """Do some work; each time that an actor or an object it needs has died, ``again`` and then once more."""
         for attempt in tenacity.Retrying(
             retry=tenacity.retry_if_exception_type((RayActorError, ObjectLostError)),
-            wait=tenacity.wait_exponential_jitter(initial=0.5, max=10.0),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=10.0),
             stop=lambda state: state.idle_for >= self._patience_s,
             reraise=True,
         ):
