@@ -74,7 +74,7 @@ class Stream:
 
     Args:
         folder: the run's, on this actor's node; the packed corpus lies in it.
-        store: where labels are kept, see :func:`cluster.labels.store.buckets.open_bucket`; none keeps none.
+        store: where labels are kept, see :func:`cluster.labels.store.uri.open_bucket`; none keeps none.
         pace: how fast an elastic pool follows the students.
     """
 

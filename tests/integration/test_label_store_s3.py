@@ -19,11 +19,11 @@ import pytest
 
 from cluster.errors import RunError, UserError
 from cluster.labels.store import s3 as s3_module
-from cluster.labels.store.buckets import open_bucket
 from cluster.labels.store.objects import label_key, labels_prefix
 from cluster.labels.store.s3 import S3Bucket
 from cluster.labels.store.store import LabelStore
 from cluster.labels.store.upkeep import SETTLED_S, gc, stat, verify
+from cluster.labels.store.uri import open_bucket
 from cluster.labels.wire import Stamp
 from tests.cluster.labels.blocks import FORMS
 from tests.cluster.labels.store.fill import OTHER, TEACHER, block, fill, repetitive_block, stamp_of_batch

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cluster.errors import LabelError, RunError
 from cluster.labels.columns import Bytes
-from cluster.labels.store.buckets import PATIENCE_S, Bucket, open_bucket
+from cluster.labels.store.buckets import PATIENCE_S, Bucket
 from cluster.labels.store.leases import Lease
 from cluster.labels.store.objects import (
     MANIFESTS,
@@ -28,6 +28,7 @@ from cluster.labels.store.objects import (
     unpack,
     unpack_head,
 )
+from cluster.labels.store.uri import open_bucket
 from cluster.labels.wire import Stamp
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import RunError, UserError
-from cluster.labels.store.buckets import Entry, FolderBucket, open_bucket
+from cluster.labels.store.buckets import Entry, FolderBucket
+from cluster.labels.store.uri import open_bucket
 
 ROOT = Path(__file__).resolve().parents[4]
 NAME = st.text("abc", min_size=1, max_size=2)
