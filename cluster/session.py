@@ -24,6 +24,8 @@ WORKER_ENV = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    # Ray Train looks for dead ranks, and takes up one checkpoint, every so many seconds; of itself every two.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 # Of a cluster that is only this machine: nobody will take a node of it away, so no process need look out for that.
 ALONE_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

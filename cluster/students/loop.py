@@ -7,17 +7,16 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
 import torch
 
 from cluster.audit import AuditLog
-from cluster.board import NO_PLACE, Point
+from cluster.board import Point
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
-from cluster.space import NoRoomError, when_there_is_room
+from cluster.space import NoRoomError
 from cluster.stream.reader import Reader
 from cluster.students.commits import Commits
 from cluster.students.elastic import ZERO_FOLDER
@@ -28,25 +27,7 @@ from cluster.students.losses.fused import distillation_loss
 from cluster.students.losses.objective import objective_at
 from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
-from cluster.students.snapshot import keep
-from cluster.students.zero import adamw, gathered_state, schedule_of, use_plain_gloo, zero_config
-
-
-class Steering(ray.train.UserCallback):
-    """What is done where a student's Ray Train run is steered, in a process of its own."""
-
-    def __init__(self, job: StudentJob) -> None:
-        self._job = job
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """A checkpoint is complete and in Ray Train's list."""
-        folder = self._job.folder
-        # An older copy would name checkpoints that are no more.
-        when_there_is_room(folder, partial(keep, folder), self._job.family.patience_s)
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ranks have failed or died; those of the next life say themselves when they have a place."""
-        self._job.board.phase.remote(self._job.name, NO_PLACE)
+from cluster.students.zero import adamw, gathered_state, reduce_nothing, schedule_of, use_plain_gloo, zero_config
 
 
 class _Rank:
@@ -90,6 +71,8 @@ class _Rank:
             ),
             dist_init_required=False,
         )
+        if self.spec.ranks == 1:
+            reduce_nothing(self.engine)
 
     def say(self, phase: str) -> None:
         """Post what this student does now."""
@@ -196,12 +179,11 @@ class _Rank:
             self.job.board.post.remote(Point(self.job.name, number + 1, metrics))
 
 
-def train_student(config: dict[str, StudentJob]) -> None:
-    """Ray Train's per-worker function. ``config["job"]`` says which student.
+def train_student(job: StudentJob) -> None:
+    """What one rank of a student does, from its last commit to the end.
 
     The checkpoints it reports hold ``commit.json`` and ZeRO's own state; the last one the finished model.
     """
-    job = config["job"]
     job.board.phase.remote(job.name, "loading")
     try:
         _train(job)

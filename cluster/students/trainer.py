@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 class Trainers:
     """A Ray actor that waits for the students' Ray Train runs, one thread each.
 
-    One process for all, because each that imports torch and Ray Train costs seconds of start-up. They are imported in
-    the actor, not where the class is only named.
+    One process for all, because each that imports Ray Train costs seconds of start-up. It is imported in the actor, not
+    where the class is only named.
     """
 
     def __init__(self) -> None:
-        import cluster.students.loop  # noqa: F401  (before there is work, while the corpus is read)
+        import ray.train.torch  # noqa: F401  (before there is work, while the corpus is read)
 
     def run(self, job: StudentJob) -> StudentResult:
         """See :func:`run_student`."""
@@ -84,12 +84,12 @@ def _fit(job: StudentJob) -> StudentResult:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from cluster.students.loop import Steering, train_student
+    from cluster.students.steering import Steering, rank
 
     spec, checkpoints = job.spec, job.family.checkpoints
     per_rank = {"CPU": spec.cpus_per_rank, "GPU": spec.gpus_per_rank}
     trainer = TorchTrainer(
-        train_student,
+        rank,
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if spec.gpus_per_rank else "gloo"),
         scaling_config=ray.train.ScalingConfig(

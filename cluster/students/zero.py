@@ -43,6 +43,18 @@ def zero_config(student: StudentSpec, batch_sequences: int, load_universal: bool
     }
 
 
+def reduce_nothing(engine: Any) -> None:
+    """Let the only rank of a student keep its gradients as they are.
+
+    DeepSpeed's bfloat16 optimiser gathers all of them, sums them over the ranks and copies them back even where there
+    is one rank: on a CPU a quarter of the step. Its other optimisers sort gradients in the same sweep and need it.
+    """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        engine.enable_backward_allreduce = False
+
+
 def adamw(module: nn.Module, student: StudentSpec) -> torch.optim.AdamW:
     """AdamW over a module; vectors (norms, biases) are not decayed."""
     options = student.optimizer
