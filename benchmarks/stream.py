@@ -1,19 +1,20 @@
 """What the stream itself costs: 64 students, a teacher that takes no time, small and large blocks.
 
-Says how many deliveries a second the stream makes when all read as fast as they can, what it adds to a batch's way when
-they read at a steady pace, and whether its memory stays where it was over an hour's worth of batches (one a second).
+Says how many deliveries a second the stream makes when all read as fast as they can, what a step waits for its batch at
+a steady pace, and whether the stream's memory stays where it was over an hour's worth of batches (one a second). The
+students' readers fetch a batch ahead, as they do in a run.
 ``python benchmarks/stream.py``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cluster.models import TeacherModel
 from cluster.session import ray_session
 from cluster.spec import FamilySpec
 from cluster.stream.actor import Stream
+from cluster.stream.reader import Reader
 from cluster.stream.source import Lost
 from cluster.teacher.pool import PoolStats
 
@@ -76,37 +78,36 @@ class BareStream(Stream):
 
 @ray.remote(num_cpus=0)
 class Students:
-    """Some of the students: each asks for a batch, reads its block and asks for the next."""
+    """Some of the students, a thread each: it asks for a batch and its block, and again when the next one's turn is."""
 
-    def __init__(self, stream: Any, names: list[str]) -> None:
-        self._stream, self._names = stream, names
+    def __init__(self, stream: Any, names: list[str], batches: int) -> None:
+        self._readers = [Reader(stream, name, 0, batches) for name in names]
+        self._threads = ThreadPoolExecutor(len(names))
 
-    async def attach(self) -> None:
+    def attach(self) -> None:
         """Say that all begin at the first batch."""
-        await asyncio.gather(*(self._stream.attach.remote(name, 0, 0) for name in self._names))
+        list(self._threads.map(lambda reader: reader.attach(0), self._readers))
 
-    async def read(self, first: int, last: int, pace_s: float, spread: bool = False) -> list[float]:
+    def read(self, first: int, last: int, pace_s: float, spread: bool = False) -> list[float]:
         """Milliseconds from asking for a batch to having its block, for every batch and student.
 
         Args:
             pace_s: a batch's turn comes so long after the one before it; 0 is as fast as they can.
             spread: the students ask one after the other, as those of several sizes do, and not all at one moment.
         """
-        took: list[float] = []
         begin = time.perf_counter() + 0.5
 
-        async def one(place: int, name: str) -> None:
-            start = begin + spread * pace_s * place / len(self._names)
+        def one(place: int) -> list[float]:
+            start, took = begin + spread * pace_s * place / len(self._readers), []
             for number in range(first, last):
                 if pace_s:
-                    await asyncio.sleep(max(0.0, start + (number - first) * pace_s - time.perf_counter()))
+                    time.sleep(max(0.0, start + (number - first) * pace_s - time.perf_counter()))
                 started = time.perf_counter()
-                delivery = await self._stream.next.remote(name, 0, number)
-                await delivery.labels[0]
+                self._readers[place].next(number)
                 took.append(1000 * (time.perf_counter() - started))
+            return took
 
-        await asyncio.gather(*(one(place, name) for place, name in enumerate(self._names)))
-        return took
+        return [wait for each in self._threads.map(one, range(len(self._readers))) for wait in each]
 
 
 def family(students: int, batches: int) -> FamilySpec:
@@ -141,7 +142,7 @@ def measure(nbytes: int, students: int, fast: int, paced: int, pace_s: float) ->
         options = {"num_cpus": 0, "max_concurrency": 1000}
         stream = ray.remote(BareStream).options(**options).remote(nbytes, spec, str(folder), teacher, None)
         names = list(spec.students)
-        readers = [Students.remote(stream, names[i::READERS]) for i in range(READERS)]
+        readers = [Students.remote(stream, names[i::READERS], batches) for i in range(READERS)]
         ray.get([reader.attach.remote() for reader in readers])
         at_once = ray.get([reader.read.remote(0, paced, pace_s) for reader in readers])
         spread = ray.get([reader.read.remote(paced, 2 * paced, pace_s, True) for reader in readers])

@@ -43,7 +43,7 @@ class Consumer:
         lives: how often each rank has attached. A call from an earlier life must not move the present one.
         active: False once it has read its last batch or failed; then nobody waits for it.
         done: whether its task has ended, well or not; before that it may need to be started again, also to measure.
-        waited_s: seconds that its rank 0 waited for labels.
+        waits_since: when its rank 0 began to wait for labels, if it does; ``waited_s`` are the seconds that it did.
     """
 
     ranks: int
@@ -51,7 +51,7 @@ class Consumer:
     lives: list[int] = field(init=False)
     active: bool = True
     done: bool = False
-    waiting: bool = False
+    waits_since: float | None = None
     waited_s: float = 0.0
     delivered: int = 0
 
@@ -62,6 +62,18 @@ class Consumer:
     def attached(self) -> bool:
         """Whether every rank has said where it starts."""
         return all(self.lives)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it has nothing to learn from at the moment."""
+        return self.waits_since is not None
+
+    def given(self) -> None:
+        """Count that its rank 0 has got a batch."""
+        self.delivered += 1
+        if self.waits_since is not None:
+            self.waited_s += time.monotonic() - self.waits_since
+            self.waits_since = None
 
     @property
     def position(self) -> int:
@@ -237,7 +249,7 @@ class Stream:
             consumer = self._consumers[student]
             consumer.next_of_rank[rank] = start
             consumer.lives[rank] += 1
-            consumer.active = True
+            consumer.active, consumer.waits_since = True, None
             self._changed.notify_all()
 
     async def lost(self, number: int, labels: list[ray.ObjectRef], held_out: bool = False) -> None:
@@ -255,8 +267,17 @@ class Stream:
                 del self._window.ready[number]
             self._changed.notify_all()
 
-    async def next(self, student: str, rank: int, number: int) -> Delivery:
-        """Batch ``number`` for one rank, waiting until it is there. Asking for it says the one before is done.
+    async def waits(self, student: str, rank: int, number: int) -> None:
+        """A rank has learnt what it had and needs batch ``number``, which it has asked for ahead."""
+        consumer = self._consumers[student]
+        if rank == 0 and number == consumer.next_of_rank[0] and consumer.waits_since is None:
+            consumer.waits_since = time.monotonic()
+
+    async def next(self, student: str, rank: int, number: int, ahead: bool = False) -> Delivery:
+        """Batch ``number`` for one rank, waiting until it is there. Asking for it says that it has the one before.
+
+        Args:
+            ahead: the rank still learns the one before; it does not wait until it says so, see :meth:`waits`.
 
         Raises:
             RunError: the batch is not the next one of this rank, or the teacher is lost for good.
@@ -267,23 +288,22 @@ class Stream:
             await self.attach(student, rank, number)
         if number != consumer.next_of_rank[rank]:
             raise RunError(f"{student} rank {rank} asked for batch {number}, its next is {consumer.next_of_rank[rank]}")
-        started, life = time.monotonic(), consumer.lives[rank]
+        life = consumer.lives[rank]
+        if not ahead:
+            await self.waits(student, rank, number)
         async with self._changed:
             self._forget()
             self._changed.notify_all()
             while number not in self._window.ready:
                 if self._error is not None:
                     raise RunError(self._error)
-                consumer.waiting = True
                 await self._changed.wait()
                 if consumer.lives[rank] != life:
                     raise RunError(f"{student} rank {rank} has been started again; this call is from before")
             blocks = self._window.ready[number]
-            consumer.waiting = False
             consumer.next_of_rank[rank] = number + 1
             if rank == 0:
-                consumer.delivered += 1
-                consumer.waited_s += time.monotonic() - started
+                consumer.given()
         return self._deliver(self._batches.train(number), blocks, rank, consumer.ranks)
 
     def _deliver(self, batch: Batch, blocks: list[ray.ObjectRef], rank: int, ranks: int) -> Delivery:
@@ -314,7 +334,7 @@ class Stream:
         """A student needs no further batch: nobody waits for it any more."""
         async with self._changed:
             self._consumers[student].active = False
-            self._consumers[student].waiting = False
+            self._consumers[student].waits_since = None
             self._forget()
             self._changed.notify_all()
 

@@ -40,7 +40,7 @@ class _Rank:
         torch.set_num_threads(max(1, int(self.spec.cpus_per_rank)))
         self.commits = Commits(job, self.rank)
         self._build()
-        self.reader = Reader(job.stream, job.name, self.rank)
+        self.reader = Reader(job.stream, job.name, self.rank, job.batches)
         self.measures = Measures(job, self.engine, self.reader, self.device)
         self.before: Fidelity | None = None
         self.audit: AuditLog | None = None

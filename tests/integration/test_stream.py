@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,13 @@ def read(stream: ActorHandle, student: str, rank: int, first: int, last: int, pa
     return seen
 
 
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def everyone(stream: ActorHandle, pause: dict[str, float] | None = None) -> dict[tuple[str, int], list[Any]]:
     tasks = {
         (student, rank): read.remote(stream, student, rank, 0, BATCHES, (pause or {}).get(student, 0.0))
@@ -114,10 +123,7 @@ def test_the_window_bounds_how_far_the_teacher_runs_ahead_of_the_slowest(stream:
     for student, ranks in RANKS.items():
         for rank in range(ranks):
             ray.get(stream.attach.remote(student, rank, 0))
-    deadline = time.monotonic() + 60
-    while (stats := ray.get(stream.stats.remote())).window_used < WINDOW:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until(lambda: ray.get(stream.stats.remote()).window_used == WINDOW)
     fast = [read.remote(stream, s, r, 0, WINDOW) for s in ("a", "b") for r in range(RANKS[s])]
     ray.get(fast)
     time.sleep(1)
@@ -174,6 +180,30 @@ def test_a_call_from_a_rank_that_has_died_does_not_move_its_successor(stream: Ac
     assert ray.get(stream.next.remote("a", 0, 1)).batch.number == 1
 
 
+def test_the_next_batch_is_fetched_while_one_is_learnt_and_only_who_has_none_waits(stream: ActorHandle) -> None:
+    readers = [Reader(stream, s, r, BATCHES) for s, ranks in RANKS.items() for r in range(ranks)]
+    for reader in readers:
+        reader.attach(0)
+    a = readers[0]
+    a.next(0)
+    until(lambda: ray.get(stream.stats.remote()).delivered["a"] == 2)
+    a.next(1)
+    a.next(2)
+    # b and c have read nothing, so the one after the window cannot come. It has been asked for, and is not needed yet.
+    time.sleep(1)
+    stats = ray.get(stream.stats.remote())
+    assert (stats.delivered["a"], stats.waiting) == (WINDOW, [])
+    with ThreadPoolExecutor(1) as threads:
+        needed = threads.submit(a.next, WINDOW)
+        until(lambda: ray.get(stream.stats.remote()).waiting == ["a"])
+        for student in ("b", "c"):
+            ray.get(stream.detach.remote(student))
+        assert needed.result()[0].batch.number == WINDOW
+    stats = ray.get(stream.stats.remote())
+    assert stats.waiting == []
+    assert stats.waited_s["a"] > 0
+
+
 @with_store
 def test_with_a_store_a_laggard_holds_nobody_back_and_reads_what_was_kept(stream: ActorHandle) -> None:
     for rank in range(RANKS["c"]):
@@ -197,11 +227,11 @@ def test_with_a_store_a_laggard_holds_nobody_back_and_reads_what_was_kept(stream
 
 @with_store
 def test_a_killed_stream_comes_back_and_its_readers_do_not_notice(stream: ActorHandle, corpus: Any) -> None:
-    reader = Reader(stream, "a", 0)
+    reader = Reader(stream, "a", 0, BATCHES)
     reader.attach(0)
     for student, ranks in RANKS.items():
         for rank in range(ranks):
-            Reader(stream, student, rank).attach(0)
+            Reader(stream, student, rank, BATCHES).attach(0)
     before = [reader.next(number)[1][0] for number in range(2)]
     assert kill_one("Stream")
     after = [reader.next(number)[1][0] for number in range(2, 5)]

@@ -15,7 +15,7 @@ AWAY = ActorUnavailableError("away", b"0" * 16)
 
 def through(answers: list[Any], patience_s: float, first_takes_s: float = 0.0) -> tuple[Any, int]:
     """What a call comes to that is answered so, an error being raised, and how often it was asked again."""
-    reader: Any = Reader(stream=None, student="s", rank=0, patience_s=patience_s)
+    reader: Any = Reader(stream=None, student="s", rank=0, batches=1, patience_s=patience_s)
     again: list[None] = []
 
     def work() -> Any:
