@@ -62,12 +62,12 @@ def packed_text(sequences: int, length: int, skip: int = 0) -> torch.Tensor:
     return whole[stop - sequences : stop]
 
 
-def seconds_in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The least wall-clock seconds of each call, over some rounds in which all have their turn.
+def turns(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Wall-clock seconds of each call in each of some rounds in which all have their turn.
 
     In turn, so that a machine that slows down for a while slows all of them; one round before does not count.
     """
-    best = dict.fromkeys(works, float("inf"))
+    took: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
             started = time.perf_counter()
@@ -75,8 +75,13 @@ def seconds_in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
-                best[name] = min(best[name], time.perf_counter() - started)
-    return best
+                took[name].append(time.perf_counter() - started)
+    return took
+
+
+def seconds_in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The least seconds of each call, see :func:`turns`."""
+    return {name: min(seconds) for name, seconds in turns(works, rounds).items()}
 
 
 def write(out: Path | None, name: str, figures: Any) -> None:

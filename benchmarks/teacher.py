@@ -16,13 +16,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from common import TEACHER, arguments, device, hardware, packed_text, seconds_in_turn, write
+from common import TEACHER, arguments, device, hardware, packed_text, seconds_in_turn, turns, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cluster.labels.make import make_labels
 from cluster.labels.wire import Stamp, encode
+from cluster.memory import keep_memory
 from cluster.prefill import last_hidden
 from cluster.spec import HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
 
@@ -84,12 +86,12 @@ class Scorer:
         encode(labels, STAMP)
 
     @torch.inference_mode()
-    def measure(self, rounds: int) -> dict[str, float]:
-        """Seconds of the bare pass, of the pass with the head, and of scoring in each kind."""
+    def measure(self, rounds: int) -> dict[str, npt.NDArray[np.float64]]:
+        """Seconds of the bare pass, of the pass with the head, and of scoring in each kind, in every round."""
         works: dict[str, Any] = {"bare": self.hidden, "logits": self.logits}
         for name, spec in KINDS.items():
             works[name] = lambda spec=spec: self.score(spec)
-        return seconds_in_turn(works, rounds)
+        return {name: np.array(seconds) for name, seconds in turns(works, rounds).items()}
 
 
 def flops(model: Any, tokens_BS: Tensor) -> tuple[float, float]:
@@ -111,20 +113,26 @@ def matrix_rate(on: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / seconds_in_turn({"product": lambda: a @ b}, 10)["product"]
 
 
-def table(seconds: dict[str, float], tokens: int, work: tuple[float, float], peak: float) -> list[dict[str, Any]]:
-    """Print a row per kind, and return them."""
-    bare = seconds.pop("bare")
-    head = seconds.pop("logits") - bare
-    print(f"bare forward pass {tokens / bare:,.0f} tokens/s; the head's product takes {head / bare:.3f} of its time")
+def table(
+    rounds: dict[str, npt.NDArray[np.float64]], tokens: int, work: tuple[float, float], peak: float
+) -> list[dict[str, Any]]:
+    """Print a row per kind, and return them. A ratio is the median of the rounds' own: neighbours in time are alike."""
+    bare = rounds.pop("bare")
+    head = rounds.pop("logits") - bare
+    print(
+        f"bare forward pass {tokens / np.median(bare):,.0f} tokens/s; "
+        f"the head's product takes {np.median(head / bare):.3f} of its time"
+    )
     print(f"{'labels':14} {'tokens/s':>9} {'/ bare':>7} {'/ bare, head taken off':>23} {'of matrix rate':>15}")
     rows = []
-    for name, took in seconds.items():
+    for name, took in rounds.items():
         # Hidden labels need no head.
         without, done = (took, work[0]) if name == "hidden" else (took - head, sum(work))
-        row = {"kind": name, "tokens_per_s": tokens / took, "ratio": bare / took, "ratio_without_head": bare / without}
-        row["of_matrix_rate"] = done / took / peak
-        rows.append(row)
-        print(f"{name:14} {tokens / took:9,.0f} {bare / took:7.3f} {bare / without:23.3f} {done / took / peak:15.3f}")
+        speed, ratio, alone = (float(np.median(each)) for each in (tokens / took, bare / took, bare / without))
+        used = done / tokens * speed / peak
+        rows.append({"kind": name, "tokens_per_s": speed, "ratio": ratio, "ratio_without_head": alone})
+        rows[-1]["of_matrix_rate"] = used
+        print(f"{name:14} {speed:9,.0f} {ratio:7.3f} {alone:23.3f} {used:15.3f}")
     return rows
 
 
@@ -139,6 +147,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    keep_memory()  # as a teacher's shard does
     torch.manual_seed(0)
     on, dtype = device(), getattr(torch, given.dtype)
     model = load(given.shape, dtype, on)

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from cluster.errors import LabelError
 from cluster.labels.kinds import LOGPROB_RANGE, Dense, Hidden, Labels, Sampled, TopK
-from cluster.labels.reduce import draw_offsets, probabilities, probabilities_and_entropy, systematic_draws, top_k
+from cluster.labels.reduce import (
+    draw_offsets,
+    probabilities,
+    probabilities_and_entropy,
+    systematic_draws,
+    tiles,
+    top_k,
+)
 from cluster.spec import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
 
 Head = Callable[[Tensor], Tensor]
@@ -82,7 +89,7 @@ def _as_kept(values: Tensor) -> Tensor:
     return values if values.dtype == torch.bfloat16 else values.float()
 
 
-def _topk_chunk(spec: TopKLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
+def _topk(spec: TopKLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
     ids_CK, logprobs_CK, log_tail_C = top_k(probabilities(logits_CV, spec.temperature), spec.k)
     codes_CK = ((logprobs_CK / -LOGPROB_RANGE).clamp(0.0, 1.0).sqrt() * 65535).round()
     return {
@@ -93,7 +100,7 @@ def _topk_chunk(spec: TopKLabels, logits_CV: Tensor, offsets_C: Tensor) -> Colum
     }
 
 
-def _sampled_chunk(spec: SampledLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
+def _sampled(spec: SampledLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
     p_CV, entropy_C, likeliest_C = probabilities_and_entropy(logits_CV, spec.temperature)
     ids_CN, counts_CN = systematic_draws(p_CV, offsets_C, spec.draws)
     return {
@@ -104,14 +111,14 @@ def _sampled_chunk(spec: SampledLabels, logits_CV: Tensor, offsets_C: Tensor) ->
     }
 
 
-def _dense_chunk(spec: DenseLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
+def _dense(spec: DenseLabels, logits_CV: Tensor, offsets_C: Tensor) -> Columns:
     return {"logits_TV": _as_kept(logits_CV), "likeliest_T": probabilities(logits_CV, 1.0).amax(-1)}
 
 
-_CHUNKS: dict[type, Callable[[Any, Tensor, Tensor], Columns]] = {
-    TopKLabels: _topk_chunk,
-    SampledLabels: _sampled_chunk,
-    DenseLabels: _dense_chunk,
+_REDUCED: dict[type, Callable[[Any, Tensor, Tensor], Columns]] = {
+    TopKLabels: _topk,
+    SampledLabels: _sampled,
+    DenseLabels: _dense,
 }
 
 
@@ -184,8 +191,11 @@ def make_labels(
     # One round at least, so that a batch without loss tokens has its columns too.
     for first in range(0, max(1, tokens), chunk):
         logits_CV = head(hidden_TD[first : first + chunk])[:, :vocabulary]
-        if keep:
-            host.put(first, _CHUNKS[type(spec)](spec, logits_CV, offsets_T[first : first + chunk]))
+        if not keep:
+            continue
+        offsets_C = offsets_T[first : first + chunk]
+        for rows in tiles(len(logits_CV), device):
+            host.put(first + rows.start, _REDUCED[type(spec)](spec, logits_CV[rows], offsets_C[rows]))
     if not keep:
         return None
     columns = host.arrays()

@@ -16,6 +16,7 @@ from cluster.audit import AuditLog
 from cluster.board import Point
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
+from cluster.memory import keep_memory
 from cluster.space import NoRoomError
 from cluster.stream.reader import Reader
 from cluster.students.commits import Commits
@@ -38,6 +39,7 @@ class _Rank:
         self.rank = ray.train.get_context().get_world_rank()
         self.device = torch.device("cuda", 0) if self.spec.gpus_per_rank else torch.device("cpu")
         torch.set_num_threads(max(1, int(self.spec.cpus_per_rank)))
+        keep_memory()
         self.commits = Commits(job, self.rank)
         self._build()
         self.reader = Reader(job.stream, job.name, self.rank, job.batches)

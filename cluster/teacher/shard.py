@@ -15,6 +15,7 @@ from cluster.corpus.batches import Batch
 from cluster.errors import LabelError
 from cluster.labels.kinds import Labels, TopK
 from cluster.labels.wire import Stamp, encode
+from cluster.memory import keep_memory
 from cluster.models import TeacherModel
 from cluster.spec import HiddenLabels, LabelsSpec, TeacherSpec, TopKLabels
 
@@ -54,6 +55,7 @@ class Shard:
 
         self._device = torch.device("cuda", 0) if self._spec.gpus_per_shard else torch.device("cpu")
         torch.set_num_threads(max(1, int(self._spec.cpus_per_shard)))
+        keep_memory()
         options: dict[str, Any] = {}
         if self._spec.shards > 1:
             options["distributed_config"] = self._tensor_parallel(host, port)
