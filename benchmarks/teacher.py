@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens in a sequence")
     parser.add_argument("--chunk", type=int, default=128, help="tokens whose logits exist at a time")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     keep_memory()  # as a teacher's shard does
