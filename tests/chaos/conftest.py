@@ -15,6 +15,8 @@ from tests.integration.conftest import ray_cluster, s3, s3_environment, tiny, wr
 from tests.integration.test_command_line import environment, final_weights, stillhouse
 
 REPORT = pytest.StashKey[ChaosReport]()
+# A family whose parts are killed over and over is started again as often; a busy machine takes its time over that.
+LONGEST_S = 1800
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +29,12 @@ def dice() -> random.Random:
 def report(pytestconfig: pytest.Config) -> ChaosReport:
     """Filled by the tests, printed after them."""
     return pytestconfig.stash.setdefault(REPORT, ChaosReport())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("chaos") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONGEST_S))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -20,7 +20,8 @@ from tests.integration.conftest import run_here, write_family
 from tests.processes import own_processes
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-ALL = BATCHES * len(STUDENTS)
+# Nothing is killed later: on a fast machine the last student would be through before its turn to die came.
+LAST = BATCHES * len(STUDENTS) * 2 // 3
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def undisturbed(tiny: Path, warm: str, tmp_path_factory: pytest.TempPathFactory)
 def test_the_teacher_the_stream_and_parts_of_every_student_are_killed(
     tiny: Path, tmp_path: Path, undisturbed: FamilyResult, dice: random.Random, report: ChaosReport
 ) -> None:
-    faults = kills([*VICTIMS, RANK, RANK], ALL - 10, dice)
+    faults = kills([*VICTIMS, RANK, RANK], LAST, dice)
     checked = preflight(load_spec(write_family(tmp_path, tiny, STUDENTS, **FAMILY)))
     result = run_family(checked, open_run(checked.spec, False), faults)
     for seconds in student_recoveries(result.run.folder, STUDENTS, faults.kills_of_students):
