@@ -11,7 +11,8 @@ from functools import partial
 from cluster.watch import Status
 from tests.processes import kill_one
 
-RANK, STUDENT, TRAINERS = (
+SHARD, RANK, STUDENT, TRAINERS = (
+    "a teacher shard killed",
     "a rank of a student killed",
     "a whole student killed",
     "what waits for the students killed",
@@ -19,7 +20,7 @@ RANK, STUDENT, TRAINERS = (
 DAMAGED = "a label block damaged"
 # What is killed, by the title that Ray gives its process. A student's controller takes all of its ranks with it.
 VICTIMS = {
-    "a teacher shard killed": "Shard",
+    SHARD: "Shard",
     "the stream killed": "Stream",
     TRAINERS: "Trainers",
     RANK: "RayTrainWorker",
