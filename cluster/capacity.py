@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec, StudentSpec
 
+# Ranks that have a place and room on the disk have said so after this time; Ray Train itself tries without end.
+START_S = 900.0
+# Longer than it ever is between two looks at the students.
+LONGEST_LOOK_S = 10.0
+
 
 @dataclass(frozen=True)
 class Need:
@@ -92,7 +97,7 @@ def _shown(nodes: Iterable[Mapping[str, float]]) -> str:
 
 
 class Unplaced:
-    """Watches for how long each student has had no place on the cluster, whatever keeps it from one.
+    """Watches for how long each student has had no rank running: no place, whatever keeps it from one, or no success.
 
     Args:
         pending: whether a place is waited for. A student that has one and only starts its processes waits for none.
@@ -104,18 +109,30 @@ class Unplaced:
     ) -> None:
         self._spec, self._pending, self._nodes = spec, pending, nodes
         self._waited_s: dict[str, float] = {}
+        self._without_s: dict[str, float] = {}
         self._looked = time.monotonic()
 
     def look(self, without: Iterable[str]) -> None:
         """Say which students have no rank running now.
 
         Raises:
-            RunError: one of them has had no place for ``patience_s``; says what it needs and what there is.
+            RunError: one of them has had no place for ``patience_s``; says what it needs and what there is. Or one has
+                had places, and its processes did not come up.
         """
         names, now = list(without), time.monotonic()
-        passed_s = now - self._looked if names and self._pending() else 0.0
+        # Whoever looks may have been held up, and knows nothing of the time between.
+        passed_s = min(now - self._looked, LONGEST_LOOK_S)
         self._looked = now
-        self._waited_s = {name: self._waited_s.get(name, 0.0) + passed_s for name in names}
+        self._without_s = {name: self._without_s.get(name, 0.0) + passed_s for name in names}
+        waited_s = passed_s if names and self._pending() else 0.0
+        self._waited_s = {name: self._waited_s.get(name, 0.0) + waited_s for name in names}
+        limit_s = self._spec.patience_s + START_S
+        for student, seconds in self._without_s.items():
+            if seconds - self._waited_s[student] >= limit_s:
+                raise RunError(
+                    f"student {student} had places on the cluster, but its processes have not come up for "
+                    f"{limit_s:g} s; Ray's log of its workers says why. Mend that, and go on with --resume"
+                )
         name = max(names, key=lambda each: self._waited_s[each], default=None)
         if name is None or self._waited_s[name] < self._spec.patience_s:
             return

@@ -41,6 +41,10 @@ POLL_S = 0.5
 RESTARTS = 20
 # How long a run that cannot go on waits for its parts to put away what they have.
 LAST_S = 30.0
+# How long one that is told to end waits for the students' last commits, and what those do that it waits for: others
+# have learnt nothing since their last one.
+HOLD_S = 60.0
+PUTS_AWAY = ("training", "measuring after", "saving")
 
 
 @dataclass(frozen=True)
@@ -161,42 +165,60 @@ def _distil(
     """Train all students from one pass; register each as it finishes; one that fails harms no other."""
     spec = checked.spec
     actors.stream.start.remote()
-    watch = Watch(actors.stream, actors.board, list(spec.students))
+    watch = Watch(actors.stream, actors.board, list(spec.students), spec.patience_s)
     unplaced = Unplaced(spec, places_pending, alive_nodes)
     tasks = {actors.trainers.run.remote(job): job.name for job in _jobs(checked, run, actors, batches.count)}
     registering: dict[ray.ObjectRef, str] = {}
     students: dict[str, StudentResult] = {}
     failed: dict[str, str] = {}
-    while tasks or registering:
-        done, _ = ray.wait([*tasks, *registering], num_returns=1, timeout=POLL_S)
-        status, new = watch.look("distilling" if tasks else "registering")
-        report(status)
-        if new:
-            actors.registry.log.remote(new)
-        if status.stats is not None and status.stats.error and tasks:
-            raise RunError(status.stats.error)
-        give_back_places()
-        unplaced.look([name for name in tasks.values() if status.students[name].phase == NO_PLACE])
-        for ref in done:
-            if ref in registering:
-                run.versions[registering.pop(ref)] = ray.get(ref)
-                _keep(run, spec)
-                continue
-            name = tasks.pop(ref)
-            try:
-                students[name] = ray.get(ref)
-            except ray.exceptions.RayTaskError as error:
-                failed[name] = str(error.cause)
-                actors.board.phase.remote(name, "failed")
-                continue
-            if name not in run.versions:
-                registering[_register(actors.registry, spec, students[name], lineage)] = name
-        if over := [name for name in spec.students if name not in tasks.values()]:
-            actors.stream.done.remote(over)
+    status = Status("distilling")
+    try:
+        while tasks or registering:
+            done, _ = ray.wait([*tasks, *registering], num_returns=1, timeout=POLL_S)
+            status, new = watch.look("distilling" if tasks else "registering")
+            report(status)
+            if new:
+                actors.registry.log.remote(new)
+            if status.stats is not None and status.stats.error and tasks:
+                raise RunError(status.stats.error)
+            give_back_places()
+            unplaced.look([name for name in tasks.values() if status.students[name].phase == NO_PLACE])
+            for ref in done:
+                if ref in registering:
+                    run.versions[registering.pop(ref)] = ray.get(ref)
+                    _keep(run, spec)
+                    continue
+                name = tasks.pop(ref)
+                try:
+                    students[name] = ray.get(ref)
+                except ray.exceptions.RayTaskError as error:
+                    failed[name] = str(error.cause)
+                    actors.board.phase.remote(name, "failed")
+                    continue
+                if name not in run.versions:
+                    registering[_register(actors.registry, spec, students[name], lineage)] = name
+            if over := [name for name in spec.students if name not in tasks.values()]:
+                actors.stream.done.remote(over)
+    except KeyboardInterrupt:
+        at_it = [name for name, student in status.students.items() if student.phase in PUTS_AWAY]
+        _hold(actors.stream, [task for task, name in tasks.items() if name in at_it], report)
+        raise
     status, new = watch.look("registered")
     ray.get(actors.registry.log.remote(new))
     assert status.stats is not None
     return FamilyResult(run, batches.facts, status.stats, students, failed, watch.points, 0.0, dict(run.versions))
+
+
+def _hold(stream: ActorHandle, tasks: list[ray.ObjectRef], report: Report) -> None:
+    """Have the students commit what they have learnt, because somebody wants the run to end; waits for it a while."""
+    if not tasks:
+        return
+    report(Status("stopping: the students put away what they have learnt; Ctrl-C again ends at once"))
+    try:
+        ray.get(stream.hold.remote(), timeout=HOLD_S)
+        ray.wait(tasks, num_returns=len(tasks), timeout=HOLD_S)
+    except ray.exceptions.RayError as error:
+        log.warning("the students go on from an earlier commit: %s", error)
 
 
 def _end_at_once(actors: _Actors) -> None:

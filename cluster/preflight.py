@@ -20,6 +20,9 @@ from cluster.models import (
 from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers, TopKLabels
 from cluster.specfile import home
 
+# Short of what a run waits for its store: before it, somebody may be looking at a wrong port.
+STORE_PATIENCE_S = 60.0
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -75,7 +78,7 @@ def preflight(spec: FamilySpec) -> Checked:
             dirs[name] = _check_pretrained(field, student.init, spec, tokenizer, uri)
     find_files(spec.corpus.paths)
     if (store := store_of(spec)) is not None:
-        LabelStore.open(store)
+        LabelStore.open(store, STORE_PATIENCE_S)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
     return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store)
 

@@ -26,9 +26,10 @@ WORKER_ENV = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     # Ray Train looks for dead ranks, and takes up one checkpoint, every so many seconds; of itself every two.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Of a node that is to be taken away the ranks make no use beforehand, and what Ray Train does about it by itself
+    # tells nobody that a student has lost its place.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-# Of a cluster that is only this machine: nobody will take a node of it away, so no process need look out for that.
-ALONE_ENV = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @contextlib.contextmanager
@@ -63,7 +64,7 @@ def ray_session() -> Iterator[None]:
             include_dashboard=False,
             _temp_dir=folder,
             log_to_driver=True,
-            runtime_env={"env_vars": {**WORKER_ENV, **ALONE_ENV, "TMPDIR": str(temporary)}},
+            runtime_env={"env_vars": {**WORKER_ENV, "TMPDIR": str(temporary)}},
         )
         yield
     finally:

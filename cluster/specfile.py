@@ -148,8 +148,10 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> FamilySpec:
 
 
 # What decides neither the students' weights nor the text that they are measured on: where things run and on how many
-# ranks (only the order of sums differs), how often they are tried, what is kept or shown.
+# ranks (only the order of sums differs), how often they are tried, what is kept or shown. Nor does it matter where the
+# corpus lies: what it holds is compared when it has been read.
 _NOT_TRAINING: Any = {
+    "corpus": {"paths"},
     "tracking": True,
     "serving": True,
     "stream": True,

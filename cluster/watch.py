@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError
 
 from cluster.board import FAMILY, NO_PLACE, Point
 from cluster.errors import RunError
 from cluster.stream.figures import StreamStats
+from cluster.teacher.replica import first_line
 
 # Batches that may be on their way to the store without a word.
 UNSAVED_SHOWN = 4
 # Seconds between two points of the family's own curves.
 FAMILY_EVERY_S = 10.0
+# How long the stream may take for one answer, and how long it may be away beside the patience that it has with a full
+# disk: it begins with a look into the store, which may be away too.
+ANSWER_S = 10.0
+AWAY_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,17 @@ class Status:
 class Watch:
     """Collects the points of a run; each is handed on once.
 
+    Args:
+        patience_s: how long a full disk is waited for.
+
     Attributes:
         points: those of the students.
     """
 
-    def __init__(self, stream: ActorHandle, board: ActorHandle, students: list[str]) -> None:
+    def __init__(self, stream: ActorHandle, board: ActorHandle, students: list[str], patience_s: float) -> None:
+        self._longest_s = patience_s + AWAY_S
         self._stream, self._board, self._students = stream, board, students
-        self._family_at = float("-inf")
+        self._family_at, self._answered_at = float("-inf"), time.monotonic()
         self.points: list[Point] = []
         self._last: dict[str, Point] = {}
         self._stats: StreamStats | None = None
@@ -76,15 +84,12 @@ class Watch:
         """The present status, and the points that are new since the last look, every few seconds the family's too.
 
         Raises:
-            RunError: a part of the run has said that the whole cannot go on, and why.
+            RunError: a part of the run has said that the whole cannot go on, and why, or the stream is gone for good.
         """
         new, phases, stop = ray.get(self._board.since.remote(len(self.points)))
         if stop:
             raise RunError(stop)
-        # While the stream is away, it is started again and its readers wait for it.
-        fresh = None
-        with contextlib.suppress(RayActorError):
-            self._stats = fresh = ray.get(self._stream.stats.remote())
+        fresh = self._ask_stream()
         stats = self._stats
         self.points += new
         self._last.update({point.student: point for point in new})
@@ -101,6 +106,24 @@ class Watch:
             self._family_at = time.monotonic()
             new.append(family_point(students, fresh))
         return Status(phase, students, stats), new
+
+    def _ask_stream(self) -> StreamStats | None:
+        """The stream's snapshot; none while it is away, when it is started again and its readers wait for it.
+
+        Raises:
+            RunError: it has been away for too long.
+        """
+        try:
+            self._stats = ray.get(self._stream.stats.remote(), timeout=ANSWER_S)
+        except (RayActorError, GetTimeoutError) as error:
+            away_s = time.monotonic() - self._answered_at
+            if away_s > self._longest_s:
+                raise RunError(
+                    f"the stream has not answered for {away_s:.0f} s: {first_line(error)}; go on with --resume"
+                ) from error
+            return None
+        self._answered_at = time.monotonic()
+        return self._stats
 
 
 def family_point(students: Mapping[str, StudentStatus], stats: StreamStats) -> Point:

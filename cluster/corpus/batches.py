@@ -42,8 +42,10 @@ class CorpusFacts:
     address: str
 
     def write(self, folder: Path) -> None:
-        """Put the facts beside the tokens."""
-        (folder / FACTS_FILE).write_text(json.dumps(asdict(self)))
+        """Put the facts beside the tokens, whole or not at all."""
+        aside = folder / f".{FACTS_FILE}.part"
+        aside.write_text(json.dumps(asdict(self)))
+        aside.replace(folder / FACTS_FILE)
 
     @staticmethod
     def read(folder: Path) -> CorpusFacts:

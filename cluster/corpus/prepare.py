@@ -15,7 +15,7 @@ import ray.data
 import ray.data.exceptions
 import ray.exceptions
 
-from cluster.corpus.batches import STARTS_FILE, TOKENS_FILE, CorpusFacts, content_address
+from cluster.corpus.batches import FACTS_FILE, STARTS_FILE, TOKENS_FILE, CorpusFacts, content_address
 from cluster.corpus.files import SUFFIXES, filesystem_of, find_files
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
@@ -102,8 +102,11 @@ def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> Corpus
     Documents are laid end to end in an order that the seed decides and cut into sequences; the last partial one is
     dropped. Where each document starts is kept beside the tokens.
 
+    Args:
+        folder: of a run; that of a resumed one holds what it has begun with.
+
     Raises:
-        UserError: the corpus cannot be read, has no text, or too little for one sequence.
+        UserError: the corpus cannot be read, has no text, too little for one sequence, or is not what it was.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
@@ -130,10 +133,16 @@ def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> Corpus
     starts = np.zeros(tokens + 1, dtype=np.bool_)
     starts[np.cumsum([0, *(len(documents[i]) for i in order)])] = True
     starts_NS = starts[: flat.size].reshape(packed_NS.shape)
+    facts = CorpusFacts(len(documents), flat.size, sequences, content_address(packed_NS, starts_NS))
+    if (folder / FACTS_FILE).exists() and (before := CorpusFacts.read(folder)) != facts:
+        raise UserError(
+            f"corpus.paths: the text is not what the run was started with: {before.documents} documents and "
+            f"{before.tokens} tokens then, {facts.documents} and {facts.tokens} now, address {before.address[:8]} and "
+            f"{facts.address[:8]}; put it back, or start a new run without --resume"
+        )
     for name, column in ((TOKENS_FILE, packed_NS), (STARTS_FILE, starts_NS)):
         aside = folder / f".{name}.part.npy"
         np.save(aside, column)
         aside.replace(folder / name)
-    facts = CorpusFacts(len(documents), flat.size, sequences, content_address(packed_NS, starts_NS))
     facts.write(folder)
     return facts

@@ -62,8 +62,9 @@ class TeacherSpec(Section):
     tokens_per_chunk: PositiveInt = 128
     """Tokens whose logits exist at one time; the full [tokens, vocabulary] matrix never does."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Times a replica that died is started again before the family gives up on it. One above `replicas.min` is not
-    started again; the pool grows anew when there is room."""
+    """Times a replica that died is started again before the family gives up on it. The pool then goes on without it;
+    the family ends when no replica is left. One above `replicas.min` is not started again; the pool grows anew when
+    there is room."""
     start_timeout_s: PositiveFloat = 600.0
     """Seconds that a replica may take to be placed, to load and to answer its probe."""
     trust_remote_code: bool = False

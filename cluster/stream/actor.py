@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from cluster.errors import RunError, StillhouseError
 from cluster.labels.store.store import LabelStore
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
-from cluster.stream.figures import Delivery, StreamStats
+from cluster.stream.consumer import Consumer
+from cluster.stream.figures import Delivery, HeldError, StreamStats
 from cluster.stream.source import LabelSource
 from cluster.stream.window import Window
 from cluster.teacher.replica import first_line
@@ -32,53 +32,6 @@ from cluster.teacher.scaling import PACE, Demand, Pace
 READS = 4
 # How long the end of a pass waits for a store that is away.
 CLOSE_S = 300.0
-
-
-@dataclass
-class Consumer:
-    """A student as the stream sees it.
-
-    Attributes:
-        next_of_rank: the batch that each rank asks for next. All before it were delivered once.
-        lives: how often each rank has attached. A call from an earlier life must not move the present one.
-        active: False once it has read its last batch or failed; then nobody waits for it.
-        done: whether its task has ended, well or not; before that it may need to be started again, also to measure.
-        waits_since: when its rank 0 began to wait for labels, if it does; ``waited_s`` are the seconds that it did.
-    """
-
-    ranks: int
-    next_of_rank: list[int] = field(init=False)
-    lives: list[int] = field(init=False)
-    active: bool = True
-    done: bool = False
-    waits_since: float | None = None
-    waited_s: float = 0.0
-    delivered: int = 0
-
-    def __post_init__(self) -> None:
-        self.next_of_rank, self.lives = [0] * self.ranks, [0] * self.ranks
-
-    @property
-    def attached(self) -> bool:
-        """Whether every rank has said where it starts."""
-        return all(self.lives)
-
-    @property
-    def waiting(self) -> bool:
-        """Whether it has nothing to learn from at the moment."""
-        return self.waits_since is not None
-
-    def given(self) -> None:
-        """Count that its rank 0 has got a batch."""
-        self.delivered += 1
-        if self.waits_since is not None:
-            self.waited_s += time.monotonic() - self.waits_since
-            self.waits_since = None
-
-    @property
-    def position(self) -> int:
-        """The first batch that some rank still needs."""
-        return min(self.next_of_rank)
 
 
 class Stream:
@@ -104,6 +57,7 @@ class Stream:
         self._head: asyncio.Task[Any] | None = None
         self._changed = asyncio.Condition()
         self._error: str | None = None
+        self._held = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._source: LabelSource | None = None
         self._starting: asyncio.Task[None] | None = None
@@ -152,15 +106,16 @@ class Stream:
     # -- fetching --------------------------------------------------------------------------------------------------
 
     def _active(self) -> list[Consumer]:
-        return [c for c in self._consumers.values() if c.active and (c.attached or not self._again)]
+        return [c for c in self._consumers.values() if c.active and (c.seen or not self._again)]
 
     def _positions(self) -> list[int] | None:
         """The first batch that each active student needs; none before they have said where they start.
 
-        To begin before that could score a batch twice.
+        To begin before that could score a batch twice. After a restart nobody is waited for: a rank that has what it
+        needs asks again only when it has learnt it, which it may do together with one that waits for us.
         """
         active = self._active()
-        if not active or not all(c.attached for c in active):
+        if not active or not (self._again or all(c.attached for c in active)):
             return None
         return [c.position for c in active]
 
@@ -250,6 +205,16 @@ class Stream:
             consumer.next_of_rank[rank] = start
             consumer.lives[rank] += 1
             consumer.active, consumer.waits_since = True, None
+            # All ranks of a life start at the same batch.
+            consumer.until = start if self._held else None
+            self._changed.notify_all()
+
+    async def hold(self) -> None:
+        """Give each student only what one of its ranks has already, so that all of them stop at the same batch."""
+        async with self._changed:
+            self._held = True
+            for consumer in self._consumers.values():
+                consumer.until = max(consumer.next_of_rank)
             self._changed.notify_all()
 
     async def lost(self, number: int, labels: list[ray.ObjectRef], held_out: bool = False) -> None:
@@ -281,6 +246,7 @@ class Stream:
 
         Raises:
             RunError: the batch is not the next one of this rank, or the teacher is lost for good.
+            HeldError: the pass is held before this batch.
         """
         consumer = self._consumers[student]
         if not consumer.lives[rank]:
@@ -294,9 +260,11 @@ class Stream:
         async with self._changed:
             self._forget()
             self._changed.notify_all()
-            while number not in self._window.ready:
+            while number not in self._window.ready or consumer.holds(number):
                 if self._error is not None:
                     raise RunError(self._error)
+                if consumer.holds(number):
+                    raise HeldError(f"the pass is held before batch {number}")
                 await self._changed.wait()
                 if consumer.lives[rank] != life:
                     raise RunError(f"{student} rank {rank} has been started again; this call is from before")
@@ -353,7 +321,7 @@ class Stream:
         source = self._source
         if source is None:
             return StreamStats.unstarted(self._batches.count, self._error)
-        active = {name: c for name, c in self._consumers.items() if c.active and c.attached}
+        active = {name: c for name, c in self._consumers.items() if c.active and c.seen}
         slowest = min(active, key=lambda name: active[name].position, default=None)
         fastest = max((c.position for c in active.values()), default=0)
         idle = self._positions() is not None and self._next_to_fetch() is None and not self._window.in_flight

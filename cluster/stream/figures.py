@@ -11,6 +11,10 @@ from cluster.corpus.batches import Batch
 from cluster.teacher.pool import PoolStats
 
 
+class HeldError(Exception):
+    """The pass is being held: there is no further batch for now, and what has been learnt is to be put away."""
+
+
 @dataclass(frozen=True)
 class Delivery:
     """What one rank gets of one batch.

@@ -71,6 +71,7 @@ class Reader:
 
         Raises:
             RunError: the teacher is lost for good.
+            HeldError: the pass is held before this batch, for every rank of the student.
             RayActorError: the stream did not come back.
         """
         coming, self._coming, self._needed = self._coming, None, number

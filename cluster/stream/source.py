@@ -62,7 +62,9 @@ class LabelSource:
         self._spec, self._teacher, self._store, self.log = spec, teacher, store, log
         self._blocks = spec.blocks_per_batch
         self._pool: TeacherPool | None = None
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="store")
+        # Apart, so that writes that a store in trouble does not take keep no reader waiting.
+        self._readers = ThreadPoolExecutor(THREADS, thread_name_prefix="store-reads")
+        self._writers = ThreadPoolExecutor(THREADS, thread_name_prefix="store-writes")
         self._lease: Lease | None = None
         self._holder = holder
         self._demand, self._pace = demand, pace
@@ -118,10 +120,10 @@ class LabelSource:
         wanted = {number: self._stamp(self._spec.labels, address) for number, address in train.items()}
         exact = [self._stamp(HIDDEN, address) for address in held_out]
         prefixes = sorted({labels_prefix(stamp) for stamp in (*wanted.values(), *exact)})
-        self._lease = await self._aside(self._store.lease, self._holder, *prefixes)
+        self._lease = await self._ask(self._store.lease, self._holder, *prefixes)
         self._keeper = asyncio.get_running_loop().create_task(self._renew(self._lease))
-        missing = await self._aside(self._store.missing, [*wanted.values(), *exact])
-        if missing or await self._aside(self._store.get_head, self._teacher.fingerprint) is None:
+        missing = await self._ask(self._store.missing, [*wanted.values(), *exact])
+        if missing or await self._ask(self._store.get_head, self._teacher.fingerprint) is None:
             self._started()
         lost = {(stamp.labels, stamp.batch) for stamp in missing}
         return {number for number, stamp in wanted.items() if (stamp.labels, stamp.batch) not in lost}
@@ -147,7 +149,7 @@ class LabelSource:
             saved()
             return blocks
         blocks = await self._started().score(batch)
-        await self._aside(self.log.add, batch.number, batch.address)
+        await asyncio.to_thread(self.log.add, batch.number, batch.address)
         self._save(stamp, blocks, saved, lost)
         return blocks
 
@@ -172,14 +174,14 @@ class LabelSource:
 
     # -- the store -------------------------------------------------------------------------------------------------
 
-    async def _aside(self, work: Callable[..., R], *args: Any) -> R:
-        """Run what blocks in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args))
+    async def _ask(self, work: Callable[..., R], *args: Any) -> R:
+        """Ask the store in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._readers, lambda: work(*args))
 
     async def _tried(self, work: Callable[..., R], *args: Any) -> R | None:
         """The same, or None where the store cannot be reached or refuses us: it saves work, nothing depends on it."""
         try:
-            return await self._aside(work, *args)
+            return await self._ask(work, *args)
         except (StillhouseError, OSError) as error:
             log.warning("going on without the label store: %s", error)
             return None
@@ -187,7 +189,7 @@ class LabelSource:
     async def _stored(self, stamp: Stamp) -> list[ray.ObjectRef] | None:
         if self._store is None or (block := await self._tried(self._store.get, stamp)) is None:
             return None
-        return await self._aside(_cut, block, self._blocks)
+        return await asyncio.to_thread(_cut, block, self._blocks)
 
     def _save(self, stamp: Stamp, blocks: list[ray.ObjectRef], saved: Callable[[], None], lost: Lost) -> None:
         if self._store is None:
@@ -200,17 +202,20 @@ class LabelSource:
     async def _save_until_kept(
         self, store: LabelStore, stamp: Stamp, blocks: list[ray.ObjectRef], saved: Callable[[], None], lost: Lost
     ) -> None:
-        """A store that is away, or lets us not write for now, delays what is kept; it loses nothing."""
-        try:
-            whole = await self._aside(_whole, blocks)
-        except ObjectLostError as error:
-            log.warning("a node died with the labels of batch %s before the store had them: %s", stamp.batch, error)
-            lost(blocks)
-            return
+        """A store that is away, or lets us not write for now, delays what is kept; it loses nothing.
+
+        What waits is held as references only, which Ray puts on the disk when its memory is full.
+        """
         while True:
             try:
-                await self._aside(store.put, whole, stamp)
+                await asyncio.get_running_loop().run_in_executor(
+                    self._writers, lambda: store.put(_whole(blocks), stamp)
+                )
                 break
+            except ObjectLostError as error:
+                log.warning("a node died with the labels of batch %s before the store had them: %s", stamp.batch, error)
+                lost(blocks)
+                return
             except (StillhouseError, OSError) as error:
                 log.warning("the label store does not take batch %s yet: %s", stamp.batch, error)
                 await asyncio.sleep(SAVE_AGAIN_S)

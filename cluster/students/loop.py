@@ -18,6 +18,7 @@ from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
 from cluster.memory import keep_memory
 from cluster.space import NoRoomError
+from cluster.stream.figures import HeldError
 from cluster.stream.reader import Reader
 from cluster.students.commits import Commits
 from cluster.students.elastic import ZERO_FOLDER
@@ -93,10 +94,10 @@ class _Rank:
             self.commits.take_up(self.engine)
         return int(last["batch"])
 
-    def commit(self, batch: int, after: Fidelity | None = None) -> None:
+    def commit(self, batch: int, after: Fidelity | None = None, last: bool = False) -> None:
         """Commit the number of batches learnt with the training state; with ``after`` the finished model instead.
 
-        The finished model is waited for until it is stored, see :meth:`Commits.make`.
+        That, and the ``last`` of a run that ends before, is waited for until it is stored, see :meth:`Commits.make`.
         """
         assert self.before is not None
         facts = {
@@ -114,7 +115,7 @@ class _Rank:
             else:
                 self._export(folder / MODEL_FOLDER)
 
-        self.commits.make(facts, fill, self.parameters, wait=after is not None)
+        self.commits.make(facts, fill, self.parameters, wait=last or after is not None)
 
     def _export(self, folder: Path) -> None:
         """Write the model and its tokenizer as rank 0; the other ranks only help to gather."""
@@ -212,7 +213,15 @@ def _train(job: StudentJob) -> None:
     rank.say("training")
     every = job.family.checkpoints.every
     for number in range(first, job.batches):
-        rank.learn(number)
+        try:
+            rank.learn(number)
+        except HeldError:
+            # The run is to end. All ranks of the student hear of it before the same batch.
+            rank.say("saving")
+            if number > first:
+                rank.commit(number, last=True)
+            rank.say("stopped")
+            return
         if every and (number + 1) % every == 0 and number + 1 < job.batches:
             rank.commit(number + 1)
     if rank.rank == 0:

@@ -40,7 +40,7 @@ def run_student(job: StudentJob) -> StudentResult:
     """Train one student to the end; blocks.
 
     Ray Train starts ranks again that died. What it does not get over is tried again here: that its own controller dies,
-    and that it cannot write down what it has, because the disk is full at that moment.
+    or a rank before it has been told what to do, and that it cannot write down what it has, because the disk is full.
 
     Raises:
         RunError: its ranks failed more often than ``max_failures`` allows.
@@ -59,9 +59,9 @@ def run_student(job: StudentJob) -> StudentResult:
                 raise RunError(f"what looks after its ranks died more often than max_failures: {error}") from error
             log.warning("student %s goes on from its last checkpoint: %s", job.name, error)
         except ray.train.TrainingFailedError as error:
-            if last or not _disk_is_full(job, error):
+            if last or not (_disk_is_full(job, error) or _died_at_launch(error)):
                 raise RunError(_root_cause(error)) from error
-            log.warning("student %s goes on from its last checkpoint once the disk has room: %s", job.name, error)
+            log.warning("student %s goes on from its last checkpoint: %s", job.name, error)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -118,6 +118,11 @@ def _disk_is_full(job: StudentJob, error: Exception) -> bool:
     return said or shutil.disk_usage(job.storage).free < SPARE_BYTES
 
 
+def _died_at_launch(error: Exception) -> bool:
+    """Whether a rank died in the moment between its start and its work, which Ray Train does not try again."""
+    return isinstance(getattr(error, "controller_failure", None), RayActorError)
+
+
 def _root_cause(error: Exception) -> str:
     """What the first rank that failed said, in one line."""
     failures = getattr(error, "worker_failures", None) or {0: error}
@@ -127,8 +132,14 @@ def _root_cause(error: Exception) -> str:
 
 
 def student_result(name: str, folder: Path) -> StudentResult:
-    """What the last checkpoint of a finished student says of it."""
+    """What the last checkpoint of a finished student says of it.
+
+    Raises:
+        RunError: it has not finished.
+    """
     commit = json.loads((folder / COMMIT_FILE).read_text())
+    if commit["after"] is None:
+        raise RunError(f"it was told to stop after batch {commit['batch'] - 1}")
     return StudentResult(
         name=name,
         model_dir=str(folder / MODEL_FOLDER),

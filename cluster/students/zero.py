@@ -35,8 +35,15 @@ def zero_config(student: StudentSpec, batch_sequences: int, load_universal: bool
         "gradient_accumulation_steps": batch_sequences // (student.ranks * student.micro_batch),
         "gradient_clipping": student.optimizer.clip,
         "bf16": {"enabled": student.precision == "bfloat16"},
+        # Left alone, DeepSpeed sums a bfloat16 student's micro-batches in float32 and rounds the sum to bfloat16 to
+        # reduce it over the ranks. The bucket then holds as many bytes as its own default does in bfloat16.
         "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": {"stage": student.zero_stage, "overlap_comm": student.gpus_per_rank > 0},
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": student.zero_stage,
+            "reduce_bucket_size": 250_000_000,
+            "overlap_comm": student.gpus_per_rank > 0,
+        },
         "checkpoint": {"load_universal": load_universal},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -47,7 +54,8 @@ def reduce_nothing(engine: Any) -> None:
     """Let the only rank of a student keep its gradients as they are.
 
     DeepSpeed's bfloat16 optimiser gathers all of them, sums them over the ranks and copies them back even where there
-    is one rank: on a CPU a quarter of the step. Its other optimisers sort gradients in the same sweep and need it.
+    is one rank, which changes no bit of a float32 sum. Its other optimisers sort gradients in the same sweep and need
+    it.
     """
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 

@@ -36,7 +36,7 @@ class PoolStats:
     """Counters of a pool. ``restarts`` are replicas started again; ``rescored`` are batches that died with one.
 
     Attributes:
-        elastic: whether the number of replicas may change.
+        elastic: whether the number of replicas may change with the students' need.
         growing: whether one more replica is being started.
         grown: replicas that were added; ``shrunk`` were not needed any more or in a student's place, ``lost`` died and
             were not needed.
@@ -155,12 +155,16 @@ class TeacherPool:
     def _unfit(self, replica: Replica, reason: str) -> None:
         """A replica will not do, however often it is started: without it the pool is smaller, or at its end."""
         replica.stop()
-        if not self._spared(replica, reason):
+        if not self._spared(replica, reason, self._spec.min_replicas):
             self._fail(reason)
 
-    def _spared(self, replica: Replica, reason: str) -> bool:
-        """Whether the pool can do without a replica that is lost; it is then smaller by that one."""
-        if self.size <= self._spec.min_replicas:
+    def _spared(self, replica: Replica, reason: str, least: int) -> bool:
+        """Whether the pool can do without a replica that is lost; it is then smaller by that one.
+
+        Args:
+            least: replicas that must be left.
+        """
+        if self.size <= least:
             return False
         log.warning("going on with %d teacher replicas: %s", self.size - 1, reason)
         self.stats.last_error = reason
@@ -181,16 +185,18 @@ class TeacherPool:
         """Start a dead replica again, a little later each time, until its restarts are used up."""
         replica.stop()
         log.warning("teacher replica %d died: %s", replica.index, error)
-        if self._spared(replica, f"replica {replica.index}: {first_line(error)}"):
+        self.stats.last_error = f"replica {replica.index}: {first_line(error)}"
+        if self._spared(replica, self.stats.last_error, self._spec.min_replicas):
             return
         self._deaths[replica.index] += 1
-        self.stats.last_error = f"replica {replica.index}: {first_line(error)}"
         if self._deaths[replica.index] > self._spec.max_restarts:
-            self._fail(
+            reason = (
                 f"teacher replica {replica.index} died {self._deaths[replica.index]} times, which is more than "
-                f"teacher.max_restarts {self._spec.max_restarts}; the last time: {first_line(error)}. See to the "
-                f"cluster, or raise teacher.max_restarts, and go on with --resume"
+                f"teacher.max_restarts {self._spec.max_restarts}; the last time: {first_line(error)}"
             )
+            # As long as another serves or may still do so, this one is no reason to end a night's work.
+            if not self._spared(replica, reason, 1):
+                self._fail(f"{reason}. See to the cluster, or raise teacher.max_restarts, and go on with --resume")
             return
         self.stats.restarts += 1
         await asyncio.sleep(min(30.0, 0.5 * 2 ** self._deaths[replica.index]))

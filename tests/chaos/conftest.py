@@ -19,10 +19,10 @@ REPORT = pytest.StashKey[ChaosReport]()
 LONGEST_S = 1800
 
 
-@pytest.fixture(scope="session")
-def dice() -> random.Random:
-    """Random moments, from the seed that every run prints first."""
-    return random.Random(CHAOS_SEED)
+@pytest.fixture
+def dice(request: pytest.FixtureRequest) -> random.Random:
+    """Random moments, from the seed that every run prints first: a test's own, whichever others run before it."""
+    return random.Random(f"{CHAOS_SEED} {request.node.nodeid}")
 
 
 @pytest.fixture(scope="session")

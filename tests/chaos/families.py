@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from cluster.audit import problems_of
+from cluster.audit import AUDIT_FOLDER, problems_of, steps_of
 from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.result import FamilyResult
 from tests.chaos.report import ChaosReport
@@ -30,21 +33,50 @@ FAMILY: dict[str, Any] = {
 }
 
 
+# Batches that a student may learn again after it was started anew. Two commits may be under way; one is slack.
+BACK_AT_MOST = 3 * FAMILY["checkpoints"]["every"]
+
+
+def assert_went_on(folder: Path, students: Iterable[str]) -> None:
+    """No student of a run has begun again further back than its commits allow: what it had was taken up."""
+    for name in students:
+        reached = 0
+        for line in (folder / AUDIT_FOLDER / f"{name}.jsonl").read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a line that a death cut short
+                facts = json.loads(line)
+                assert "batch" in facts or facts["life"] >= reached - BACK_AT_MOST, (name, reached, facts)
+                reached = max(reached, facts.get("batch", -1) + 1)
+
+
 def weights(result: FamilyResult, student: str) -> dict[str, torch.Tensor]:
     """A finished student's weights."""
     return load_file(Path(result.students[student].model_dir) / "model.safetensors")
 
 
-def assert_survived(result: FamilyResult, spec: Any, undisturbed: FamilyResult, report: ChaosReport) -> None:
-    """Every student finished, learnt each batch once, and is to the bit what it would have been."""
-    report.learnt(result.run.folder, spec.students, BATCHES)
-    assert result.failed == {}
+def assert_same_weights(own: dict[str, torch.Tensor], other: dict[str, torch.Tensor], name: str) -> None:
+    """Two states of a student are the same to the bit."""
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[key], other[key]) for key in own), name
+
+
+def assert_learnt_once(result: FamilyResult, spec: Any, name: str) -> None:
+    """A student's audit log has each batch once, in order."""
     batches = Batches(result.run.folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
+    assert problems_of(result.run.folder, name, batches) == []
+
+
+def lives_of(folder: Path, students: Iterable[str]) -> dict[str, int]:
+    """How often each student of a run has begun to learn."""
+    return {name: steps_of(folder, name)[1] for name in students}
+
+
+def assert_survived(result: FamilyResult, spec: Any, undisturbed: FamilyResult) -> None:
+    """Every student finished, learnt each batch once, and is to the bit what it would have been."""
+    assert result.failed == {}
+    assert_went_on(result.run.folder, spec.students)
     for name in spec.students:
-        assert problems_of(result.run.folder, name, batches) == []
-        own, other = weights(result, name), weights(undisturbed, name)
-        assert own.keys() == other.keys()
-        assert all(torch.equal(own[key], other[key]) for key in own), name
+        assert_learnt_once(result, spec, name)
+        assert_same_weights(weights(result, name), weights(undisturbed, name), name)
 
 
 def learnt(home: Path) -> int:
@@ -54,7 +86,11 @@ def learnt(home: Path) -> int:
 
 
 def assert_finished_as(
-    undisturbed: dict[str, dict[str, torch.Tensor]], home: Path, report: ChaosReport, **more: str
+    undisturbed: dict[str, dict[str, torch.Tensor]],
+    home: Path,
+    report: ChaosReport,
+    batches: int = BATCHES,
+    **more: str,
 ) -> str:
     """The run in a home is finished, learnt each batch once, and is to the bit what it would have been.
 
@@ -64,13 +100,13 @@ def assert_finished_as(
     Returns:
         What ``stillhouse audit`` prints.
     """
-    run = next((home / "stillhouse" / "runs" / "tiny").iterdir())
-    report.learnt(run, undisturbed, BATCHES)
+    (run,) = (home / "stillhouse" / "runs" / "tiny").iterdir()
+    report.learnt(run, undisturbed, batches)
+    assert_went_on(run, undisturbed)
     disturbed = final_weights(home)
     assert set(disturbed) == set(undisturbed)
     for name, own in disturbed.items():
-        assert own.keys() == undisturbed[name].keys()
-        assert all(own[key].equal(undisturbed[name][key]) for key in own), name
+        assert_same_weights(own, undisturbed[name], name)
     audit = stillhouse("audit", run.name, env=environment(home, **more))
     assert audit.returncode == 0, audit.stdout + audit.stderr
     assert audit.stdout.count("each batch once, in order") == len(undisturbed)

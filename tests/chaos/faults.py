@@ -11,21 +11,20 @@ from functools import partial
 from cluster.watch import Status
 from tests.processes import kill_one
 
-SHARD, RANK, STUDENT, TRAINERS = (
+SHARD, STREAM, TRAINERS, RANK, STUDENT = (
     "a teacher shard killed",
+    "the stream killed",
+    "what waits for the students killed",
     "a rank of a student killed",
     "a whole student killed",
-    "what waits for the students killed",
 )
 DAMAGED = "a label block damaged"
 # What is killed, by the title that Ray gives its process. A student's controller takes all of its ranks with it.
-VICTIMS = {
-    SHARD: "Shard",
-    "the stream killed": "Stream",
-    TRAINERS: "Trainers",
-    RANK: "RayTrainWorker",
-    STUDENT: "TrainController",
-}
+VICTIMS = {SHARD: "Shard", STREAM: "Stream", TRAINERS: "Trainers", RANK: "RayTrainWorker", STUDENT: "TrainController"}
+
+
+def _always(_: Status) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,13 @@ class Fault:
     Attributes:
         moment: batches that all students together have learnt by then.
         do: does it; False where it could not be done yet and must be tried again.
+        when: what else must hold of the family then.
     """
 
     name: str
     moment: int
     do: Callable[[], bool]
+    when: Callable[[Status], bool] = _always
 
 
 @dataclass
@@ -68,23 +69,26 @@ class Faults:
         learnt = sum(student.batch for student in status.students.values())
         for fault in sorted(self.planned, key=lambda fault: fault.moment):
             at = time.time()
-            if fault.moment <= learnt and fault.do():
+            if fault.moment <= learnt and fault.when(status) and fault.do():
                 self.planned.remove(fault)
                 self.done.append((fault.name, at))
                 return
+
+
+def kill(name: str, moment: int, dice: random.Random, when: Callable[[Status], bool] = _always) -> Fault:
+    """``SIGKILL`` for one process of a kind, any of them.
+
+    Args:
+        name: a key of :data:`VICTIMS`.
+    """
+    return Fault(name, moment, partial(kill_one, VICTIMS[name], dice.randrange(5)), when)
 
 
 def kills(names: Sequence[str], last: int, dice: random.Random) -> Faults:
     """One kill for each name at random moments.
 
     Args:
-        names: keys of :data:`VICTIMS`.
         last: the latest moment.
     """
     moments = dice.sample(range(2, last), len(names))
-    return Faults(
-        [
-            Fault(name, moment, partial(kill_one, VICTIMS[name], dice.randrange(5)))
-            for name, moment in zip(names, moments, strict=True)
-        ]
-    )
+    return Faults([kill(name, moment, dice) for name, moment in zip(names, moments, strict=True)])

@@ -7,10 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 from cluster.audit import AUDIT_FOLDER, scorings_of, steps_of
+from tests.chaos.faults import Faults
 
 # A kill is timed just before it is done; a student may end its step meanwhile.
 A_STEP_S = 0.5
@@ -24,8 +26,8 @@ class ChaosReport:
         injected: faults by name.
         survived: those of families that ended as if nothing had happened.
         lost: batches that a student never learnt; ``doubled`` are those that it learnt twice.
-        rescored: batches that the teacher scored again, because it died over them.
-        families: that were disturbed.
+        rescored: batches that the teacher scored more than once, as when it died over them.
+        families: that were disturbed; ``unfinished`` are those that did not end as they should have.
         seconds: how long things took, by what they are.
     """
 
@@ -35,14 +37,30 @@ class ChaosReport:
     doubled: int = 0
     rescored: int = 0
     families: int = 0
+    unfinished: int = 0
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def surviving(self, *faults: str) -> Iterator[None]:
         """Counts faults as injected; as survived too, if what the block asserts holds."""
         self.injected.update(faults)
-        yield
+        try:
+            yield
+        except BaseException:
+            self.unfinished += 1
+            raise
         self.survived.update(faults)
+
+    @contextlib.contextmanager
+    def disturbing(self, folder: Path, students: Iterable[str], batches: int, faults: Faults) -> Iterator[None]:
+        """The same for a family that runs in the block, with what it has come to by its end, see :meth:`learnt`."""
+        try:
+            with self.surviving():
+                yield
+            self.survived.update(faults.names)
+        finally:
+            self.injected.update(faults.names)
+            self.learnt(folder, students, batches)
 
     def learnt(self, folder: Path, students: Iterable[str], batches: int) -> None:
         """Add what a disturbed family has come to.
@@ -64,8 +82,9 @@ class ChaosReport:
 
     def lines(self) -> Iterator[str]:
         """The report as text."""
-        yield f"families disturbed {self.families}, labels lost {self.lost}, doubled {self.doubled}"
-        yield f"batches scored again, because the teacher died over them: {self.rescored}"
+        counts = f"families disturbed {self.families}, of them failed {self.unfinished}"
+        yield f"{counts}, labels lost {self.lost}, doubled {self.doubled}"
+        yield f"batches scored again: {self.rescored}"
         for name, count in sorted(self.injected.items()):
             yield f"{name}: injected {count}, survived {self.survived[name]}"
         for what, seconds in sorted(self.seconds.items()):
@@ -73,20 +92,26 @@ class ChaosReport:
 
 
 def student_recoveries(folder: Path, students: Iterable[str], kills: Iterable[float]) -> list[float]:
-    """Seconds from each kill to the next step of a student that it hit, read from the audit logs.
+    """Seconds from a kill to the next step of a student that it hit, read from the audit logs.
+
+    A student that is killed again before that step counts once, from the first kill on.
 
     Args:
         folder: the run's.
         kills: when something was killed that may have ended a student, in seconds since the epoch.
     """
-    found = []
+    found: list[float] = []
     for student in students:
         lines = (folder / AUDIT_FOLDER / f"{student}.jsonl").read_text().splitlines()
         # What a killed writer left of a line is not an event.
         events = [json.loads(line) for line in lines if line.endswith("}")]
-        for before, life, after in zip(events, events[1:], events[2:], strict=False):
-            # It was hit by the first kill after its last sign of life.
-            hits = [kill for kill in kills if before["at"] - A_STEP_S < kill < life["at"]]
-            if "batch" not in life and "batch" in after and hits:
-                found.append(after["at"] - min(hits))
+        killed: float | None = None
+        for before, event in pairwise(events):
+            if "batch" not in event:
+                # A new life: it was hit by the first kill after its last sign of life, if no earlier one still counts.
+                hits = [kill for kill in kills if before["at"] - A_STEP_S < kill < event["at"]]
+                killed = min(hits, default=None) if killed is None else killed
+            elif killed is not None:
+                found.append(event["at"] - killed)
+                killed = None
     return found

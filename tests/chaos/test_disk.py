@@ -56,13 +56,29 @@ def tail_of_log(disk: Path) -> str:
 
 
 def run_until_full(path: Path, disk: Path, dice: random.Random) -> tuple[subprocess.Popen[str], Path]:
-    """Start a family and fill its disk at a random moment."""
+    """Start a family, and fill its disk at a random moment while a checkpoint is being made."""
     process = start("run", str(path), env=environment(disk))
     moment = dice.randrange(1, BATCHES)
-    while learnt(disk) < moment:
+    while learnt(disk) < moment or not checkpoint_under_way(disk):
         assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        time.sleep(0.002)
     return process, fill(disk)
+
+
+def checkpoint_under_way(disk: Path) -> bool:
+    """Whether a rank is putting a checkpoint together; it does so on the disk of Ray's temporary files."""
+    (run,) = (disk / "stillhouse" / "runs" / "tiny").iterdir()
+    return any(Path("/tmp").glob(f"still-*/tmp/stillhouse.{run.name}.*/*"))
+
+
+def wait_until_noticed(process: subprocess.Popen[str], disk: Path) -> None:
+    """Until some process of the run has said that it waits for room; its own log is on the disk that has none."""
+    while True:
+        logs = Path("/tmp").glob("still-*/session_*/logs/worker-*.err")
+        if any(f"the disk of {disk}" in log.read_text(errors="replace") for log in logs):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.5)
 
 
 def test_the_disk_is_full_for_a_while(
@@ -70,12 +86,13 @@ def test_the_disk_is_full_for_a_while(
 ) -> None:
     path = write_family(tmp_path, tiny, PAIR, store={"uri": str(disk / "labels")}, **FAMILY)
     process, hog = run_until_full(path, disk, dice)
-    time.sleep(dice.uniform(5, 15))
-    assert process.poll() is None, process.communicate()
-    hog.unlink()
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output + tail_of_log(disk)
-    with report.surviving("a full disk"):
+    with report.surviving("a disk filled during a checkpoint"):
+        wait_until_noticed(process, disk)
+        time.sleep(dice.uniform(0, 15))
+        assert process.poll() is None, process.communicate()
+        hog.unlink()
+        output, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, output + tail_of_log(disk)
         assert_finished_as(undisturbed_pair, disk, report)
 
 
@@ -84,15 +101,15 @@ def test_the_disk_stays_full_and_the_run_stops_and_can_be_resumed(
 ) -> None:
     path = write_family(tmp_path, tiny, PAIR, store={"uri": str(disk / "labels")}, patience_s=PATIENCE_S, **FAMILY)
     process, hog = run_until_full(path, disk, dice)
-    kept = learnt(disk)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, output + tail_of_log(disk)
-    said = output.strip().splitlines()[-1]
-    run = next((disk / "stillhouse" / "runs" / "tiny").iterdir())
-    assert str(run) in said and f"patience_s {PATIENCE_S:g} s" in said and " bytes " in said and "--resume" in said
-    assert learnt(disk) >= kept
-    hog.unlink()
-    resumed = stillhouse("run", str(path), "--resume", env=environment(disk), timeout=500)
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    with report.surviving("a full disk that stayed so, then resumed"):
+    with report.surviving("a disk filled during a checkpoint that stayed so, then resumed"):
+        reached = learnt(disk)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 1, output + tail_of_log(disk)
+        said = output.strip().splitlines()[-1]
+        run = next((disk / "stillhouse" / "runs" / "tiny").iterdir())
+        assert str(run) in said and f"patience_s {PATIENCE_S:g} s" in said and " bytes " in said and "--resume" in said
+        assert learnt(disk) >= reached
+        hog.unlink()
+        resumed = stillhouse("run", str(path), "--resume", env=environment(disk), timeout=500)
+        assert resumed.returncode == 0, resumed.stdout + resumed.stderr
         assert_finished_as(undisturbed_pair, disk, report)

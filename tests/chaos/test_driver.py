@@ -16,7 +16,31 @@ from tests.chaos.report import ChaosReport
 from tests.integration.conftest import write_family
 from tests.integration.test_command_line import environment, final_weights, read_until, start, stillhouse
 
+DRIVER = "the driver killed"
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+
+
+def kill_driver_and_resume(path: Path, home: Path, moment: int, **more: str) -> None:
+    """Start a family, kill its driver once the students have taken ``moment`` steps, and finish it with ``--resume``.
+
+    Args:
+        more: of the commands' environment.
+    """
+    env = environment(home, **more)
+    process = start("run", str(path), env=env)
+    read_until(process, "run tiny-")
+    while learnt(home) < moment:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    # What it started ends with it, without anybody's help; Ray's agents look for their head for a minute first.
+    _, alive = psutil.wait_procs(family, timeout=150)
+    assert alive == []
+    resumed = stillhouse("run", str(path), "--resume", env=env, timeout=900)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
 
 
 def test_the_driver_is_killed(tiny: Path, tmp_path: Path, dice: random.Random, report: ChaosReport) -> None:
@@ -24,22 +48,8 @@ def test_the_driver_is_killed(tiny: Path, tmp_path: Path, dice: random.Random, r
     homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
     for home in homes:
         home.mkdir()
-    moment = dice.randrange(1, BATCHES * len(STUDENTS) - 10)
-    process = start("run", str(path), env=environment(homes[0]))
-    read_until(process, "run tiny-")
-    while learnt(homes[0]) < moment:
-        assert process.poll() is None
-        time.sleep(0.1)
-    family = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    # What it started ends with it, without anybody's help; Ray's agents look for their head for a minute first.
-    _, alive = psutil.wait_procs(family, timeout=150)
-    assert alive == []
-
-    resumed = stillhouse("run", str(path), "--resume", env=environment(homes[0]))
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    whole = stillhouse("run", str(path), env=environment(homes[1]))
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    with report.surviving("the driver killed"):
+    with report.surviving(DRIVER):
+        kill_driver_and_resume(path, homes[0], dice.randrange(1, BATCHES * len(STUDENTS) - 10))
+        whole = stillhouse("run", str(path), env=environment(homes[1]))
+        assert whole.returncode == 0, whole.stdout + whole.stderr
         assert_finished_as(final_weights(homes[1]), homes[0], report)

@@ -43,22 +43,24 @@ def test_the_last_replica_dies_more_often_than_it_may(
     path = write_family(tmp_path, tiny, PAIR, **{**FAMILY, "teacher": {"max_restarts": RESTARTS}})
     env = environment(tmp_path)
     process = start("run", str(path), env=env)
-    for _ in range(RESTARTS + 1):
-        kill_after(process, tmp_path, dice.randint(1, APART))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1, output
-    said = output.strip().splitlines()[-1]
-    assert f"teacher replica 0 died {RESTARTS + 1} times, which is more than teacher.max_restarts {RESTARTS}" in said
-    assert "--resume" in said
-    state = json.loads(next((tmp_path / "stillhouse" / "runs").glob("*/*/run.json")).read_text())
-    assert state["versions"] == {}
-
-    kept = scored(tmp_path)
-    resumed = start("run", str(path), "--resume", env=env)
-    for _ in range(RESTARTS):
-        kill_after(resumed, tmp_path, dice.randint(1, APART))
-    output, _ = resumed.communicate(timeout=500)
-    assert resumed.returncode == 0, output
-    assert scored(tmp_path) > kept
     with report.surviving(*["the last replica killed"] * (2 * RESTARTS + 1)):
+        for _ in range(RESTARTS + 1):
+            kill_after(process, tmp_path, dice.randint(1, APART))
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 1, output
+        said = output.strip().splitlines()[-1]
+        assert (
+            f"teacher replica 0 died {RESTARTS + 1} times, which is more than teacher.max_restarts {RESTARTS}" in said
+        )
+        assert "--resume" in said
+        state = json.loads(next((tmp_path / "stillhouse" / "runs").glob("*/*/run.json")).read_text())
+        assert state["versions"] == {}
+
+        kept = scored(tmp_path)
+        resumed = start("run", str(path), "--resume", env=env)
+        for _ in range(RESTARTS):
+            kill_after(resumed, tmp_path, dice.randint(1, APART))
+        output, _ = resumed.communicate(timeout=500)
+        assert resumed.returncode == 0, output
+        assert scored(tmp_path) > kept
         assert_finished_as(undisturbed_pair, tmp_path, report)

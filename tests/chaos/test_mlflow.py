@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import psutil
@@ -19,7 +20,7 @@ from cluster.family import run_family
 from cluster.preflight import preflight
 from cluster.runs import open_run
 from cluster.specfile import load_spec
-from tests.chaos.families import BATCHES, FAMILY, STUDENTS
+from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_learnt_once, assert_same_weights, weights
 from tests.chaos.faults import Fault, Faults
 from tests.chaos.report import ChaosReport
 from tests.integration.conftest import free_port, write_family
@@ -74,7 +75,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def test_mlflow_is_away_for_a_minute(
-    tiny: Path, tmp_path: Path, server: Server, dice: random.Random, report: ChaosReport
+    tiny: Path, tmp_path: Path, server: Server, undisturbed_pair: Any, dice: random.Random, report: ChaosReport
 ) -> None:
     back = threading.Timer(AWAY_S, server.start)
 
@@ -85,11 +86,14 @@ def test_mlflow_is_away_for_a_minute(
 
     faults = Faults([Fault("MLflow away for a minute", dice.randrange(1, BATCHES), cut_off)])
     checked = preflight(load_spec(write_family(tmp_path, tiny, ONE, tracking={"uri": server.uri}, **FAMILY)))
-    result = run_family(checked, open_run(checked.spec, False), faults)
-    with report.surviving(*faults.names):
-        report.learnt(result.run.folder, ONE, BATCHES)
+    run = open_run(checked.spec, False)
+    with report.disturbing(run.folder, ONE, BATCHES, faults):
+        result = run_family(checked, run, faults)
         assert faults.done
         assert result.failed == {}
+        assert_learnt_once(result, checked.spec, "alone")
+        # Students share batches and labels and nothing else: what it learns beside another is what it learns alone.
+        assert_same_weights(weights(result, "alone"), undisturbed_pair["alone"], "alone")
         client = mlflow.MlflowClient(server.uri)
         history = client.get_metric_history(result.run.mlflow["alone"], "loss")
         assert [metric.step for metric in history] == list(range(1, BATCHES + 1))

@@ -1,9 +1,13 @@
-"""Processes of a family killed at random moments; every student ends to the bit where it would have ended."""
+"""One process of a running family killed, of each kind; every student ends to the bit where it would have ended."""
 
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.util.placement_group import placement_group_table
@@ -12,16 +16,51 @@ from cluster.evaluate.result import FamilyResult
 from cluster.family import run_family
 from cluster.preflight import preflight
 from cluster.runs import open_run
+from cluster.spec import StreamSpec
 from cluster.specfile import load_spec
-from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived
-from tests.chaos.faults import RANK, SHARD, VICTIMS, kills
+from cluster.watch import Status
+from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived, lives_of
+from tests.chaos.faults import RANK, SHARD, STREAM, STUDENT, TRAINERS, Faults, kill
 from tests.chaos.report import ChaosReport, student_recoveries
 from tests.integration.conftest import run_here, write_family
 from tests.processes import own_processes
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
-# Nothing is killed later: on a fast machine the last student would be through before its turn to die came.
-LAST = BATCHES * len(STUDENTS) * 2 // 3
+# Moments at which there is enough left to do, also on a machine that takes many steps between two looks.
+EARLY, LATE = 2, BATCHES // 4
+# What a student does that has taken a step and has not yet put away its model.
+LEARNING = ("training", "measuring after")
+
+
+@dataclass(frozen=True)
+class Killer:
+    """Runs families over the tiny teacher while something of theirs is killed.
+
+    Attributes:
+        undisturbed: what every student becomes when nothing happens.
+    """
+
+    tiny: Path
+    folder: Path
+    undisturbed: FamilyResult
+    report: ChaosReport
+
+    def run(self, students: Sequence[str], faults: Faults, **sections: Any) -> tuple[FamilyResult, dict[str, int]]:
+        """A disturbed family of these students: what came of it, and how many lives each of them had."""
+        chosen = {name: STUDENTS[name] for name in students}
+        checked = preflight(load_spec(write_family(self.folder, self.tiny, chosen, **{**FAMILY, **sections})))
+        run = open_run(checked.spec, False)
+        with self.report.disturbing(run.folder, students, BATCHES, faults):
+            result = run_family(checked, run, faults)
+            assert not faults.planned, faults
+            assert_survived(result, checked.spec, self.undisturbed)
+        found = student_recoveries(run.folder, students, faults.kills_of_students)
+        for seconds in found:
+            self.report.took("a student killed to its next step", seconds)
+        assert len(found) >= len(faults.kills_of_students)
+        # Nothing of the dead holds resources that the next family would miss.
+        assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
+        return result, lives_of(run.folder, students)
 
 
 @pytest.fixture(scope="module")
@@ -38,35 +77,80 @@ def undisturbed(tiny: Path, warm: str, tmp_path_factory: pytest.TempPathFactory)
     return result
 
 
-def test_the_teacher_the_stream_and_parts_of_every_student_are_killed(
-    tiny: Path, tmp_path: Path, undisturbed: FamilyResult, dice: random.Random, report: ChaosReport
-) -> None:
-    faults = kills([*(name for name in VICTIMS if name != SHARD), RANK, RANK], LAST, dice)
-    # Once the store has all of it, a stream that is started again needs no teacher, and there is none to kill.
-    faults.planned += kills([SHARD], BATCHES // 2, dice).planned
-    checked = preflight(load_spec(write_family(tmp_path, tiny, STUDENTS, **FAMILY)))
-    result = run_family(checked, open_run(checked.spec, False), faults)
-    for seconds in student_recoveries(result.run.folder, STUDENTS, faults.kills_of_students):
-        report.took("a student killed to its next step", seconds)
-    with report.surviving(*faults.names):
-        assert not faults.planned, faults
-        assert_survived(result, checked.spec, undisturbed, report)
-    # With a store only what was being scored when its teacher died may be scored again.
-    again = sum(count - 1 for count in result.stats.scored.values())
-    assert again <= 2
-    # Nothing of the dead holds resources that the next family would miss.
-    assert {group["state"] for group in placement_group_table().values()} <= {"REMOVED"}
+@pytest.fixture
+def killer(tiny: Path, tmp_path: Path, undisturbed: FamilyResult, report: ChaosReport) -> Killer:
+    return Killer(tiny, tmp_path, undisturbed, report)
+
+
+def all_learn(status: Status) -> bool:
+    """Whether every student has begun, and a kill would take something from each that is not through."""
+    left = [student for student in status.students.values() if student.phase != "finished"]
+    learning = all(student.batch and student.phase in LEARNING for student in left)
+    return bool(left) and learning and len(own_processes("TrainController")) == len(left)
+
+
+def test_one_of_two_shards_is_killed(killer: Killer, tmp_path: Path, dice: random.Random) -> None:
+    # Two shards add in another order than one, so what they teach has other last bits.
+    teacher = {**FAMILY["teacher"], "shards": 2}
+    (tmp_path / "undisturbed").mkdir()
+    alone = {"alone": STUDENTS["alone"]}
+    _, whole, _ = run_here(write_family(tmp_path / "undisturbed", killer.tiny, alone, **{**FAMILY, "teacher": teacher}))
+    faults = Faults([kill(SHARD, dice.randrange(EARLY, LATE), dice)])
+    result, lives = replace(killer, undisturbed=whole).run(["alone"], faults, teacher=teacher)
+    assert result.stats.pool.restarts == 1
+    assert lives == {"alone": 1}
+    assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
+
+
+def test_one_of_two_replicas_is_killed(killer: Killer, dice: random.Random) -> None:
+    faults = Faults([kill(SHARD, dice.randrange(EARLY, LATE), dice)])
+    result, lives = killer.run(["alone"], faults, teacher={**FAMILY["teacher"], "replicas": 2})
+    assert result.stats.pool.restarts == 1
+    assert lives == {"alone": 1}
+    assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
+
+
+def test_the_stream_is_killed(killer: Killer, dice: random.Random) -> None:
+    result, lives = killer.run(["alone", "two"], Faults([kill(STREAM, dice.randrange(EARLY, LATE), dice)]))
+    assert lives == {"alone": 1, "two": 1}
+    # What the store did not have yet is scored again: a window of batches at most.
+    assert sorted(result.stats.scored) == list(range(BATCHES))
+    assert sum(result.stats.scored.values()) - BATCHES <= StreamSpec().window
+
+
+@pytest.mark.parametrize("student", ["two", "three"], ids=["ZeRO-2", "ZeRO-3"])
+def test_one_of_two_ranks_is_killed(killer: Killer, dice: random.Random, student: str) -> None:
+    result, lives = killer.run([student], Faults([kill(RANK, dice.randrange(EARLY, LATE), dice, all_learn)]))
+    assert lives == {student: 2}
+    assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
+
+
+def test_a_whole_student_is_killed_and_its_peers_do_not_notice(killer: Killer, dice: random.Random) -> None:
+    result, lives = killer.run(list(STUDENTS), Faults([kill(STUDENT, EARLY, dice, all_learn)]))
+    assert sorted(lives.values()) == [1, 1, 2]
+    assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
+
+
+def test_what_waits_for_the_students_is_killed(killer: Killer, dice: random.Random) -> None:
+    faults = Faults([kill(TRAINERS, dice.randrange(EARLY, LATE), dice, all_learn)])
+    result, lives = killer.run(["two"], faults)
+    assert lives == {"two": 2}
+    assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
 
 
 def test_a_second_run_over_a_warm_store_needs_no_teacher(
-    tiny: Path, tmp_path: Path, warm: str, undisturbed: FamilyResult, report: ChaosReport
+    tiny: Path, tmp_path: Path, warm: str, undisturbed: FamilyResult
 ) -> None:
     path = write_family(tmp_path, tiny, STUDENTS, store={"uri": warm}, **FAMILY)
     seen: list[int] = []
     checked = preflight(load_spec(path))
+    deadline = time.monotonic() + 30
+    while own_processes("Shard"):  # of the family before this one
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     result = run_family(checked, open_run(checked.spec, False), lambda status: seen.append(len(own_processes("Shard"))))
     assert max(seen) == 0
     assert result.stats.scored == {}
     # A student that falls behind may make the stream read a batch again.
     assert sorted(result.stats.read) == list(range(BATCHES))
-    assert_survived(result, checked.spec, undisturbed, report)
+    assert_survived(result, checked.spec, undisturbed)

@@ -109,26 +109,53 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return now
 
 
+def let_pass(unplaced: capacity.Unplaced, clock: dict[str, float], seconds: int, *without: str) -> None:
+    """Look once a second while these students have no rank running."""
+    for _ in range(seconds):
+        clock["s"] += 1
+        unplaced.look(without)
+
+
 def test_a_student_without_a_place_ends_the_run_after_its_patience(clock: dict[str, float]) -> None:
     spec = FamilySpec.model_validate(tiny_family(patience_s=60.0))
     unplaced = capacity.Unplaced(spec, lambda: True, lambda: [{"CPU": 0.5}])
-    for clock["s"] in (0.0, 30.0, 59.0):
-        unplaced.look(["small"])
-    clock["s"] = 60.0
+    let_pass(unplaced, clock, 59, "small")
     with pytest.raises(RunError, match=r"student small needs 1 x \(1 CPU\) .* 60 s; there is 0.5 CPU.*--resume"):
-        unplaced.look(["small"])
+        let_pass(unplaced, clock, 1, "small")
 
 
 def test_only_the_time_without_a_place_counts(clock: dict[str, float]) -> None:
     spec = FamilySpec.model_validate(tiny_family(patience_s=60.0))
     pending = [True]
     unplaced = capacity.Unplaced(spec, lambda: pending[0], list)
-    clock["s"] = 50.0
-    unplaced.look(["small"])
+    let_pass(unplaced, clock, 50, "small")
     pending[0] = False
-    clock["s"] = 500.0  # it has a place, and starts its processes
-    unplaced.look(["small"])
+    let_pass(unplaced, clock, 450, "small")  # it has a place, and starts its processes
     pending[0] = True
-    unplaced.look([])  # it runs
-    clock["s"] = 550.0
-    unplaced.look(["small"])  # it lost its ranks, and waits anew
+    let_pass(unplaced, clock, 1)  # it runs
+    let_pass(unplaced, clock, 50, "small")  # it lost its ranks, and waits anew
+
+
+def test_a_student_whose_processes_never_come_up_ends_the_run(clock: dict[str, float]) -> None:
+    spec = FamilySpec.model_validate(tiny_family(patience_s=60.0))
+    pending = [False]
+    unplaced = capacity.Unplaced(spec, lambda: pending[0], list)
+    let_pass(unplaced, clock, 900, "small")
+    let_pass(unplaced, clock, 1)  # it ran for a moment
+    let_pass(unplaced, clock, 900, "small")
+    pending[0] = True
+    let_pass(unplaced, clock, 50, "small")  # that it waits for a place counts apart
+    pending[0] = False
+    let_pass(unplaced, clock, 59, "small")
+    with pytest.raises(RunError, match=r"student small had places .* come up for 960 s.*--resume"):
+        let_pass(unplaced, clock, 1, "small")
+
+
+def test_time_in_which_nobody_looked_is_nobody_s_patience(clock: dict[str, float]) -> None:
+    spec = FamilySpec.model_validate(tiny_family(patience_s=60.0))
+    unplaced = capacity.Unplaced(spec, lambda: True, list)
+    let_pass(unplaced, clock, 1, "small")
+    clock["s"] = 5000.0
+    unplaced.look(["small"])
+    with pytest.raises(RunError, match="has had no place"):
+        let_pass(unplaced, clock, 60, "small")

@@ -204,6 +204,7 @@ def test_a_remote_path_stays_as_it_is(file: Path, uri: str) -> None:
         ("evaluation", {"batches": 1}, False),
         ("checkpoints", {"every": 5}, True),
         ("corpus", {"seed": 1}, False),
+        ("corpus", {"paths": ["/elsewhere/corpus.jsonl"]}, True),
         ("evaluation", {"angle_every": None}, True),
         ("labels", {"k": 9}, False),
         ("labels", {"temperature": 2.0}, False),

@@ -34,6 +34,14 @@ class Fault(Enum):
     FLIP = "flip"
     FLIP_SENT = "flip sent"
 
+    def suits(self, request: web.Request) -> bool:
+        """Whether it could change anything for such a request."""
+        if self is Fault.FLIP_SENT:
+            return request.method == "PUT"
+        if self in (Fault.CUT, Fault.FLIP):
+            return request.method == "GET" and "list-type" not in request.query
+        return True
+
 
 Choice = Callable[[web.Request], Fault | None]
 
@@ -49,9 +57,20 @@ def in_turn(method: str, faults: Sequence[Fault | None], query: str = "") -> Cho
 
 
 def now_and_then(share: float, seed: int) -> Choice:
-    """Any fault on a share of all requests, the same ones for the same seed."""
+    """A fault on a share of all requests, each kind as often as the next where requests suit it."""
     rng = random.Random(seed)
-    return lambda _: rng.choice(list(Fault)) if rng.random() < share else None
+    left: list[Fault] = []
+
+    def choose(request: web.Request) -> Fault | None:
+        if rng.random() >= share:
+            return None
+        if not any(fault.suits(request) for fault in left):
+            left.extend(rng.sample(list(Fault), len(Fault)))
+        fault = next(fault for fault in left if fault.suits(request))
+        left.remove(fault)
+        return fault
+
+    return choose
 
 
 class S3Proxy:
@@ -60,13 +79,14 @@ class S3Proxy:
     Args:
         upstream: the S3 server's URL.
         stall_s: for how long a stalled request stands still.
+        port: to listen on; 0 takes a free one.
 
     Attributes:
-        seen: method and fault of every request so far.
+        seen: method and fault of every request so far; none where there was nothing that it could have spoiled.
     """
 
-    def __init__(self, upstream: str, stall_s: float) -> None:
-        self._upstream, self._stall_s = upstream, stall_s
+    def __init__(self, upstream: str, stall_s: float, port: int = 0) -> None:
+        self._upstream, self._stall_s, self._port = upstream, stall_s, port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.choose: Choice = lambda _: None
@@ -90,7 +110,7 @@ class S3Proxy:
         application.router.add_route("*", "/{path:.*}", self._answer)
         self._runner = web.AppRunner(application, shutdown_timeout=1.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
@@ -100,14 +120,17 @@ class S3Proxy:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         fault = self.choose(request)
-        self.seen.append((request.method, fault))
         body = await request.read()
+        if fault is not None and not fault.suits(request):
+            fault = None
+        if fault not in (Fault.CUT, Fault.FLIP):
+            self.seen.append((request.method, fault))
         if fault in (Fault.ERROR, Fault.SLOW_DOWN):
             return _refusal(500 if fault is Fault.ERROR else 503, fault.value)
         if fault is Fault.STALL:
             await asyncio.sleep(self._stall_s)
             return _refusal(500, "too late")
-        if fault is Fault.FLIP_SENT and request.method == "PUT":
+        if fault is Fault.FLIP_SENT:
             body = _flipped(body)
         # As they came, host and all: they are signed.
         headers = [(name, value) for name, value in request.headers.items() if name.lower() not in _OF_THE_WAY]
@@ -116,7 +139,11 @@ class S3Proxy:
             data = await answer.read()
             if fault is Fault.LOST:
                 return _refusal(500, "InternalError")
-            if fault is Fault.FLIP and answer.status == 200 and "list-type" not in request.query:
+            if fault in (Fault.CUT, Fault.FLIP):
+                # Only what was asked for can be spoiled; that there is no such object has no body to check.
+                fault = fault if answer.status == 200 and data else None
+                self.seen.append((request.method, fault))
+            if fault is Fault.FLIP:
                 data = _flipped(data)
             return await _pass_on(request, answer.status, list(answer.headers.items()), data, fault is Fault.CUT)
 

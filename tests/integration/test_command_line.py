@@ -19,6 +19,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from cluster.audit import AUDIT_FOLDER, steps_of
 from tests.integration.conftest import write_family
 from tests.tiny import write_tiny_model
 
@@ -87,20 +88,30 @@ def test_ctrl_c_leaves_nothing_and_resume_ends_where_an_undisturbed_run_ends(tin
     family = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in p.name() for p in family)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "--resume" in output
     assert "Traceback" not in output
     assert left_behind(family, before) == []
+    (run,) = (homes[0] / "stillhouse" / "runs" / "tiny").iterdir()
+    learnt = {name: len(steps_of(run, name)[0]) for name in STUDENTS}
 
     resumed = stillhouse("run", str(path), "--resume", env=environment(homes[0]))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     whole = stillhouse("run", str(path), env=environment(homes[1]))
     assert whole.returncode == 0, whole.stdout + whole.stderr
+    # Each went on where it was, for it had committed that before it stopped.
+    begun = {name: [e["life"] for e in events_of(run, name) if "batch" not in e] for name in STUDENTS}
+    assert begun == {name: [0, number] if number < 60 else [0] for name, number in learnt.items()}
     disturbed, undisturbed = (final_weights(home) for home in homes)
     assert set(disturbed) == set(undisturbed) == set(STUDENTS)
     for name, weights in undisturbed.items():
         assert all(weights[key].equal(disturbed[name][key]) for key in weights), name
+
+
+def events_of(run: Path, student: str) -> list[dict[str, Any]]:
+    """The lines of a student's audit log."""
+    return [json.loads(line) for line in (run / AUDIT_FOLDER / f"{student}.jsonl").read_text().splitlines()]
 
 
 def wait_for_checkpoints(home: Path, process: subprocess.Popen[str]) -> int:

@@ -54,6 +54,18 @@ def test_a_packed_corpus_is_the_documents_in_some_order_with_an_end_behind_each(
     assert not np.array_equal(tokens, other)
 
 
+def test_a_run_goes_on_with_the_same_text_from_elsewhere_and_with_no_other(tiny: Path, tmp_path: Path) -> None:
+    facts, tokens = pack(tiny, tmp_path / "a", tiny / "corpus.jsonl")
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    elsewhere.write_bytes((tiny / "corpus.jsonl").read_bytes())
+    assert pack(tiny, tmp_path / "a", elsewhere)[0] == facts
+    with elsewhere.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(UserError, match=r"not what the run was started with: 64 documents .* 65 .*without --resume"):
+        pack(tiny, tmp_path / "a", elsewhere)
+    np.testing.assert_array_equal(np.load(tmp_path / "a" / "tokens.npy"), tokens)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

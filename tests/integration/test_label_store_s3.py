@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -225,6 +226,28 @@ def test_a_server_that_stays_away_ends_it_after_its_patience(
         bucket.get("key")
     assert 2.5 < time.monotonic() - began < 30
     assert "\n" not in str(ended.value)
+
+
+def test_a_server_that_is_down_is_waited_for(prefix: str, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    down = S3Bucket(NAME, prefix, patience_s=60.0, read_timeout_s=READ_TIMEOUT_S)
+    with ThreadPoolExecutor(1) as thread:
+        writing = thread.submit(down.put_new, "key", b"the data")
+        time.sleep(3.0)  # nobody listens: each connection is refused
+        assert not writing.done()
+        with S3Proxy(server.meta.endpoint_url, 3 * READ_TIMEOUT_S, port):
+            assert writing.result(timeout=60)
+            assert down.get("key") == b"the data"
+
+
+def test_a_server_that_never_comes_up_ends_it_with_the_reason(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    with pytest.raises(RunError, match=r"gave up to get key after \d+ attempts .*Could not connect.*AWS_ENDPOINT_URL"):
+        S3Bucket(NAME, prefix, patience_s=1.0, read_timeout_s=READ_TIMEOUT_S).get("key")
 
 
 def test_an_upload_that_cannot_be_finished_is_ended(

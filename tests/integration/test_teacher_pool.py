@@ -162,6 +162,31 @@ def test_a_replica_that_keeps_dying_ends_the_pool_with_the_reason(tiny: Path) ->
         asyncio.run(hopeless())
 
 
+def test_a_replica_that_keeps_dying_is_given_up_while_another_serves(tiny: Path) -> None:
+    async def one_is_left() -> tuple[TeacherPool, TopK, TopK]:
+        pool = pool_of(tiny, replicas=2, max_restarts=0)
+        pool.start()
+        async with asyncio.timeout(60):
+            while pool.stats.ready < 2:
+                await asyncio.sleep(0.1)
+        before = await score(pool, 7)
+        shard_processes()[0].kill()
+        async with asyncio.timeout(60):
+            while pool.size > 1:
+                # Whoever is dead is found when it is its turn.
+                await score(pool, 7)
+        after = await score(pool, 7)
+        with pytest.raises(RunError, match=r"died 1 times, which is more than teacher.max_restarts 0.*--resume"):
+            shard_processes()[0].kill()
+            await score(pool, 7)
+        pool.stop()
+        return pool, before, after
+
+    pool, before, after = asyncio.run(one_is_left())
+    np.testing.assert_array_equal(before.codes_TK, after.codes_TK)
+    assert (pool.stats.lost, pool.stats.restarts) == (1, 0)
+
+
 def test_a_teacher_whose_output_is_not_finite_is_refused(tiny: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -19,6 +19,7 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectionError,
     HTTPClientError,
     IncompleteReadError,
 )
@@ -68,7 +69,9 @@ def _may_pass(error: BaseException) -> bool:
         if _code(error) in _ANSWERS:
             return False
         return _status(error) >= 500 or _status(error) in _PASSING_STATUS or _code(error) in _PASSING_CODES
-    return isinstance(error, (HTTPClientError, IncompleteReadError, ResponseParserError, _WrongBytesError))
+    # A server that is down refuses the connection: botocore's ConnectionError, which is no HTTPClientError.
+    passing = (ConnectionError, HTTPClientError, IncompleteReadError, ResponseParserError, _WrongBytesError)
+    return isinstance(error, passing)
 
 
 def _reason(error: BaseException | None) -> str:

@@ -15,6 +15,7 @@ from cluster.corpus.batches import CORPUS_FOLDER, STARTS_FILE, TOKENS_FILE, Corp
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
 from cluster.stream.actor import Stream
+from cluster.stream.figures import HeldError
 from tests.tiny import VOCABULARY, tiny_family
 
 STUDENT = {"init": {"source": "teacher", "layers": 2}}
@@ -30,8 +31,14 @@ def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, again: bool = False) ->
     np.save(corpus / TOKENS_FILE, tokens_NS)
     np.save(corpus / STARTS_FILE, np.zeros(tokens_NS.shape, dtype=np.bool_))
     CorpusFacts(1, tokens_NS.size, SEQUENCES, "0" * 32).write(corpus)
-    spec = FamilySpec.model_validate(tiny_family(students={"a": STUDENT, "b": STUDENT}))
+    spec = FamilySpec.model_validate(tiny_family(students={"a": {**STUDENT, "ranks": 2}, "b": STUDENT}))
     return Stream(spec, str(folder), TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8), None)
+
+
+def asked(stream: Stream, student: str, rank: int, number: int) -> None:
+    """What a rank's call leaves behind."""
+    consumer = stream._consumers[student]
+    consumer.next_of_rank[rank], consumer.lives[rank] = number, 1
 
 
 def needing(stream: Stream) -> list[str]:
@@ -57,6 +64,56 @@ def test_after_a_restart_every_student_needs_its_place_until_it_is_said_to_be_do
     asyncio.run(stream.done(["a"]))
     assert "a" not in needing(stream)
     assert "b" in needing(stream)
+
+
+def test_nothing_is_fetched_before_every_rank_has_said_where_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = begun(tmp_path, monkeypatch)
+    asked(stream, "small", 0, 6)
+    asked(stream, "b", 0, 3)
+    asked(stream, "a", 0, 5)
+    assert stream._next_to_fetch() is None
+    asked(stream, "a", 1, 4)
+    assert stream._next_to_fetch() == 3
+
+
+def test_after_a_restart_a_rank_is_served_whose_peer_learns_together_with_it_what_it_has_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = begun(tmp_path, monkeypatch, again=True)
+    assert stream._next_to_fetch() is None
+    asked(stream, "a", 0, 5)
+    assert stream._next_to_fetch() == 5
+    asked(stream, "b", 0, 3)
+    assert stream._next_to_fetch() == 3
+
+
+def test_a_held_pass_stops_all_ranks_of_a_student_at_the_same_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = begun(tmp_path, monkeypatch)
+    for rank, number in ((0, 5), (1, 4)):
+        asked(stream, "a", rank, number)
+    asked(stream, "b", 0, 2)
+    for number in range(9):
+        stream._window.ready[number] = [None] * stream._blocks  # type: ignore[list-item]
+
+    async def learn() -> list[int | str]:
+        got: list[int | str] = []
+        monkeypatch.setattr(stream, "start", lambda: asyncio.sleep(0))
+        await stream.hold()
+        for student, rank, number in (("a", 1, 4), ("a", 1, 5), ("a", 0, 5), ("b", 0, 2)):
+            try:
+                got.append((await stream.next(student, rank, number)).batch.number)
+            except HeldError:
+                got.append("held")
+        await stream.attach("b", 0, 1)
+        with pytest.raises(HeldError):
+            await stream.next("b", 0, 1)
+        return got
+
+    assert asyncio.run(learn()) == [4, "held", "held", "held"]
 
 
 def test_a_stream_that_cannot_keep_its_log_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
