@@ -37,7 +37,23 @@ app.add_typer(labels, name="labels")
 Store = Annotated[
     str | None, typer.Option(help="A folder or s3://bucket/prefix. Default: $STILLHOUSE_HOME/labels.", metavar="URI")
 ]
+Address = Annotated[
+    str | None, typer.Option(help="URL of the cluster's job server. Default: the context's.", metavar="URL")
+]
+ContextName = Annotated[
+    str | None, typer.Option(help="A cluster by its name, see `stillhouse context`. Default: the one in use.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+jobs = typer.Typer(help="The families that were submitted to a cluster.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(jobs, name="jobs")
+Job = Annotated[str, typer.Argument(help="The job's id.")]
+
+contexts = typer.Typer(
+    help="Clusters by name, so that nobody types addresses.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(contexts, name="context")
+Name = Annotated[str, typer.Argument(help="The context's name.")]
 
 
 @app.command()
@@ -85,13 +101,27 @@ def schema() -> None:
 def submit(
     spec: SpecPath,
     overrides: Overrides = None,
-    address: Annotated[str, typer.Option(help="The cluster's job server.")] = "http://127.0.0.1:8265",
+    address: Address = None,
+    context: ContextName = None,
+    name: Annotated[str | None, typer.Option(help="The job's id. Default: the family's name and the time.")] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=VALUE]",
+            help="Set a variable for the job, of itself to the value it has here. Who may see the cluster's jobs may "
+            "see it. May repeat.",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run there.")] = False,
     follow: Annotated[bool, typer.Option(help="Show its log and end with its outcome.")] = True,
 ) -> None:
     """Run a family as a Ray job on a running cluster."""
+    from jobs.contexts import context_for
     from jobs.submit import submit as submit_family
 
-    raise typer.Exit(submit_family(spec, overrides or [], address, follow))
+    raise typer.Exit(
+        submit_family(spec, overrides or [], context_for(context, address), name, env or [], resume, follow)
+    )
 
 
 @app.command()
@@ -139,11 +169,13 @@ def bench(
 @app.command()
 def doctor(
     address: Annotated[str | None, typer.Option(help="Look at the cluster behind this job server instead.")] = None,
+    context: Annotated[str | None, typer.Option(help="Look at the cluster of this context instead.")] = None,
 ) -> None:
     """Say what this machine or a cluster has, and what is missing for which command."""
+    from jobs.contexts import context_for
     from jobs.doctor import doctor as look
 
-    raise typer.Exit(look(address))
+    raise typer.Exit(look(context_for(context, address) if context or address else None))
 
 
 @labels.command("ls")
@@ -190,6 +222,94 @@ def labels_gc(
     from jobs.labels import collect
 
     collect(store, older_than, max_size, dry_run)
+
+
+@jobs.command("ls")
+def jobs_ls(address: Address = None, context: ContextName = None, as_json: AsJson = False) -> None:
+    """List the families that were submitted, the latest first."""
+    from jobs.contexts import context_for
+    from jobs.manage import list_jobs
+
+    list_jobs(context_for(context, address), as_json)
+
+
+@jobs.command("show")
+def jobs_show(job: Job, address: Address = None, context: ContextName = None) -> None:
+    """Say what is known of a job, and how far it has come."""
+    from jobs.contexts import context_for
+    from jobs.manage import show_job
+
+    show_job(context_for(context, address), job)
+
+
+@jobs.command("logs")
+def jobs_logs(
+    job: Job,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+    address: Address = None,
+    context: ContextName = None,
+) -> None:
+    """Print a job's log; with --follow end with its outcome."""
+    from jobs.contexts import context_for
+    from jobs.manage import show_logs
+
+    raise typer.Exit(show_logs(context_for(context, address), job, follow))
+
+
+@jobs.command("stop")
+def jobs_stop(job: Job, address: Address = None, context: ContextName = None) -> None:
+    """Tell a job to end, and wait until it has; `submit --resume` goes on with it."""
+    from jobs.contexts import context_for
+    from jobs.manage import stop_job
+
+    stop_job(context_for(context, address), job)
+
+
+@contexts.command("add")
+def context_add(
+    name: Name,
+    address: Annotated[str, typer.Option(help="URL of the cluster's job server.", metavar="URL")],
+    tracking_uri: Annotated[str | None, typer.Option(help="For tracking.uri, where a spec has none.")] = None,
+    store: Annotated[str | None, typer.Option(help="For store.uri, where a spec has none.")] = None,
+    token_file: Annotated[str | None, typer.Option(help="A file with the cluster's token.")] = None,
+) -> None:
+    """Add a context, or replace the one of this name."""
+    from jobs.contexts import add_context, config_path
+
+    added = add_context(name, address=address, tracking_uri=tracking_uri, store=store, token_file=token_file)
+    typer.echo(f"{name} is {added.address}, kept in {config_path()}")
+
+
+@contexts.command("use")
+def context_use(name: Name) -> None:
+    """Use a context from now on."""
+    from jobs.contexts import use_context
+
+    use_context(name)
+    typer.echo(f"{name} is in use")
+
+
+@contexts.command("ls")
+def context_ls(as_json: AsJson = False) -> None:
+    """List the contexts; a star marks the one in use."""
+    from jobs.contexts import rows
+    from jobs.tables import show_table
+
+    found = rows()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    shown = [("*" if row["current"] else "", *(row[key] or "" for key in list(row)[1:])) for row in found]
+    show_table(("", "name", "address", "tracking URI", "store", "token file"), shown)
+
+
+@contexts.command("rm")
+def context_rm(name: Name) -> None:
+    """Forget a context."""
+    from jobs.contexts import remove_context
+
+    remove_context(name)
+    typer.echo(f"{name} is forgotten")
 
 
 def main() -> None:

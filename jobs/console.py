@@ -18,9 +18,9 @@ from rich.text import Text
 
 from cluster.teacher.pool import PoolStats
 from cluster.watch import Status
+from jobs.tables import PIPE_WIDTH
 
 PLAIN_INTERVAL_S = 10.0
-PIPE_WIDTH = 150
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.specfile import home
+from jobs.contexts import Context
 
 # What each command needs beyond the light base.
 NEEDS = {
@@ -38,9 +39,9 @@ class Finding:
     missing: str = ""
 
 
-def doctor(address: str | None) -> int:
-    """Print the findings. Returns 0 when nothing is missing, else 1."""
-    findings = _cluster(address) if address else _machine()
+def doctor(context: Context | None) -> int:
+    """Print the findings on this machine, or on a cluster. Returns 0 when nothing is missing, else 1."""
+    findings = _cluster(context) if context else _machine()
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
         mark = "[green]ok[/]" if finding.good else "[red]--[/]"
@@ -124,11 +125,11 @@ def _token() -> Finding:
     return Finding("token", found)
 
 
-def _cluster(address: str) -> list[Finding]:
-    from jobs.submit import connect
+def _cluster(context: Context) -> list[Finding]:
+    from jobs.client import connect
 
-    client = connect(address)
-    findings = [Finding("ray here", version("ray")), Finding("job server", f"answers at {address}")]
+    client = connect(context)
+    findings = [Finding("ray here", version("ray")), Finding("job server", f"answers at {context.address}")]
     from ray.util.state import list_nodes
 
     for node in list_nodes(address=client.get_address()):

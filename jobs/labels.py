@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from cluster.errors import UserError
 from cluster.labels.store.store import LabelStore
 from cluster.labels.store.upkeep import gc, passes, stat, verify
 from cluster.specfile import home
-from jobs.console import PIPE_WIDTH
+from jobs.tables import show_table
 
 # A person waits for the answer.
 _PATIENCE_S = 20.0
@@ -48,7 +45,7 @@ def list_passes(uri: str | None, as_json: bool) -> None:
         (each.name, each.teacher, each.tokenizer, each.labels, str(len(each.batches)), _when(each.published))
         for each in found
     ]
-    _show(("pass", "teacher", "tokenizer", "labels", "batches", "published"), rows)
+    show_table(("pass", "teacher", "tokenizer", "labels", "batches", "published"), rows, right=("batches",))
 
 
 def show_holdings(uri: str | None, as_json: bool) -> None:
@@ -64,7 +61,8 @@ def show_holdings(uri: str | None, as_json: bool) -> None:
         )
         for each in found
     ]
-    _show(("teacher", "tokenizer", "labels", "kind", "objects", "size", "oldest", "newest"), rows)
+    columns = ("teacher", "tokenizer", "labels", "kind", "objects", "size", "oldest", "newest")
+    show_table(columns, rows, right=("objects", "size"))
 
 
 def verify_store(uri: str | None, remove: bool) -> int:
@@ -128,20 +126,3 @@ def _size(size: int) -> str:
 
 def _when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal; in a pipe one line for each row, its cells parted by tabs."""
-    console = Console()
-    if not console.is_terminal:
-        for row in rows:
-            typer.echo("\t".join(row))
-        return
-    table = Table(box=None, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("batches", "objects", "size") else "left")
-    for row in rows:
-        table.add_row(*row)
-    # A narrow terminal breaks its lines rather than lose half of every address.
-    console.width = max(console.width, PIPE_WIDTH)
-    console.print(table)

@@ -74,6 +74,8 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
     from cluster.session import ray_session
 
     with Display(console) as display, ray_session():
+        # Ray has put its own in the place of ours, and would have the process exit on the spot.
+        signal.signal(signal.SIGTERM, _as_interrupt)
         result = run_family(checked, run, display.show)
         trouble = [f"student {name} failed: {why}" for name, why in result.failed.items()]
         serving: list[dict[str, Any]] = []

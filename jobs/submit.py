@@ -2,115 +2,161 @@
 
 from __future__ import annotations
 
-import asyncio
+import getpass
 import os
+import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
+from jobs.client import connect
+from jobs.contexts import Context
+from jobs.follow import follow, say
 
 SPEC_FILE = "family.yaml"
 CORPUS_FOLDER = "corpus"
 SHIPPED_LIMIT = 50 * 1024**2
+# Files named when there are too many bytes.
+NAMED_FILES = 5
 AGENT_WAIT_S = 30.0
+# What a job says of itself.
+FAMILY, USER = "stillhouse.family", "stillhouse.user"
+# A job that is told to end puts away what it has; Ray of itself kills it after three seconds.
+STOP_S = 120.0
 
 
-def submit(path: Path, overrides: Sequence[str], address: str, follow: bool) -> int:
+def submit(
+    path: Path,
+    overrides: Sequence[str],
+    context: Context,
+    name: str | None = None,
+    env: Sequence[str] = (),
+    resume: bool = False,
+    on: bool = True,
+) -> int:
     """Validate a spec here, ship it with its small local corpus files, and start it as a job.
+
+    Args:
+        name: the job's id; none makes one from the family's name and the time.
+        env: ``NAME=VALUE``, or ``NAME`` for the value that it has here; of the job's environment.
+        resume: go on with the family's last run on the cluster.
+        on: show its log until it ends.
 
     Returns:
         The exit code: 0 when the job succeeded or is not followed, else the job's own.
 
     Raises:
-        UserError: the spec or a file it names cannot be used.
-        RunError: the cluster cannot be reached, or refuses the token.
+        UserError: the spec, a file it names, a name or a variable cannot be used.
+        RunError: the cluster cannot be reached, or refuses the token or the job.
     """
     spec = load_spec(path, overrides)
-    client = connect(address)
+    job = job_id(name, spec.name)
+    variables = environment_of(env)
     with tempfile.TemporaryDirectory(prefix="stillhouse-submit-") as folder:
-        size = pack(spec, Path(folder))
-        job = _start(
+        size = pack(spec, Path(folder), context)
+        client = connect(context)
+        _start(
             client,
-            entrypoint=f"python -m jobs run {SPEC_FILE}",
-            runtime_env={"working_dir": folder},
-            metadata={"stillhouse.family": spec.name},
+            submission_id=job,
+            entrypoint=f"python -m jobs run {SPEC_FILE}{' --resume' if resume else ''}",
+            runtime_env={
+                "working_dir": folder,
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:g}", **variables},
+            },
+            metadata={FAMILY: spec.name, USER: getpass.getuser()},
         )
-    _say(f"submitted {job} ({size / 1024:.0f} KiB shipped)")
-    if not follow:
-        _say(f"follow it with: ray job logs {job} --follow --address {address}")
+    say(f"submitted {job} ({size / 1024:.0f} KiB shipped)")
+    say(f"dashboard {context.address}/#/jobs/{job}")
+    tracking = spec.tracking.uri or context.tracking_uri
+    if tracking and tracking.startswith("http"):
+        say(f"MLflow {tracking}, experiment {spec.tracking.experiment or spec.name}")
+    if not on:
+        say(f"follow it with: stillhouse jobs logs {job} --follow")
         return 0
-    return _follow(client, job, address)
+    return follow(client, job)
 
 
-def _start(client: Any, **job: Any) -> str:
+def job_id(name: str | None, family: str) -> str:
+    """A job's id.
+
+    Raises:
+        UserError: the name cannot be one.
+    """
+    if name is None:
+        return f"{family}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+        raise UserError(f"--name: got {name!r}; allowed are letters, digits, dots, dashes and underscores, at most 80")
+    return name
+
+
+def environment_of(given: Sequence[str]) -> dict[str, str]:
+    """``NAME=VALUE`` and ``NAME`` as a mapping; a value never stands in a message.
+
+    Raises:
+        UserError: no name, or a variable that is not set here.
+    """
+    found = {}
+    for each in given:
+        name, sign, value = each.partition("=")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise UserError("--env: give NAME=VALUE, or NAME for the value that it has here")
+        if not sign and name not in os.environ:
+            raise UserError(f"--env: {name} is not set here; give {name}=VALUE")
+        found[name] = value if sign else os.environ[name]
+    return found
+
+
+def _start(client: Any, **job: Any) -> None:
     """Submit a job; a head that has only just started refuses for a few seconds, until its job agent is up.
 
     Raises:
+        UserError: there is a job of this name.
         RunError: the cluster refuses the job.
     """
     deadline = time.monotonic() + AGENT_WAIT_S
     while True:
         try:
-            return str(client.submit_job(**job))
+            client.submit_job(**job)
+            return
         except RuntimeError as error:
+            if "already exists" in str(error):
+                raise UserError(f"--name: there is a job {job['submission_id']!r} already; give another name") from None
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise RunError(f"the cluster refuses the job: {str(error).splitlines()[0]}") from error
         time.sleep(1.0)
 
 
-def connect(address: str) -> Any:
-    """A client of the cluster's job server; uses the token where one is to be found.
-
-    Raises:
-        RunError: nothing answers there, or the token is missing or wrong.
-    """
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if os.environ.get("RAY_AUTH_TOKEN") or token.is_file():
-        # Ray sends no token to an address by itself. It reads the mode when it is imported, so this comes before.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-    from ray.job_submission import JobSubmissionClient
-
-    if not address.startswith(("http://", "https://")):
-        raise UserError(f"--address: got {address!r}; give the job server's URL, such as http://127.0.0.1:8265")
-    try:
-        client = JobSubmissionClient(address)
-        client.get_version()
-        return client
-    except Exception as error:  # Ray raises RuntimeError, ConnectionError and its own kinds for the same things
-        reason = str(error)
-        if any(word in reason for word in ("401", "403", "Unauthorized", "uthentication")):
-            raise RunError(
-                f"{address} refuses the token; put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            ) from None
-        raise RunError(
-            f"{address}: no Ray job server answers there; check the address and that the cluster is up"
-        ) from None
-
-
-def pack(spec: FamilySpec, folder: Path) -> int:
+def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
     """Write the resolved spec and copy its local corpus files into ``folder``; returns the bytes.
 
     Model directories are not shipped: the cluster must see them at the same path.
 
+    Args:
+        context: says where the cluster keeps runs and labels, unless the spec does.
+
     Raises:
-        UserError: more corpus than may travel with a job.
+        UserError: a file is not there, or more corpus than may travel with a job.
     """
     local = [Path(p) for p in spec.corpus.paths if not p.startswith("s3://")]
-    missing = [p for p in local if not p.exists()]
-    if missing:
+    if missing := [p for p in local if not p.exists()]:
         raise UserError(f"corpus.paths: {missing[0]} is not there")
-    size = sum(f.stat().st_size for p in local for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file())
+    files = [f for p in local for f in ([p] if p.is_file() else sorted(p.rglob("*"))) if f.is_file()]
+    sizes = {file: file.stat().st_size for file in files}
+    size = sum(sizes.values())
     if size > SHIPPED_LIMIT:
+        largest = sorted(sizes, key=lambda file: sizes[file], reverse=True)[:NAMED_FILES]
+        named = ", ".join(f"{file} ({sizes[file] / 1024**2:.1f} MiB)" for file in largest)
         raise UserError(
-            f"corpus.paths: {size / 1024**2:.0f} MiB of local files; at most {SHIPPED_LIMIT // 1024**2} MiB travel "
-            f"with a job; put them into a bucket and name them s3://..."
+            f"corpus.paths: {size / 1024**2:.1f} MiB of local files, the largest {named}; at most "
+            f"{SHIPPED_LIMIT / 1024**2:g} MiB travel with a job; put them into a bucket and name them s3://..."
         )
     tree = spec.model_dump(mode="json", exclude_unset=True)
     shipped = []
@@ -123,32 +169,9 @@ def pack(spec: FamilySpec, folder: Path) -> int:
         (shutil.copytree if Path(source).is_dir() else shutil.copyfile)(source, target)
         shipped.append(str(target.relative_to(folder)))
     tree["corpus"]["paths"] = shipped
-    import yaml
-
+    if context.tracking_uri is not None:
+        tree["tracking"] = {"uri": context.tracking_uri, **tree.get("tracking", {})}
+    if context.store is not None and spec.store.enabled:
+        tree["store"] = {"uri": context.store, **tree.get("store", {})}
     (folder / SPEC_FILE).write_text(yaml.safe_dump(tree, sort_keys=False))
     return size + (folder / SPEC_FILE).stat().st_size
-
-
-def _follow(client: Any, job: str, address: str) -> int:
-    """Print the job's log until it ends. Ctrl-C leaves the job running."""
-
-    async def tail() -> None:
-        async for lines in client.tail_job_logs(job):
-            sys.stdout.write(lines)
-            sys.stdout.flush()
-
-    try:
-        asyncio.run(tail())
-    except KeyboardInterrupt:
-        _say(f"\nthe job goes on; come back with: ray job logs {job} --follow --address {address}")
-        return 130
-    info = client.get_job_info(job)
-    status = str(getattr(info.status, "value", info.status)).lower()
-    _say(f"{job} {status}")
-    if status == "succeeded":
-        return 0
-    return info.driver_exit_code or 1
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201

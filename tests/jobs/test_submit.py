@@ -10,7 +10,10 @@ import yaml
 from cluster.errors import UserError
 from cluster.specfile import load_spec
 from jobs import submit
+from jobs.contexts import Context
 from tests.tiny import tiny_family, write_tiny_corpus
+
+HERE = Context(address="http://127.0.0.1:8265")
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def test_small_local_text_travels_and_is_found_on_the_other_side(spec_path: Path
     packed = tmp_path / "packed"
     packed.mkdir()
     spec = load_spec(spec_path, ["students.small.lr=3e-4"])
-    size = submit.pack(spec, packed)
+    size = submit.pack(spec, packed, HERE)
     there = load_spec(packed / submit.SPEC_FILE)
     *local, bucket = there.corpus.paths
     assert [Path(path).exists() for path in local] == [True, True]
@@ -45,6 +48,41 @@ def test_too_much_text_is_refused_with_what_to_do(
     spec_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submit, "SHIPPED_LIMIT", 100)
-    with pytest.raises(UserError, match="s3://"):
-        submit.pack(load_spec(spec_path), tmp_path / "packed")
+    with pytest.raises(UserError, match=r"the largest .*corpus.jsonl \(.* MiB\).*s3://"):
+        submit.pack(load_spec(spec_path), tmp_path / "packed", HERE)
     assert not (tmp_path / "packed").exists()
+
+
+def test_a_context_says_where_runs_and_labels_are_kept_unless_the_spec_does(spec_path: Path, tmp_path: Path) -> None:
+    context = Context(address=HERE.address, tracking_uri="http://mlflow:5000", store="s3://labels/all")
+    for number, (overrides, tracking, store) in enumerate(
+        [
+            ([], "http://mlflow:5000", "s3://labels/all"),
+            (["tracking.uri=http://own:1", "store.uri=s3://own/labels"], "http://own:1", "s3://own/labels"),
+            (["store.enabled=false"], "http://mlflow:5000", None),
+        ]
+    ):
+        packed = tmp_path / f"{number}"
+        packed.mkdir()
+        submit.pack(load_spec(spec_path, overrides), packed, context)
+        there = load_spec(packed / submit.SPEC_FILE)
+        assert (there.tracking.uri, there.store.uri) == (tracking, store)
+
+
+def test_variables_are_given_or_taken_from_here_and_no_value_stands_in_a_message(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("KEY", "secret")
+    monkeypatch.delenv("ABSENT", raising=False)
+    assert submit.environment_of(["KEY", "OTHER=a=b", "EMPTY="]) == {"KEY": "secret", "OTHER": "a=b", "EMPTY": ""}
+    with pytest.raises(UserError, match="ABSENT is not set here"):
+        submit.environment_of(["ABSENT"])
+    with pytest.raises(UserError) as refused:
+        submit.environment_of(["NO NAME=secret"])
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["", "-x", "a b", "a/b", "x" * 81])
+def test_a_name_that_cannot_be_an_id_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="--name"):
+        submit.job_id(name, "tiny")

@@ -1,0 +1,78 @@
+"""A connection to a cluster's job server, with the token that goes with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import RunError, UserError
+from jobs.contexts import Context
+
+
+def _use_token(context: Context) -> None:
+    """Have Ray send the token that is to be found. It reads where from when it is imported, so this comes before."""
+    if context.token_file is not None:
+        path = Path(context.token_file).expanduser()
+        if not path.is_file():
+            raise UserError(f"the context's token file {path} is not there; put the cluster's token into it")
+        # The context's cluster is meant, whatever this shell has a token for.
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+    usual = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if os.environ.get("RAY_AUTH_TOKEN") or usual.is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def connect(context: Context) -> Any:
+    """A client of a cluster's job server.
+
+    Raises:
+        UserError: the context names a token file that is not there.
+        RunError: nothing answers there, the token is missing or wrong, or the cluster has another version of Ray.
+    """
+    _use_token(context)
+    # Ray lets these two overrule what it is given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = context.address
+    os.environ.pop("RAY_ADDRESS", None)
+    # What Ray's client tells of its uploads is not for the person who typed the command.
+    logging.disable(logging.INFO)
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(context.address)
+        client.get_version()
+    except Exception as error:  # Ray raises RuntimeError, ConnectionError and its own kinds for the same things
+        reason = str(error)
+        if any(word in reason for word in ("401", "403", "Unauthorized", "uthentication")):
+            raise RunError(
+                f"{context.address} refuses the token; put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            ) from None
+        raise RunError(
+            f"{context.address}: no Ray job server answers there; check the address and that the cluster is up"
+        ) from None
+    here, there = version("ray"), client._server_ray_version
+    if there is not None and there != here:
+        raise RunError(f"{context.address} runs Ray {there}, here is Ray {here}; install ray=={there} to submit to it")
+    return client
+
+
+def job_of(client: Any, job: str) -> Any:
+    """What the cluster knows of a job.
+
+    Raises:
+        UserError: it knows of none with this id.
+    """
+    try:
+        return client.get_job_info(job)
+    except RuntimeError as error:
+        if "404" in str(error) or "does not exist" in str(error):
+            raise UserError(f"there is no job {job!r} on {client.get_address()}; see `stillhouse jobs ls`") from None
+        raise RunError(f"{client.get_address()}: {str(error).splitlines()[0]}") from None
+
+
+def state_of(info: Any) -> str:
+    """A job's state in lower case: pending, running, succeeded, failed or stopped."""
+    return str(getattr(info.status, "value", info.status)).lower()

@@ -1,0 +1,33 @@
+"""How a command shows a list: a table for a person, lines for a pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+# A pipe has no width of its own; the widest tables need this much.
+PIPE_WIDTH = 150
+
+
+def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """A table on a terminal; in a pipe one line for each row, its cells parted by tabs.
+
+    Args:
+        right: columns of numbers.
+    """
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            typer.echo("\t".join(row))
+        return
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left")
+    for row in rows:
+        table.add_row(*row)
+    # A narrow terminal breaks its lines rather than lose half of every address.
+    console.width = max(console.width, PIPE_WIDTH)
+    console.print(table, markup=False)
