@@ -5,7 +5,9 @@ three over the store that (a) has filled. Every process has one thread, so that 
 by its parts and not by threads that fight each other.
 
 Two ideals: from the arithmetic, 2 FLOPs per teacher parameter and token and 6 per student parameter; and from the stage
-times that (b) shows, all of one pass's work divided by the cores. Takes about 20 minutes on two CPU cores.
+times that (b) shows, all of one pass's work divided by the cores. Where there are more processes than cores a stage
+takes longer than alone, and no part stands still for it: so it is also said how much of the pass the slowest student
+learns, the rest being what the line made it wait for. Takes about 12 minutes on two CPU cores.
 ``python benchmarks/family.py``.
 """
 
@@ -109,7 +111,7 @@ def measured(spec: dict[str, Any], folder: Path) -> Pass:
 def main() -> None:
     """Measure all, print the ratios."""
     parser = arguments(__doc__.splitlines()[0], threads=False)
-    parser.add_argument("--batches", type=int, default=32, help="batches of 1,024 tokens")
+    parser.add_argument("--batches", type=int, default=24, help="batches of 1,024 tokens")
     given = parser.parse_args()
     os.environ["PYTHONPATH"] = str(ROOT)  # for the actors
     cores = len(os.sched_getaffinity(0))
@@ -157,6 +159,7 @@ def ratios(one: Pass, alone: dict[str, Pass], warm: Pass, batches: int, cores: i
         "(b) / (a) by the arithmetic": arithmetic,
         "(a) ideal seconds from stage times": ideal,
         "(a) ideal / measured": ideal / one.pass_s,
+        "(a) share of the pass in which its slowest student learns": batches * max(one.student_s.values()) / one.pass_s,
         "(c) ideal seconds from stage times": ideal_warm,
         "(c) ideal / measured": ideal_warm / warm.pass_s,
         "(c) batches scored": warm.scored,
