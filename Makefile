@@ -6,7 +6,7 @@ export SOAK
 export STILLHOUSE_HOME ?= $(CURDIR)/.stillhouse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test chaos check clean
+.PHONY: demo test chaos lint check clean
 
 demo: $(VENV)/demo.stamp  ## a real teacher, two students, one endpoint: the whole line in minutes
 	$(BIN)/python infra/local/fetch_demo.py .stillhouse/demo
@@ -18,10 +18,12 @@ test: $(VENV)/dev.stamp  ## the whole suite; starts real Ray, DeepSpeed, MLflow,
 chaos: $(VENV)/dev.stamp  ## kills and cuts off the parts of running families; CHAOS_SEED=n repeats a run, SOAK=30m goes on
 	$(BIN)/pytest -m chaos $(if $(SOAK),tests/chaos/test_soak.py)
 
-check: $(VENV)/dev.stamp  ## lint, types and unit tests
+lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint  ## lint, types and unit tests
 	$(BIN)/pytest -q -m unit
 
 clean:  ## remove the environment and everything that was fetched or made

@@ -67,10 +67,6 @@ async def under_load_until(pool: TeacherPool, condition: Callable[[], bool], sco
         await asyncio.gather(*(call() for _ in range(CALLERS)))
 
 
-def free_cpus() -> float:
-    return float(ray.available_resources().get("CPU", 0.0))
-
-
 def test_a_pool_grows_while_calls_queue_up_and_shrinks_when_none_come(tiny: Path) -> None:
     async def follow() -> TeacherPool:
         pool = elastic(tiny / "teacher")
@@ -145,11 +141,13 @@ def test_a_new_replica_that_says_something_else_never_serves(tiny: Path, tmp_pat
 
 
 def test_it_grows_when_there_is_room_and_not_before(tiny: Path) -> None:
+    # Of all that the cluster has, not of what is free at the moment: an earlier test's processes may be still ending.
+    others = placement_group([{"CPU": ray.cluster_resources()["CPU"] - CPUS - CPUS / 2}])
+
     async def wait_for_room() -> None:
-        pool = elastic(tiny / "teacher", cpus_per_shard=CPUS)
-        others = placement_group([{"CPU": free_cpus() - CPUS - CPUS / 2}])
+        assert await asyncio.to_thread(others.wait, 60)
+        pool = elastic(tiny / "teacher")
         try:
-            assert await asyncio.to_thread(others.wait, 30)
             await under_load_until(pool, lambda: pool.stats.ready == 1)
             deadline = asyncio.get_running_loop().time() + 6 * QUICK.grow_s
             await under_load_until(pool, lambda: asyncio.get_running_loop().time() > deadline)
@@ -159,7 +157,10 @@ def test_it_grows_when_there_is_room_and_not_before(tiny: Path) -> None:
         finally:
             pool.stop()
 
-    asyncio.run(wait_for_room())
+    try:
+        asyncio.run(wait_for_room())
+    finally:
+        remove_placement_group(others)
 
 
 def test_it_leaves_the_students_room_to_be_started_again(tiny: Path) -> None:
