@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from jobs.cli import main
+from jobs.cli.main import main
 from tests.tiny import tiny_family, write_tiny_model
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import pytest
 
 from jobs import doctor
-from jobs.cli import main
+from jobs.cli.main import main
 
 
 def test_a_machine_with_everything_is_called_good(capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from cluster.errors import UserError
 from cluster.labels.store.objects import label_key, labels_prefix
 from cluster.labels.store.store import LabelStore
-from jobs.cli import main
+from jobs.cli.main import main
 from jobs.labels import parse_age, parse_size
 from tests.cluster.labels.store.fill import OTHER, TEACHER, age_labels, fill, stamp_of_batch
 

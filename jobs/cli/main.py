@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cluster.errors import StillhouseError
+from jobs.cli.contexts import contexts
+from jobs.cli.jobs import jobs
+from jobs.cli.labels import labels
+from jobs.cli.options import Address, AsJson, ContextName, Overrides, SpecPath, TrackingUri
 
 app = typer.Typer(
     help="Distil one large teacher into a family of students in a single pass; register, serve and compare them.",
@@ -19,41 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-SpecPath = Annotated[Path, typer.Argument(metavar="FAMILY.yaml", help="The family spec.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="PATH=VALUE", help="Override a field, such as students.small.lr=3e-4. May repeat."),
-]
-TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow tracking URI for models:/ arms. Default: the embedded one.")
-]
-
-labels = typer.Typer(
-    help="Look after a label store: labels that teachers have made, kept to be learnt from again.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-app.add_typer(labels, name="labels")
-Store = Annotated[
-    str | None, typer.Option(help="A folder or s3://bucket/prefix. Default: $STILLHOUSE_HOME/labels.", metavar="URI")
-]
-Address = Annotated[
-    str | None, typer.Option(help="URL of the cluster's job server. Default: the context's.", metavar="URL")
-]
-ContextName = Annotated[
-    str | None, typer.Option(help="A cluster by its name, see `stillhouse context`. Default: the one in use.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-jobs = typer.Typer(help="The families that were submitted to a cluster.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(jobs, name="jobs")
-Job = Annotated[str, typer.Argument(help="The job's id.")]
-
-contexts = typer.Typer(
-    help="Clusters by name, so that nobody types addresses.", no_args_is_help=True, rich_markup_mode=None
-)
 app.add_typer(contexts, name="context")
-Name = Annotated[str, typer.Argument(help="The context's name.")]
+app.add_typer(labels, name="labels")
 
 
 @app.command()
@@ -176,140 +147,6 @@ def doctor(
     from jobs.doctor import doctor as look
 
     raise typer.Exit(look(context_for(context, address) if context or address else None))
-
-
-@labels.command("ls")
-def labels_ls(store: Store = None, as_json: AsJson = False) -> None:
-    """List the complete passes in a store, the latest first."""
-    from jobs.labels import list_passes
-
-    list_passes(store, as_json)
-
-
-@labels.command("stat")
-def labels_stat(store: Store = None, as_json: AsJson = False) -> None:
-    """Say how much a store holds of each teacher and labels section."""
-    from jobs.labels import show_holdings
-
-    show_holdings(store, as_json)
-
-
-@labels.command("verify")
-def labels_verify(
-    store: Store = None,
-    remove: Annotated[
-        bool, typer.Option("--remove", help="Remove what is damaged, so that it is scored again.")
-    ] = False,
-) -> None:
-    """Read everything in a store and name what is wrong; ends with 1 when something is."""
-    from jobs.labels import verify_store
-
-    raise typer.Exit(verify_store(store, remove))
-
-
-@labels.command("gc")
-def labels_gc(
-    store: Store = None,
-    older_than: Annotated[
-        str | None, typer.Option(metavar="AGE", help="Remove labels written longer ago than this, such as 30d.")
-    ] = None,
-    max_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Remove the oldest labels until the rest fits, such as 200GB.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Remove nothing; say what would go.")] = False,
-) -> None:
-    """Remove old labels, and what dead writers left; never what a run holds a lease on."""
-    from jobs.labels import collect
-
-    collect(store, older_than, max_size, dry_run)
-
-
-@jobs.command("ls")
-def jobs_ls(address: Address = None, context: ContextName = None, as_json: AsJson = False) -> None:
-    """List the families that were submitted, the latest first."""
-    from jobs.contexts import context_for
-    from jobs.manage import list_jobs
-
-    list_jobs(context_for(context, address), as_json)
-
-
-@jobs.command("show")
-def jobs_show(job: Job, address: Address = None, context: ContextName = None) -> None:
-    """Say what is known of a job, and how far it has come."""
-    from jobs.contexts import context_for
-    from jobs.manage import show_job
-
-    show_job(context_for(context, address), job)
-
-
-@jobs.command("logs")
-def jobs_logs(
-    job: Job,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
-    address: Address = None,
-    context: ContextName = None,
-) -> None:
-    """Print a job's log; with --follow end with its outcome."""
-    from jobs.contexts import context_for
-    from jobs.manage import show_logs
-
-    raise typer.Exit(show_logs(context_for(context, address), job, follow))
-
-
-@jobs.command("stop")
-def jobs_stop(job: Job, address: Address = None, context: ContextName = None) -> None:
-    """Tell a job to end, and wait until it has; `submit --resume` goes on with it."""
-    from jobs.contexts import context_for
-    from jobs.manage import stop_job
-
-    stop_job(context_for(context, address), job)
-
-
-@contexts.command("add")
-def context_add(
-    name: Name,
-    address: Annotated[str, typer.Option(help="URL of the cluster's job server.", metavar="URL")],
-    tracking_uri: Annotated[str | None, typer.Option(help="For tracking.uri, where a spec has none.")] = None,
-    store: Annotated[str | None, typer.Option(help="For store.uri, where a spec has none.")] = None,
-    token_file: Annotated[str | None, typer.Option(help="A file with the cluster's token.")] = None,
-) -> None:
-    """Add a context, or replace the one of this name."""
-    from jobs.contexts import add_context, config_path
-
-    added = add_context(name, address=address, tracking_uri=tracking_uri, store=store, token_file=token_file)
-    typer.echo(f"{name} is {added.address}, kept in {config_path()}")
-
-
-@contexts.command("use")
-def context_use(name: Name) -> None:
-    """Use a context from now on."""
-    from jobs.contexts import use_context
-
-    use_context(name)
-    typer.echo(f"{name} is in use")
-
-
-@contexts.command("ls")
-def context_ls(as_json: AsJson = False) -> None:
-    """List the contexts; a star marks the one in use."""
-    from jobs.contexts import rows
-    from jobs.tables import show_table
-
-    found = rows()
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    shown = [("*" if row["current"] else "", *(row[key] or "" for key in list(row)[1:])) for row in found]
-    show_table(("", "name", "address", "tracking URI", "store", "token file"), shown)
-
-
-@contexts.command("rm")
-def context_rm(name: Name) -> None:
-    """Forget a context."""
-    from jobs.contexts import remove_context
-
-    remove_context(name)
-    typer.echo(f"{name} is forgotten")
 
 
 def main() -> None:

@@ -1,0 +1,24 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SpecPath = Annotated[Path, typer.Argument(metavar="FAMILY.yaml", help="The family spec.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Override a field, such as students.small.lr=3e-4. May repeat."),
+]
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow tracking URI for models:/ arms. Default: the embedded one.")
+]
+Address = Annotated[
+    str | None, typer.Option(help="URL of the cluster's job server. Default: the context's.", metavar="URL")
+]
+ContextName = Annotated[
+    str | None, typer.Option(help="A cluster by its name, see `stillhouse context`. Default: the one in use.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
