@@ -83,8 +83,10 @@ def run_family(checked: Checked, run: Run, report: Report, pace: Pace = PACE) ->
         checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts")
     )
     try:
-        corpus = prepare_corpus(spec.corpus, checked.teacher.folder, run.folder / CORPUS_FOLDER)
-        batches = Batches(run.folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
+        text = run.folder / CORPUS_FOLDER
+        read = run.text_is_kept
+        corpus = CorpusFacts.read(text) if read else prepare_corpus(spec.corpus, checked.teacher.folder, text)
+        batches = Batches(text, spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
         run.mlflow = ray.get(
             registry.start.remote(run.name, list(spec.students), spec.model_dump(mode="json"), lineage, run.mlflow)

@@ -53,8 +53,11 @@ def store_of(spec: FamilySpec) -> str | None:
     return spec.store.uri or str(home() / "labels")
 
 
-def preflight(spec: FamilySpec) -> Checked:
+def preflight(spec: FamilySpec, text_is_kept: bool = False) -> Checked:
     """Check the teacher, its labels, the students and the corpus files; starts nothing.
+
+    Args:
+        text_is_kept: the corpus has been read before, and its files are not needed any more.
 
     Raises:
         UserError: names the field, what was given and what is allowed.
@@ -76,7 +79,8 @@ def preflight(spec: FamilySpec) -> Checked:
         _check_size(field, student.init, config)
         if isinstance(student.init, Pretrained):
             dirs[name] = _check_pretrained(field, student.init, spec, tokenizer, uri)
-    find_files(spec.corpus.paths)
+    if not text_is_kept:
+        find_files(spec.corpus.paths)
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.corpus.batches import CORPUS_FOLDER, FACTS_FILE
 from cluster.errors import UserError
 from cluster.spec import FamilySpec
 from cluster.specfile import home, training_hash, training_part
 
 STATE_FILE = "run.json"
+SPEC_FILE = "spec.json"
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Run:
         spec_hash: of all that decides the students' weights, as a tag of the models.
         mlflow: run ids, ``family`` and one per student.
         versions: registered model versions of students that are finished.
+        text_is_kept: it goes on with the text that it has read before.
     """
 
     folder: Path
@@ -32,10 +35,11 @@ class Run:
     mlflow: dict[str, str] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     resumed: bool = False
+    text_is_kept: bool = False
 
     def save(self) -> None:
         """Write the state aside and then put it in place, so that it is never half there."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("folder", "resumed")}
+        kept = {k: v for k, v in asdict(self).items() if k not in ("folder", "resumed", "text_is_kept")}
         aside = self.folder / f".{STATE_FILE}.part"
         aside.write_text(json.dumps(kept, indent=1))
         aside.replace(self.folder / STATE_FILE)
@@ -55,8 +59,11 @@ def _runs_folder() -> Path:
     return home() / "runs"
 
 
-def open_run(spec: FamilySpec, resume: bool) -> Run:
+def open_run(spec: FamilySpec, resume: bool, kept: Path | None = None) -> Run:
     """A new run's folder, or with ``resume`` the family's last one.
+
+    Args:
+        kept: the folder of the run to go on with, which then takes its text from there.
 
     Raises:
         UserError: nothing to resume, or it was started from a spec that would train other weights.
@@ -65,21 +72,24 @@ def open_run(spec: FamilySpec, resume: bool) -> Run:
         name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = _unused(_runs_folder() / spec.name, name)
         run = Run(folder, folder.name, training_hash(spec))
-        (folder / "spec.json").write_text(spec.model_dump_json(indent=1))
+        (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))
         run.save()
         return run
-    states = sorted((_runs_folder() / spec.name).glob(f"*/{STATE_FILE}"))
+    states = [kept / STATE_FILE] if kept else sorted((_runs_folder() / spec.name).glob(f"*/{STATE_FILE}"))
     if not states:
         raise UserError(f"--resume: family {spec.name!r} has no run under {_runs_folder()}; start one without --resume")
-    run = Run(folder=states[-1].parent, resumed=True, **json.loads(states[-1].read_text()))
-    before = FamilySpec.model_validate_json((run.folder / "spec.json").read_text())
+    folder = states[-1].parent
+    # A run that was ended before it had read all of its text has to read it again.
+    text_is_kept = kept is not None and (folder / CORPUS_FOLDER / FACTS_FILE).exists()
+    run = Run(folder=folder, resumed=True, text_is_kept=text_is_kept, **json.loads(states[-1].read_text()))
+    before = FamilySpec.model_validate_json((folder / SPEC_FILE).read_text())
     if changed := _differences(training_part(before), training_part(spec)):
         raise UserError(
             f"--resume: {run.name} was started from another spec; differs in {', '.join(changed)}. Put these back or "
             f"start a new run without --resume"
         )
     # The number of ranks may have changed.
-    (run.folder / "spec.json").write_text(spec.model_dump_json(indent=1))
+    (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))
     return run
 
 

@@ -68,11 +68,38 @@ def job_of(client: Any, job: str) -> Any:
     try:
         return client.get_job_info(job)
     except RuntimeError as error:
-        if "404" in str(error) or "does not exist" in str(error):
+        if has_forgotten(error):
             raise UserError(f"there is no job {job!r} on {client.get_address()}; see `stillhouse jobs ls`") from None
         raise RunError(f"{client.get_address()}: {str(error).splitlines()[0]}") from None
+
+
+def has_forgotten(error: RuntimeError) -> bool:
+    """Whether the job server says that it knows no such job."""
+    return "404" in str(error) or "does not exist" in str(error)
 
 
 def state_of(info: Any) -> str:
     """A job's state in lower case: pending, running, succeeded, failed or stopped."""
     return str(getattr(info.status, "value", info.status)).lower()
+
+
+def log_of(client: Any, job: str) -> str:
+    """All that a job has said so far; nothing where its log is gone or not there yet."""
+    try:
+        return str(client.get_job_logs(job))
+    except RuntimeError:
+        return ""
+
+
+def address_inside() -> str:
+    """The job server of the cluster that this process runs on, such as a job.
+
+    Raises:
+        RunError: it runs on none.
+    """
+    from ray.dashboard.utils import get_address_for_submission_client
+
+    try:
+        return str(get_address_for_submission_client(None))
+    except Exception as error:  # Ray raises ConnectionError, ValueError and its own kinds
+        raise RunError(f"no Ray cluster runs here: {str(error).splitlines()[0]}; give --address") from None

@@ -99,7 +99,7 @@ class Display:
             for name, student in status.students.items():
                 figures = ""
                 if student.metrics:
-                    figures = f" KL {student.metrics['kl']:.2f}, {student.metrics['tokens_per_second']:.0f} tok/s"
+                    figures = " loss {loss:.2f}, KL {kl:.2f}, {tokens_per_second:.0f} tok/s".format(**student.metrics)
                 parts.append(f"{name} {student.phase} {student.batch}/{status.stats.total}{figures}")
             if status.waits:
                 parts.append(status.waits)

@@ -18,23 +18,28 @@ from rich.table import Table
 from cluster.errors import RunError, StillhouseError, UserError
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked, preflight
-from cluster.runs import Run, open_run
+from cluster.runs import SPEC_FILE, Run, find_run, open_run
 from cluster.specfile import load_spec
 from cluster.watch import Status
 from jobs.console import Display, quiet
+from jobs.lines import run_line
 
 
 def run(path: Path, overrides: Sequence[str], resume: bool) -> None:
     """Check a family, run it and print what came of it.
 
+    Args:
+        path: the family's spec; with ``resume`` a run's name or folder will do, which keeps its spec and its text.
+
     Raises:
         StillhouseError: a mistake in what was given, or a run that could not go on.
     """
-    checked = preflight(load_spec(path, overrides))
-    folder = open_run(checked.spec, resume)
+    kept = find_run(str(path)) if resume and not path.is_file() else None
+    checked = preflight(load_spec(kept / SPEC_FILE if kept else path, overrides), text_is_kept=kept is not None)
+    folder = open_run(checked.spec, resume, kept)
     signal.signal(signal.SIGTERM, _as_interrupt)
     with quiet(folder.log_path) as console:
-        console.print(f"run {folder.name}, log {folder.log_path}", highlight=False)
+        console.print(run_line(folder.name, folder.log_path), highlight=False)
         try:
             result, serving, trouble = _run(checked, folder, console)
         except KeyboardInterrupt:

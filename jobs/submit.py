@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,14 @@ def submit(
     with tempfile.TemporaryDirectory(prefix="stillhouse-submit-") as folder:
         size = pack(spec, Path(folder), context)
         client = connect(context)
-        _start(
+        start_job(
             client,
-            submission_id=job,
-            entrypoint=f"python -m jobs run {SPEC_FILE}{' --resume' if resume else ''}",
-            runtime_env={
-                "working_dir": folder,
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:g}", **variables},
-            },
-            metadata={FAMILY: spec.name, USER: getpass.getuser()},
+            job=job,
+            command=f"run {SPEC_FILE}{' --resume' if resume else ''}",
+            folder=folder,
+            family=spec.name,
+            user=getpass.getuser(),
+            variables=variables,
         )
     say(f"submitted {job} ({size / 1024:.0f} KiB shipped)")
     say(f"dashboard {context.address}/#/jobs/{job}")
@@ -114,8 +113,46 @@ def environment_of(given: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def _start(client: Any, **job: Any) -> None:
+def start_job(
+    client: Any,
+    *,
+    job: str,
+    command: str,
+    folder: str | None,
+    family: str,
+    user: str,
+    variables: Mapping[str, str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Start a `stillhouse` command as a job of its own.
+
+    Args:
+        job: its id.
+        folder: what travels with it; it is the job's working directory.
+        variables: of its environment.
+        metadata: what it says of itself beside its family and its user.
+
+    Raises:
+        UserError: there is a job of this name.
+        RunError: the cluster refuses the job.
+    """
+    submit_patiently(
+        client,
+        submission_id=job,
+        entrypoint=f"python -m jobs {command}",
+        runtime_env={
+            **({} if folder is None else {"working_dir": folder}),
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:g}", **variables},
+        },
+        metadata={FAMILY: family, USER: user, **(metadata or {})},
+    )
+
+
+def submit_patiently(client: Any, **job: Any) -> None:
     """Submit a job; a head that has only just started refuses for a few seconds, until its job agent is up.
+
+    Args:
+        job: as Ray's client takes it.
 
     Raises:
         UserError: there is a job of this name.

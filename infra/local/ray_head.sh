@@ -16,7 +16,8 @@ if [ -z "${RAY_AUTH_TOKEN:-}" ] && [ ! -f "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/aut
 fi
 
 folder="$(mktemp -d /tmp/still-head-XXXXXX)"
-ray start --head --block --node-ip-address=127.0.0.1 --port=0 \
+# Without a port of its own the agent that starts jobs would meet the one of any other Ray on this machine.
+ray start --head --block --node-ip-address=127.0.0.1 --port=0 --dashboard-agent-listen-port=0 \
   --dashboard-host=127.0.0.1 --dashboard-port="$port" --temp-dir="$folder" &
 ray=$!
 # `ray start --block` takes its own processes down when it is told to end.

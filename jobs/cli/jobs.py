@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli.options import Address, AsJson, ContextName
+from jobs.cli.options import Address, AsJson, ContextName, Overrides
 
 jobs = typer.Typer(help="The families that were submitted to a cluster.", no_args_is_help=True, rich_markup_mode=None)
 Job = Annotated[str, typer.Argument(help="The job's id.")]
@@ -46,8 +46,24 @@ def jobs_logs(
 
 @jobs.command("stop")
 def jobs_stop(job: Job, address: Address = None, context: ContextName = None) -> None:
-    """Tell a job to end, and wait until it has; `submit --resume` goes on with it."""
+    """Tell a job to end, and wait until it has; `jobs resume` goes on with it."""
     from jobs.contexts import context_for
     from jobs.manage import stop_job
 
     stop_job(context_for(context, address), job)
+
+
+@jobs.command("resume")
+def jobs_resume(
+    job: Job,
+    overrides: Overrides = None,
+    name: Annotated[str | None, typer.Option(help="The new job's id. Default: the family's name and the time.")] = None,
+    follow: Annotated[bool, typer.Option(help="Show its log and end with its outcome.")] = True,
+    address: Address = None,
+    context: ContextName = None,
+) -> None:
+    """Go on with a job that has ended, as a new one, from its students' last checkpoints."""
+    from jobs.contexts import context_for
+    from jobs.manage import resume_job
+
+    raise typer.Exit(resume_job(context_for(context, address), job, overrides or [], name, follow))

@@ -13,6 +13,7 @@ from jobs.cli.contexts import contexts
 from jobs.cli.jobs import jobs
 from jobs.cli.labels import labels
 from jobs.cli.options import Address, AsJson, ContextName, Overrides, SpecPath, TrackingUri
+from jobs.cli.schedules import scheduler, schedules
 
 app = typer.Typer(
     help="Distil one large teacher into a family of students in a single pass; register, serve and compare them.",
@@ -24,7 +25,9 @@ app = typer.Typer(
 
 app.add_typer(jobs, name="jobs")
 app.add_typer(contexts, name="context")
+app.add_typer(schedules, name="schedule")
 app.add_typer(labels, name="labels")
+app.command()(scheduler)
 
 
 @app.command()

@@ -76,7 +76,7 @@ def test_a_pipe_gets_plain_lines_and_not_one_per_look() -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].endswith("reading the corpus")
-    assert "scored 3/10 | small training 2/10 KL 1.50, 321 tok/s | small waits for the teacher" in lines[1]
+    assert "scored 3/10 | small training 2/10 loss 1.25, KL 1.50, 321 tok/s | small waits for the teacher" in lines[1]
     assert "\x1b" not in out.getvalue()
 
 

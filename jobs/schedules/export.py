@@ -1,0 +1,107 @@
+"""A schedule as Kubernetes manifests: a CronJob that submits the family, and a ConfigMap with its spec."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.errors import UserError
+from cluster.specfile import load_spec
+from jobs.contexts import Context
+from jobs.schedules.plan import LATE_S, schedule_of
+from jobs.submit import SPEC_FILE, pack
+
+# A day: one missed night is caught up, an older one is not.
+CATCH_UP_S = 86_400
+# What a ConfigMap may hold.
+LARGEST = 1024**2
+MOUNT = "/family"
+# Kubernetes puts the name of the night's job on its pods.
+JOB_NAME_LABEL = "metadata.labels['batch.kubernetes.io/job-name']"
+
+
+def manifests(
+    spec_path: Path,
+    overrides: Sequence[str],
+    context: Context,
+    options: Mapping[str, Any],
+    *,
+    image: str,
+    namespace: str,
+    token_secret: str,
+) -> str:
+    """The manifests as YAML, to be given to ``kubectl apply -f -``.
+
+    Args:
+        options: of :func:`~jobs.schedules.plan.schedule_of`.
+        token_secret: a Secret whose key ``auth_token`` holds the cluster's token.
+
+    Raises:
+        UserError: an option that a CronJob cannot keep, or local files that do not fit into a ConfigMap.
+    """
+    spec = load_spec(spec_path, overrides)
+    schedule = schedule_of(**{**options, "name": options.get("name") or spec.name})
+    if schedule.overlap != "skip":
+        # It has no queue, and one that replaces a pod would leave the job that the pod follows running.
+        raise UserError(f"--overlap: got {schedule.overlap!r}; a Kubernetes CronJob can only skip")
+    if local := [path for path in spec.corpus.paths if not path.startswith("s3://")]:
+        raise UserError(f"corpus.paths: {local[0]} is local; a CronJob's family reads its corpus from s3://")
+    with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
+        pack(spec, Path(folder), context)
+        text = (Path(folder) / SPEC_FILE).read_text()
+    if len(text) > LARGEST:
+        raise UserError(f"{spec_path}: {len(text)} bytes; a ConfigMap holds at most {LARGEST}")
+    labels = {"app.kubernetes.io/name": "stillhouse", "stillhouse/family": spec.name}
+    metadata = {"name": f"stillhouse-{schedule.name}", "namespace": namespace, "labels": labels}
+    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {SPEC_FILE: text}}
+    cron = {
+        "apiVersion": "batch/v1",
+        "kind": "CronJob",
+        "metadata": metadata,
+        "spec": {
+            "schedule": schedule.cron,
+            "timeZone": schedule.timezone,
+            "concurrencyPolicy": "Forbid",
+            "startingDeadlineSeconds": CATCH_UP_S if schedule.missed == "once" else int(LATE_S),
+            "successfulJobsHistoryLimit": 7,
+            "failedJobsHistoryLimit": 7,
+            "jobTemplate": {
+                "spec": {
+                    # The night's job has one name, and a pod that is lost leaves it running.
+                    "backoffLimit": 0,
+                    "template": {
+                        "metadata": {"labels": labels},
+                        "spec": _pod(context.address, image, metadata["name"], token_secret),
+                    },
+                }
+            },
+        },
+    }
+    return yaml.safe_dump_all([config, cron], sort_keys=False)
+
+
+def _pod(address: str, image: str, config: Any, token_secret: str) -> dict[str, Any]:
+    token = {"secretKeyRef": {"name": token_secret, "key": "auth_token"}}
+    container = {
+        "name": "submit",
+        "image": image,
+        "command": ["stillhouse", "submit", f"{MOUNT}/{SPEC_FILE}", "--address", address, "--name", "$(NIGHT)"],
+        "env": [
+            {"name": "NIGHT", "valueFrom": {"fieldRef": {"fieldPath": JOB_NAME_LABEL}}},
+            {"name": "RAY_AUTH_MODE", "value": "token"},
+            {"name": "RAY_AUTH_TOKEN", "valueFrom": token},
+        ],
+        "volumeMounts": [{"name": "family", "mountPath": MOUNT, "readOnly": True}],
+        "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}},
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+    }
+    return {
+        "restartPolicy": "Never",
+        "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [container],
+        "volumes": [{"name": "family", "configMap": {"name": config}}],
+    }
