@@ -57,7 +57,7 @@ class Schedule(Section):
     def _known_zone(cls, timezone: str) -> str:
         try:
             ZoneInfo(timezone)
-        except (ValueError, OSError):  # no such key, or one that is no key at all
+        except (KeyError, ValueError, OSError):  # no such zone, or a name that can be none
             raise ValueError(
                 f"got {timezone!r}; give a name of the IANA time zone database, such as Europe/Berlin"
             ) from None
