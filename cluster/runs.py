@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class Run:
         spec_hash: of all that decides the students' weights, as a tag of the models.
         mlflow: run ids, ``family`` and one per student.
         versions: registered model versions of students that are finished.
+        ds: the date that its corpus was rendered for, YYYY-MM-DD; "" in a run from before there were dates.
     """
 
     folder: Path
@@ -31,6 +33,7 @@ class Run:
     spec_hash: str
     mlflow: dict[str, str] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    ds: str = ""
     resumed: bool = False
 
     def save(self) -> None:
@@ -55,8 +58,23 @@ def _runs_folder() -> Path:
     return home() / "runs"
 
 
-def open_run(spec: FamilySpec, resume: bool) -> Run:
+def last_run(family: str) -> Run:
+    """The run that ``--resume`` goes on with, as it was saved.
+
+    Raises:
+        UserError: the family has none.
+    """
+    states = sorted((_runs_folder() / family).glob(f"*/{STATE_FILE}"))
+    if not states:
+        raise UserError(f"--resume: family {family!r} has no run under {_runs_folder()}; start one without --resume")
+    return Run(folder=states[-1].parent, resumed=True, **json.loads(states[-1].read_text()))
+
+
+def open_run(spec: FamilySpec, resume: bool, ds: date | None = None) -> Run:
     """A new run's folder, or with ``resume`` the family's last one.
+
+    Args:
+        ds: the date that ``corpus.paths`` was rendered for; none means today's. A resumed run keeps its own.
 
     Raises:
         UserError: nothing to resume, or it was started from a spec that would train other weights.
@@ -64,14 +82,11 @@ def open_run(spec: FamilySpec, resume: bool) -> Run:
     if not resume:
         name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = _unused(_runs_folder() / spec.name, name)
-        run = Run(folder, folder.name, training_hash(spec))
+        run = Run(folder, folder.name, training_hash(spec), ds=(ds or date.today()).isoformat())
         (folder / "spec.json").write_text(spec.model_dump_json(indent=1))
         run.save()
         return run
-    states = sorted((_runs_folder() / spec.name).glob(f"*/{STATE_FILE}"))
-    if not states:
-        raise UserError(f"--resume: family {spec.name!r} has no run under {_runs_folder()}; start one without --resume")
-    run = Run(folder=states[-1].parent, resumed=True, **json.loads(states[-1].read_text()))
+    run = last_run(spec.name)
     before = FamilySpec.model_validate_json((run.folder / "spec.json").read_text())
     if changed := _differences(training_part(before), training_part(spec)):
         raise UserError(

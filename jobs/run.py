@@ -8,6 +8,7 @@ import shutil
 import signal
 import traceback
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,26 +16,35 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.dates import has_macros, rendered
 from cluster.errors import RunError, StillhouseError, UserError
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked, preflight
-from cluster.runs import Run, open_run
+from cluster.runs import Run, last_run, open_run
 from cluster.specfile import load_spec
 from cluster.watch import Status
 from jobs.console import Display, quiet
 
 
-def run(path: Path, overrides: Sequence[str], resume: bool) -> None:
+def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = None) -> None:
     """Check a family, run it and print what came of it.
+
+    Args:
+        ds: the date that ``corpus.paths`` is rendered for; none means today's, or that of the run that is resumed.
 
     Raises:
         StillhouseError: a mistake in what was given, or a run that could not go on.
     """
-    checked = preflight(load_spec(path, overrides))
-    folder = open_run(checked.spec, resume)
+    spec = load_spec(path, overrides)
+    begun = last_run(spec.name) if resume else None
+    if ds is None:
+        ds = date.fromisoformat(begun.ds) if begun and begun.ds else date.today()
+    checked = preflight(rendered(spec, ds))
+    folder = open_run(checked.spec, resume, ds)
     signal.signal(signal.SIGTERM, _as_interrupt)
     with quiet(folder.log_path) as console:
-        console.print(f"run {folder.name}, log {folder.log_path}", highlight=False)
+        of = f" of {ds}" if has_macros(spec) else ""
+        console.print(f"run {folder.name}{of}, log {folder.log_path}", highlight=False)
         try:
             result, serving, trouble = _run(checked, folder, console)
         except KeyboardInterrupt:

@@ -93,7 +93,8 @@ class CorpusSpec(Section):
     """The text. It becomes numbered batches: the same bytes on every machine, every night."""
 
     paths: Annotated[list[str], Field(min_length=1)]
-    """Files, or folders of files, ending in .jsonl, .parquet or .txt; local or `s3://`."""
+    """Files, or folders of files, ending in .jsonl, .parquet or .txt; local or `s3://`. May hold macros: `{{ ds }}` is
+    `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same without dashes, `{{ ds_add(ds, -1) }}` the day before."""
     text_field: str = "text"
     """Field of a jsonl or parquet row that holds its text. A .txt file is one document."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
