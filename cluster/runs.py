@@ -25,6 +25,8 @@ class Run:
         spec_hash: of all that decides the students' weights, as a tag of the models.
         mlflow: run ids, ``family`` and one per student.
         versions: registered model versions of students that are finished.
+        warm_start: per student with a warm start the champion's version that it began with, none where there was no
+            champion then; empty until the students begin.
         ds: the date that its corpus was rendered for, YYYY-MM-DD; "" in a run from before there were dates.
     """
 
@@ -33,6 +35,7 @@ class Run:
     spec_hash: str
     mlflow: dict[str, str] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    warm_start: dict[str, int | None] = field(default_factory=dict)
     ds: str = ""
     resumed: bool = False
 

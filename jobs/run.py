@@ -39,12 +39,14 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
     begun = last_run(spec.name) if resume else None
     if ds is None:
         ds = date.fromisoformat(begun.ds) if begun and begun.ds else date.today()
-    checked = preflight(rendered(spec, ds))
+    checked = preflight(rendered(spec, ds), begun.warm_start if begun else None)
     folder = open_run(checked.spec, resume, ds)
     signal.signal(signal.SIGTERM, _as_interrupt)
     with quiet(folder.log_path) as console:
         of = f" of {ds}" if has_macros(spec) else ""
         console.print(f"run {folder.name}{of}, log {folder.log_path}", highlight=False)
+        for line in checked.warm_starts():
+            console.print(line, highlight=False)
         try:
             result, serving, trouble = _run(checked, folder, console)
         except KeyboardInterrupt:

@@ -56,6 +56,8 @@ def check(spec: SpecPath, overrides: Overrides = None, ds: Ds = None) -> None:
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
     )
+    for line in checked.warm_starts():
+        typer.echo(line)
 
 
 @app.command()
