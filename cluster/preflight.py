@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None) -
         UserError: names the field, what was given and what is allowed.
         RunError: the label store, or a registry that should know a champion, cannot be reached.
     """
+    _check_secret(spec)
     uri = tracking_uri_of(spec)
     teacher = spec.teacher
     folder = local_model(teacher.model, revision=teacher.revision, tracking_uri=uri, field="teacher.model")
@@ -112,6 +114,16 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None) -
         LabelStore.open(store, STORE_PATIENCE_S)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
     return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store, champions)
+
+
+def _check_secret(spec: FamilySpec) -> None:
+    """Whether what the webhook is told can be signed."""
+    name = spec.notify and spec.notify.secret_env
+    if name and not os.environ.get(name):
+        raise UserError(
+            f"notify.secret_env: {name} is not set here; set it to the webhook's secret (for a job by submit --env "
+            f"{name}), or leave secret_env out"
+        )
 
 
 def _check_shards(spec: FamilySpec, config: Any) -> None:

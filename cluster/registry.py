@@ -214,9 +214,9 @@ def champion_of(name: str, tracking_uri: str) -> int | None:
     except Exception as error:  # every database's driver raises its own
         if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
             return None
-        shown = _shown(tracking_uri)
-        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(tracking_uri, shown)
-        raise RunError(f"the registry {shown} does not say which {name} is the champion: {reason}") from error
+        where = shown(tracking_uri)
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(tracking_uri, where)
+        raise RunError(f"the registry {where} does not say which {name} is the champion: {reason}") from error
     return None if version is None else int(version)
 
 
@@ -238,14 +238,17 @@ def fetch_model(uri: str, tracking_uri: str) -> Path:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except MlflowException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{uri}: not in the registry {_shown(tracking_uri)}: {reason}") from None
+        raise UserError(f"{uri}: not in the registry {shown(tracking_uri)}: {reason}") from None
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
             return candidate
     raise RunError(f"{uri}: registered, but it is not a transformers model")
 
 
-def _shown(uri: str) -> str:
-    """A URI without a password in it."""
+def shown(uri: str) -> str:
+    """A tracking URI without a user, a password or parameters, which may hold one too."""
     scheme, _, rest = uri.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if "@" in rest else uri
+    if scheme.startswith("sqlite"):
+        return uri
+    # To the last @: one in the path costs the host's name, a password with a slash in it would be shown otherwise.
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

@@ -21,9 +21,11 @@ from cluster.errors import RunError, StillhouseError, UserError
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked, preflight
 from cluster.runs import Run, last_run, open_run
+from cluster.spec import Event
 from cluster.specfile import load_spec
 from cluster.watch import Status
 from jobs.console import Display, quiet
+from jobs.notify import facts_of, notify
 
 
 def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = None) -> None:
@@ -52,19 +54,39 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
         except KeyboardInterrupt:
             again = f"stillhouse run {path} --resume"
             console.print(f"interrupted; nothing of it is left running. Go on with: {again}", highlight=False)
+            if folder.mlflow:  # a student may have started
+                _tell(console, checked, folder, "stopped")
             raise
         except UserError:
             _discard_empty(folder)
             raise
-        except StillhouseError:
+        except StillhouseError as error:
+            _tell(console, checked, folder, "failed", error=str(error))
             raise
         except Exception as error:
             traceback.print_exc()  # into the log
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
-            raise RunError(f"the run broke off: {reason}; the whole of it is in {folder.log_path}") from error
+            broken = f"the run broke off: {reason}; the whole of it is in {folder.log_path}"
+            _tell(console, checked, folder, "failed", error=broken)
+            raise RunError(broken) from error
         _print_result(console, checked, result, serving)
+        ended: Event = "failed" if trouble else "succeeded"
+        _tell(console, checked, folder, ended, result, "; ".join(trouble) or None)
     if trouble:
         raise RunError("; ".join(trouble))
+
+
+def _tell(
+    console: Console,
+    checked: Checked,
+    run: Run,
+    ended: Event,
+    result: FamilyResult | None = None,
+    error: str | None = None,
+) -> None:
+    """Tell the spec's webhook how the run ended; a line when that could not be done."""
+    if line := notify(checked.spec.notify, ended, facts_of(checked, run, ended, result, error)):
+        console.print(line, highlight=False, markup=False)
 
 
 def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, fiel
 from cluster.spec.base import Name, Section, Share
 from cluster.spec.labels import LabelsSpec, TopKLabels
 from cluster.spec.loss import why_not
+from cluster.spec.notify import NotifySpec
 from cluster.spec.store import StoreSpec
 from cluster.spec.students import StudentSpec
 
@@ -193,6 +194,8 @@ class FamilySpec(Section):
     tracking: TrackingSpec = TrackingSpec()
     serving: ServingSpec | None = None
     """Leave out to end after the registry."""
+    notify: NotifySpec | None = None
+    """Leave out to tell nobody."""
     patience_s: PositiveFloat = 600.0
     """Seconds that a run waits for room on its disk, or for a place on the cluster, before it stops for `--resume`."""
 
