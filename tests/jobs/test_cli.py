@@ -119,6 +119,13 @@ def test_a_family_is_checked_with_the_corpus_of_one_date(
     assert f"{spec.parent}/2028-03-01.jsonl is not there" in err
 
 
+def test_a_check_says_what_a_student_starts_from(
+    run: Callable[..., tuple[int, str, str]], spec: Path, stillhouse_home: Path
+) -> None:
+    code, out, _ = run("check", str(spec), "--set", "students.small.warm_start=true")
+    assert (code, out.splitlines()[1:]) == (0, ["small starts from its init: tiny-small has no champion yet"])
+
+
 @pytest.mark.parametrize("command", ["run", "check", "submit"])
 def test_what_is_no_date_costs_one_line(command: str, run: Callable[..., tuple[int, str, str]], spec: Path) -> None:
     code, _, err = run(command, str(spec), "--ds", "2027-02-29")
