@@ -69,7 +69,10 @@ def run_family(checked: Checked, run: Run, report: Report, pace: Pace = PACE) ->
     Raises:
         UserError: the family does not fit on the cluster, or its corpus holds too little.
         RunError: the teacher is lost for good, or every student failed.
+        ValueError: a resumed run was checked without the champions that it began with.
     """
+    if run.warm_start and run.warm_start != checked.champions:
+        raise ValueError(f"the run began with champions {run.warm_start}, and {checked.champions} were checked")
     started = time.monotonic()
     spec = checked.spec
     for needs in (needs_of(spec), serving_needs_of(spec)):
@@ -88,9 +91,9 @@ def run_family(checked: Checked, run: Run, report: Report, pace: Pace = PACE) ->
         corpus = CorpusFacts.read(text) if read else prepare_corpus(spec.corpus, checked.teacher.folder, text)
         batches = Batches(text, spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
-        run.mlflow = ray.get(
-            registry.start.remote(run.name, list(spec.students), spec.model_dump(mode="json"), lineage, run.mlflow)
-        )
+        own = {name: _own_lineage(checked, name) for name in spec.students}
+        run.mlflow = ray.get(registry.start.remote(run.name, own, spec.model_dump(mode="json"), lineage, run.mlflow))
+        run.warm_start = dict(checked.champions)
         _keep(run, spec)
         actors = _Actors(registry, _beside_us(Board).remote(), _start_stream(checked, run, pace), trainers)
         try:
@@ -126,6 +129,12 @@ def _lineage(checked: Checked, run: Run, corpus: CorpusFacts) -> dict[str, str]:
         "stillhouse.spec": run.spec_hash,
         "stillhouse.code": code_version(),
     }
+
+
+def _own_lineage(checked: Checked, student: str) -> dict[str, str]:
+    """What one student was made from beside all that made the family."""
+    champion = checked.champion(student)
+    return {"stillhouse.warm_start": champion} if champion else {}
 
 
 def _beside_us(actor: type, **options: Any) -> Any:
@@ -198,7 +207,8 @@ def _distil(
                     actors.board.phase.remote(name, "failed")
                     continue
                 if name not in run.versions:
-                    registering[_register(actors.registry, spec, students[name], lineage)] = name
+                    tags = {**lineage, **_own_lineage(checked, name)}
+                    registering[_register(actors.registry, spec, students[name], tags)] = name
             if over := [name for name in spec.students if name not in tasks.values()]:
                 actors.stream.done.remote(over)
     except KeyboardInterrupt:

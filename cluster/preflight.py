@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from cluster.models import (
     model_fingerprint,
     tokenizer_fingerprint,
 )
+from cluster.registry import champion_of, fetch_model
 from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers, TopKLabels
 from cluster.specfile import home
 
@@ -29,9 +33,11 @@ class Checked:
     """A family that may start.
 
     Attributes:
-        student_dirs: local directories of the pretrained students.
+        student_dirs: local directories of the students that start from an existing model: their champion, or the
+            pretrained one that ``init`` names.
         tracking_uri: the spec's, or the embedded one.
         store: where labels are kept; none where they are not.
+        champions: per student with a warm start the version that it starts from; none where there is no champion yet.
     """
 
     spec: FamilySpec
@@ -39,6 +45,19 @@ class Checked:
     student_dirs: dict[str, Path]
     tracking_uri: str
     store: str | None
+    champions: dict[str, int | None] = dataclasses.field(default_factory=dict)
+
+    def champion(self, student: str) -> str | None:
+        """The registered version that a student starts from, such as ``demo-small v3``; none where from its init."""
+        version = self.champions.get(student)
+        return None if version is None else f"{self.spec.model_name(student)} v{version}"
+
+    def warm_starts(self) -> list[str]:
+        """What each student with a warm start starts from, one line each."""
+        return [
+            f"{name} starts from {self.champion(name) or f'its init: {self.spec.model_name(name)} has no champion yet'}"
+            for name in self.champions
+        ]
 
 
 def tracking_uri_of(spec: FamilySpec) -> str:
@@ -53,16 +72,18 @@ def store_of(spec: FamilySpec) -> str | None:
     return spec.store.uri or str(home() / "labels")
 
 
-def preflight(spec: FamilySpec, text_is_kept: bool = False) -> Checked:
+def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, text_is_kept: bool = False) -> Checked:
     """Check the teacher, its labels, the students and the corpus files; starts nothing.
 
     Args:
+        begun: the champions that a run which is to be resumed began with, see :class:`cluster.runs.Run`.
         text_is_kept: the corpus has been read before, and its files are not needed any more.
 
     Raises:
         UserError: names the field, what was given and what is allowed.
-        RunError: the label store cannot be reached.
+        RunError: the label store, or a registry that should know a champion, cannot be reached.
     """
+    _check_secret(spec)
     uri = tracking_uri_of(spec)
     teacher = spec.teacher
     folder = local_model(teacher.model, revision=teacher.revision, tracking_uri=uri, field="teacher.model")
@@ -73,18 +94,38 @@ def preflight(spec: FamilySpec, text_is_kept: bool = False) -> Checked:
         raise UserError(f"labels.k: got {spec.labels.k}; the teacher's vocabulary has {vocabulary} tokens")
     _check_length(spec, config, "the teacher")
     _check_shards(spec, config)
-    dirs = {}
+    dirs: dict[str, Path] = {}
+    champions: dict[str, int | None] = {}
     for name, student in spec.students.items():
-        field = f"students.{name}.init"
-        _check_size(field, student.init, config)
-        if isinstance(student.init, Pretrained):
-            dirs[name] = _check_pretrained(field, student.init, spec, tokenizer, uri)
+        place, init = f"students.{name}", student.init
+        _check_size(f"{place}.init", init, config)
+        if isinstance(init, Pretrained):
+            given = f"{place}.init.model"
+            dirs[name] = local_model(init.model, revision=init.revision, tracking_uri=uri, field=given)
+            _check_existing(given, init.model, dirs[name], spec, tokenizer)
+        if not student.warm_start:
+            continue
+        model = spec.model_name(name)
+        version = champions[name] = begun[name] if begun and name in begun else champion_of(model, uri)
+        if version is not None:
+            dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
+            _check_existing(f"{place}.warm_start", f"the champion {model} v{version}", dirs[name], spec, tokenizer)
     if not text_is_kept:
         find_files(spec.corpus.paths)
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
-    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store)
+    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store, champions)
+
+
+def _check_secret(spec: FamilySpec) -> None:
+    """Whether what the webhook is told can be signed."""
+    name = spec.notify and spec.notify.secret_env
+    if name and not os.environ.get(name):
+        raise UserError(
+            f"notify.secret_env: {name} is not set here; set it to the webhook's secret (for a job by submit --env "
+            f"{name}), or leave secret_env out"
+        )
 
 
 def _check_shards(spec: FamilySpec, config: Any) -> None:
@@ -118,15 +159,13 @@ def _check_size(field: str, init: TeacherLayers | Pretrained | Scratch, teacher_
         )
 
 
-def _check_pretrained(field: str, init: Pretrained, spec: FamilySpec, tokenizer: Any, uri: str) -> Path:
-    """Whether an existing model can learn from this teacher; returns its local directory."""
-    folder = local_model(init.model, revision=init.revision, tracking_uri=uri, field=f"{field}.model")
-    config = load_config(folder, f"{field}.model")
-    own = load_tokenizer(folder, f"{field}.model")
+def _check_existing(field: str, model: str, folder: Path, spec: FamilySpec, tokenizer: Any) -> None:
+    """Whether an existing model can learn from this teacher."""
+    config = load_config(folder, field)
+    own = load_tokenizer(folder, field)
     if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer) or config.vocab_size < len(tokenizer):
         raise UserError(
-            f"{field}.model: {init.model} has another tokenizer ({len(own)} tokens) than the teacher "
+            f"{field}: {model} has another tokenizer ({len(own)} tokens) than the teacher "
             f"({len(tokenizer)} tokens); labels are distributions over the teacher's tokens, so both must be the same"
         )
-    _check_length(spec, config, f"{field}.model")
-    return folder
+    _check_length(spec, config, field)

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 CHALLENGER = "challenger"
+CHAMPION = "champion"
 PARENT = FAMILY
 # How long MLflow may be away. Its own client gives up after some two minutes, and a database at once.
 PATIENCE_S = 3600.0
@@ -88,7 +89,7 @@ class Registry:
     def start(
         self,
         run: str,
-        students: Iterable[str],
+        students: Mapping[str, Mapping[str, str]],
         spec: Mapping[str, Any],
         tags: Mapping[str, str],
         known: Mapping[str, str],
@@ -96,6 +97,8 @@ class Registry:
         """Open the parent run and one child run per student, each with the resolved spec.
 
         Args:
+            students: by name, each with the tags that only its own run gets.
+            tags: that all runs get.
             known: run ids from an earlier session of the same run, which are opened again.
 
         Returns:
@@ -109,8 +112,8 @@ class Registry:
         parent = self._client.create_run(self._experiment, run_name=run, tags=dict(tags)).info.run_id
         self._runs = {PARENT: parent}
         self._client.log_dict(parent, dict(spec), "spec.json")
-        for student in students:
-            child_tags = {**tags, "mlflow.parentRunId": parent, "stillhouse.student": student}
+        for student, own in students.items():
+            child_tags = {**tags, **own, "mlflow.parentRunId": parent, "stillhouse.student": student}
             child = self._client.create_run(self._experiment, run_name=f"{run}/{student}", tags=child_tags).info.run_id
             self._runs[student] = child
             self._client.log_dict(child, dict(spec), "spec.json")
@@ -194,6 +197,29 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
+def champion_of(name: str, tracking_uri: str) -> int | None:
+    """The version of a registered model that is its champion; none where there is no such model or no champion yet.
+
+    Raises:
+        RunError: the registry cannot be reached, or refuses to say.
+    """
+    # Of a database that the first run will make; asking would make it.
+    kind, _, file = tracking_uri.partition(":///")
+    if kind.startswith("sqlite") and not Path(file.partition("?")[0]).exists():
+        return None
+    try:
+        version = _client(tracking_uri).get_registered_model(name).aliases.get(CHAMPION)
+    except ImportError:
+        raise
+    except Exception as error:  # every database's driver raises its own
+        if getattr(error, "error_code", None) == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        where = shown(tracking_uri)
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(tracking_uri, where)
+        raise RunError(f"the registry {where} does not say which {name} is the champion: {reason}") from error
+    return None if version is None else int(version)
+
+
 def fetch_model(uri: str, tracking_uri: str) -> Path:
     """Local Hugging Face directory of a registered model.
 
@@ -212,14 +238,17 @@ def fetch_model(uri: str, tracking_uri: str) -> Path:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except MlflowException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{uri}: not in the registry {_shown(tracking_uri)}: {reason}") from None
+        raise UserError(f"{uri}: not in the registry {shown(tracking_uri)}: {reason}") from None
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
             return candidate
     raise RunError(f"{uri}: registered, but it is not a transformers model")
 
 
-def _shown(uri: str) -> str:
-    """A URI without a password in it."""
+def shown(uri: str) -> str:
+    """A tracking URI without a user, a password or parameters, which may hold one too."""
     scheme, _, rest = uri.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if "@" in rest else uri
+    if scheme.startswith("sqlite"):
+        return uri
+    # To the last @: one in the path costs the host's name, a password with a slash in it would be shown otherwise.
+    return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ class Run:
         mlflow: run ids, ``family`` and one per student.
         versions: registered model versions of students that are finished.
         text_is_kept: it goes on with the text that it has read before.
+        warm_start: per student with a warm start the champion's version that it began with, none where there was no
+            champion then; empty until the students begin.
+        ds: the date that its corpus was rendered for, YYYY-MM-DD; "" in a run from before there were dates.
     """
 
     folder: Path
@@ -34,6 +38,8 @@ class Run:
     spec_hash: str
     mlflow: dict[str, str] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    warm_start: dict[str, int | None] = field(default_factory=dict)
+    ds: str = ""
     resumed: bool = False
     text_is_kept: bool = False
 
@@ -59,11 +65,40 @@ def _runs_folder() -> Path:
     return home() / "runs"
 
 
-def open_run(spec: FamilySpec, resume: bool, kept: Path | None = None) -> Run:
-    """A new run's folder, or with ``resume`` the family's last one.
+def last_run(family: str) -> Run:
+    """The run that ``--resume`` goes on with, as it was saved.
+
+    Raises:
+        UserError: the family has none.
+    """
+    states = sorted((_runs_folder() / family).glob(f"*/{STATE_FILE}"))
+    if not states:
+        raise UserError(f"--resume: family {family!r} has no run under {_runs_folder()}; start one without --resume")
+    return _saved(states[-1].parent)
+
+
+def run_of(name: str) -> Run:
+    """A run by its name or its folder, to be gone on with on the text that it has read.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder = find_run(name)
+    # One that was ended before it had read all of its text has to read it again.
+    return _saved(folder, text_is_kept=(folder / CORPUS_FOLDER / FACTS_FILE).exists())
+
+
+def _saved(folder: Path, text_is_kept: bool = False) -> Run:
+    state = json.loads((folder / STATE_FILE).read_text())
+    return Run(folder=folder, resumed=True, text_is_kept=text_is_kept, **state)
+
+
+def open_run(spec: FamilySpec, resume: bool, ds: date | None = None, begun: Run | None = None) -> Run:
+    """A new run's folder, or with ``resume`` one that was begun.
 
     Args:
-        kept: the folder of the run to go on with, which then takes its text from there.
+        ds: the date that ``corpus.paths`` was rendered for; none means today's. A resumed run keeps its own.
+        begun: the run to go on with; none means the family's last one.
 
     Raises:
         UserError: nothing to resume, or it was started from a spec that would train other weights.
@@ -71,25 +106,19 @@ def open_run(spec: FamilySpec, resume: bool, kept: Path | None = None) -> Run:
     if not resume:
         name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = _unused(_runs_folder() / spec.name, name)
-        run = Run(folder, folder.name, training_hash(spec))
+        run = Run(folder, folder.name, training_hash(spec), ds=(ds or date.today()).isoformat())
         (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))
         run.save()
         return run
-    states = [kept / STATE_FILE] if kept else sorted((_runs_folder() / spec.name).glob(f"*/{STATE_FILE}"))
-    if not states:
-        raise UserError(f"--resume: family {spec.name!r} has no run under {_runs_folder()}; start one without --resume")
-    folder = states[-1].parent
-    # A run that was ended before it had read all of its text has to read it again.
-    text_is_kept = kept is not None and (folder / CORPUS_FOLDER / FACTS_FILE).exists()
-    run = Run(folder=folder, resumed=True, text_is_kept=text_is_kept, **json.loads(states[-1].read_text()))
-    before = FamilySpec.model_validate_json((folder / SPEC_FILE).read_text())
+    run = begun or last_run(spec.name)
+    before = FamilySpec.model_validate_json((run.folder / SPEC_FILE).read_text())
     if changed := _differences(training_part(before), training_part(spec)):
         raise UserError(
             f"--resume: {run.name} was started from another spec; differs in {', '.join(changed)}. Put these back or "
             f"start a new run without --resume"
         )
     # The number of ranks may have changed.
-    (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))
+    (run.folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))
     return run
 
 

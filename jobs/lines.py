@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from datetime import date
+from pathlib import Path
 
 # How a line of progress begins, such as ``[3:20] distilling | ...``.
 PROGRESS = "["
-_RUN = re.compile(r"^run ([A-Za-z0-9._-]+), log ", re.MULTILINE)
+_RUN = re.compile(r"^run ([A-Za-z0-9._-]+)(?: of [0-9-]+)?, log ", re.MULTILINE)
 _PROMOTION = re.compile(r"^promotion: .*$", re.MULTILINE)
 
 
-def run_line(name: str, log: object) -> str:
-    """How a run names itself, first of all."""
-    return f"run {name}, log {log}"
+def run_line(name: str, log: Path, ds: date | None) -> str:
+    """How a run names itself, first of all, with its date where that decides what it reads."""
+    return f"run {name}{f' of {ds}' if ds else ''}, log {log}"
 
 
 def run_in(text: str) -> str | None:

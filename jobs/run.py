@@ -8,6 +8,7 @@ import shutil
 import signal
 import traceback
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,49 +16,81 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.dates import has_macros, rendered
 from cluster.errors import RunError, StillhouseError, UserError
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked, preflight
-from cluster.runs import SPEC_FILE, Run, find_run, open_run
+from cluster.runs import SPEC_FILE, Run, last_run, open_run, run_of
+from cluster.spec import Event
 from cluster.specfile import load_spec
 from cluster.watch import Status
 from jobs.console import Display, quiet
 from jobs.lines import run_line
+from jobs.notify import facts_of, notify
 
 
-def run(path: Path, overrides: Sequence[str], resume: bool) -> None:
+def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = None) -> None:
     """Check a family, run it and print what came of it.
 
     Args:
         path: the family's spec; with ``resume`` a run's name or folder will do, which keeps its spec and its text.
+        ds: the date that ``corpus.paths`` is rendered for; none means today's, or that of the run that is resumed.
 
     Raises:
         StillhouseError: a mistake in what was given, or a run that could not go on.
     """
-    kept = find_run(str(path)) if resume and not path.is_file() else None
-    checked = preflight(load_spec(kept / SPEC_FILE if kept else path, overrides), text_is_kept=kept is not None)
-    folder = open_run(checked.spec, resume, kept)
+    named = run_of(str(path)) if resume and not path.is_file() else None
+    spec = load_spec(named.folder / SPEC_FILE if named else path, overrides)
+    begun = named or (last_run(spec.name) if resume else None)
+    if ds is None:
+        ds = date.fromisoformat(begun.ds) if begun and begun.ds else date.today()
+    checked = preflight(
+        rendered(spec, ds), begun.warm_start if begun else None, text_is_kept=begun is not None and begun.text_is_kept
+    )
+    folder = open_run(checked.spec, resume, ds, begun)
     signal.signal(signal.SIGTERM, _as_interrupt)
     with quiet(folder.log_path) as console:
-        console.print(run_line(folder.name, folder.log_path), highlight=False)
+        console.print(run_line(folder.name, folder.log_path, ds if has_macros(spec) else None), highlight=False)
+        for line in checked.warm_starts():
+            console.print(line, highlight=False)
         try:
             result, serving, trouble = _run(checked, folder, console)
         except KeyboardInterrupt:
             again = f"stillhouse run {path} --resume"
             console.print(f"interrupted; nothing of it is left running. Go on with: {again}", highlight=False)
+            if folder.mlflow:  # a student may have started
+                _tell(console, checked, folder, "stopped")
             raise
         except UserError:
             _discard_empty(folder)
             raise
-        except StillhouseError:
+        except StillhouseError as error:
+            _tell(console, checked, folder, "failed", error=str(error))
             raise
         except Exception as error:
             traceback.print_exc()  # into the log
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
-            raise RunError(f"the run broke off: {reason}; the whole of it is in {folder.log_path}") from error
+            broken = f"the run broke off: {reason}; the whole of it is in {folder.log_path}"
+            _tell(console, checked, folder, "failed", error=broken)
+            raise RunError(broken) from error
         _print_result(console, checked, result, serving)
+        ended: Event = "failed" if trouble else "succeeded"
+        _tell(console, checked, folder, ended, result, "; ".join(trouble) or None)
     if trouble:
         raise RunError("; ".join(trouble))
+
+
+def _tell(
+    console: Console,
+    checked: Checked,
+    run: Run,
+    ended: Event,
+    result: FamilyResult | None = None,
+    error: str | None = None,
+) -> None:
+    """Tell the spec's webhook how the run ended; a line when that could not be done."""
+    if line := notify(checked.spec.notify, ended, facts_of(checked, run, ended, result, error)):
+        console.print(line, highlight=False, markup=False)
 
 
 def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:

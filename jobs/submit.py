@@ -9,11 +9,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cluster.dates import date_of, has_macros, rendered
 from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
@@ -28,7 +30,7 @@ SHIPPED_LIMIT = 50 * 1024**2
 NAMED_FILES = 5
 AGENT_WAIT_S = 30.0
 # What a job says of itself.
-FAMILY, USER = "stillhouse.family", "stillhouse.user"
+FAMILY, USER, DS = "stillhouse.family", "stillhouse.user", "stillhouse.ds"
 # A job that is told to end puts away what it has; Ray of itself kills it after three seconds.
 STOP_S = 120.0
 
@@ -41,6 +43,7 @@ def submit(
     env: Sequence[str] = (),
     resume: bool = False,
     on: bool = True,
+    ds: date | None = None,
 ) -> int:
     """Validate a spec here, ship it with its small local corpus files, and start it as a job.
 
@@ -49,6 +52,7 @@ def submit(
         env: ``NAME=VALUE``, or ``NAME`` for the value that it has here; of the job's environment.
         resume: go on with the family's last run on the cluster.
         on: show its log until it ends.
+        ds: the date that ``corpus.paths`` is rendered for; none means today's here, or that of the run that is resumed.
 
     Returns:
         The exit code: 0 when the job succeeded or is not followed, else the job's own.
@@ -60,17 +64,25 @@ def submit(
     spec = load_spec(path, overrides)
     job = job_id(name, spec.name)
     variables = environment_of(env)
+    if resume and ds is None and has_macros(spec):
+        ds = _last_ds(connect(context), spec.name)
+    elif not resume:
+        ds = ds or date.today()
+    if ds is not None:
+        spec = rendered(spec, ds)
     with tempfile.TemporaryDirectory(prefix="stillhouse-submit-") as folder:
         size = pack(spec, Path(folder), context)
         client = connect(context)
         start_job(
             client,
             job=job,
-            command=f"run {SPEC_FILE}{' --resume' if resume else ''}",
+            command=_command(resume, ds),
             folder=folder,
             family=spec.name,
             user=getpass.getuser(),
             variables=variables,
+            # A job that goes on with a run may have been given a wrong date, and its run keeps its own.
+            metadata={DS: ds.isoformat()} if ds and not resume else {},
         )
     say(f"submitted {job} ({size / 1024:.0f} KiB shipped)")
     say(f"dashboard {context.address}/#/jobs/{job}")
@@ -81,6 +93,25 @@ def submit(
         say(f"follow it with: stillhouse jobs logs {job} --follow")
         return 0
     return follow(client, job)
+
+
+def _command(resume: bool, ds: date | None) -> str:
+    # The date goes along, for the run to remember: its paths have no macros any more.
+    return f"run {SPEC_FILE}{' --resume' if resume else ''}{f' --ds {ds}' if ds else ''}"
+
+
+def _last_ds(client: Any, family: str) -> date:
+    """The date of the family's last run on a cluster, by the job that began it.
+
+    Raises:
+        UserError: the cluster remembers no such job.
+    """
+    found = [job for job in client.list_jobs() if (job.metadata or {}).get(FAMILY) == family and DS in job.metadata]
+    if not found:
+        raise UserError(
+            f"--resume: the cluster remembers no job of family {family!r} with a date; give its date by --ds"
+        )
+    return date_of(max(found, key=lambda job: job.start_time or 0).metadata[DS])
 
 
 def job_id(name: str | None, family: str) -> str:

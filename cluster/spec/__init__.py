@@ -19,6 +19,7 @@ from cluster.spec.family import (
 )
 from cluster.spec.labels import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
 from cluster.spec.loss import Divergence, LossSpec, Ramp
+from cluster.spec.notify import Event, NotifySpec
 from cluster.spec.store import StoreSpec
 from cluster.spec.students import OptimizerSpec, Pretrained, ScheduleSpec, Scratch, StudentSpec, TeacherLayers
 
@@ -29,10 +30,12 @@ __all__ = [
     "DenseLabels",
     "Divergence",
     "EvaluationSpec",
+    "Event",
     "FamilySpec",
     "HiddenLabels",
     "LabelsSpec",
     "LossSpec",
+    "NotifySpec",
     "OptimizerSpec",
     "Pretrained",
     "Ramp",

@@ -16,6 +16,7 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, fiel
 from cluster.spec.base import Name, Section, Share
 from cluster.spec.labels import LabelsSpec, TopKLabels
 from cluster.spec.loss import why_not
+from cluster.spec.notify import NotifySpec
 from cluster.spec.store import StoreSpec
 from cluster.spec.students import StudentSpec
 
@@ -93,7 +94,8 @@ class CorpusSpec(Section):
     """The text. It becomes numbered batches: the same bytes on every machine, every night."""
 
     paths: Annotated[list[str], Field(min_length=1)]
-    """Files, or folders of files, ending in .jsonl, .parquet or .txt; local or `s3://`."""
+    """Files, or folders of files, ending in .jsonl, .parquet or .txt; local or `s3://`. May hold macros: `{{ ds }}` is
+    `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same without dashes, `{{ ds_add(ds, -1) }}` the day before."""
     text_field: str = "text"
     """Field of a jsonl or parquet row that holds its text. A .txt file is one document."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
@@ -192,6 +194,8 @@ class FamilySpec(Section):
     tracking: TrackingSpec = TrackingSpec()
     serving: ServingSpec | None = None
     """Leave out to end after the registry."""
+    notify: NotifySpec | None = None
+    """Leave out to tell nobody."""
     patience_s: PositiveFloat = 600.0
     """Seconds that a run waits for room on its disk, or for a place on the cluster, before it stops for `--resume`."""
 

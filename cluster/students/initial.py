@@ -94,11 +94,13 @@ def initial_student(
 
     Args:
         teacher_dir: local directory of the teacher.
-        student_dir: local directory of the pretrained model, for :class:`Pretrained`.
+        student_dir: local directory of an existing model, which counts instead of ``init``: the one that
+            :class:`Pretrained` names, or the champion of a warm start.
         trust_remote_code: run Python that comes with the teacher.
     """
-    if isinstance(init, Pretrained):
+    if student_dir is not None:
         return AutoModelForCausalLM.from_pretrained(student_dir, dtype=dtype, use_safetensors=True)
+    assert not isinstance(init, Pretrained), "it comes with its directory"
     if isinstance(init, Scratch):
         config = scratch_config(AutoConfig.from_pretrained(teacher_dir, trust_remote_code=trust_remote_code), init)
         with torch.random.fork_rng(devices=[]):

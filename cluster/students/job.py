@@ -27,7 +27,7 @@ class StudentJob:
     """All that the ranks of one student need.
 
     Attributes:
-        student_dir: local model directory, for a pretrained student only.
+        student_dir: local directory of the existing model that it starts from, if it does.
         batches: how many the pass has.
         stream, board: handles of the family's actors.
         storage: the run's folder or bucket, for checkpoints.

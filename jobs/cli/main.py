@@ -12,7 +12,7 @@ from cluster.errors import StillhouseError
 from jobs.cli.contexts import contexts
 from jobs.cli.jobs import jobs
 from jobs.cli.labels import labels
-from jobs.cli.options import Address, AsJson, ContextName, Overrides, SpecPath, TrackingUri
+from jobs.cli.options import Address, AsJson, ContextName, Ds, Overrides, SpecPath, TrackingUri
 from jobs.cli.schedules import scheduler, schedules
 
 app = typer.Typer(
@@ -35,24 +35,32 @@ def run(
     spec: SpecPath,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run.")] = False,
+    ds: Ds = None,
 ) -> None:
     """Run a family here, or on the cluster that RAY_ADDRESS names."""
+    from cluster.dates import date_of
     from jobs.run import run as run_family
 
-    run_family(spec, overrides or [], resume)
+    run_family(spec, overrides or [], resume, date_of(ds) if ds is not None else None)
 
 
 @app.command()
-def check(spec: SpecPath, overrides: Overrides = None) -> None:
+def check(spec: SpecPath, overrides: Overrides = None, ds: Ds = None) -> None:
     """Validate a spec, its models and its corpus files; start nothing."""
+    from datetime import date
+
+    from cluster.dates import date_of, rendered
     from cluster.preflight import preflight
     from cluster.specfile import load_spec
 
-    checked = preflight(load_spec(spec, overrides or []))
+    day = date_of(ds) if ds is not None else date.today()
+    checked = preflight(rendered(load_spec(spec, overrides or []), day))
     names = ", ".join(checked.spec.students)
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
     )
+    for line in checked.warm_starts():
+        typer.echo(line)
 
 
 @app.command()
@@ -87,15 +95,17 @@ def submit(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run there.")] = False,
+    ds: Ds = None,
     follow: Annotated[bool, typer.Option(help="Show its log and end with its outcome.")] = True,
 ) -> None:
     """Run a family as a Ray job on a running cluster."""
+    from cluster.dates import date_of
     from jobs.contexts import context_for
     from jobs.submit import submit as submit_family
 
-    raise typer.Exit(
-        submit_family(spec, overrides or [], context_for(context, address), name, env or [], resume, follow)
-    )
+    day = date_of(ds) if ds is not None else None
+    where = context_for(context, address)
+    raise typer.Exit(submit_family(spec, overrides or [], where, name, env or [], resume, follow, day))
 
 
 @app.command()

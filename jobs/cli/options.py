@@ -21,4 +21,8 @@ Address = Annotated[
 ContextName = Annotated[
     str | None, typer.Option(help="A cluster by its name, see `stillhouse context`. Default: the one in use.")
 ]
+Ds = Annotated[
+    str | None,
+    typer.Option("--ds", metavar="YYYY-MM-DD", help="The date for the macros in corpus.paths. Default: today's."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -1,13 +1,14 @@
 """A run's folder: always a new one, never half written, resumed only from a spec that trains the same weights."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.errors import UserError
-from cluster.runs import open_run
+from cluster.runs import last_run, open_run
 from cluster.spec import FamilySpec
 from tests.tiny import tiny_family
 
@@ -43,6 +44,20 @@ def test_a_resumed_run_is_the_last_one_with_what_it_had_saved(stillhouse_home: P
         last.versions,
     )
     assert (first.resumed, found.resumed) == (False, True)
+
+
+def test_a_run_remembers_the_date_of_its_corpus_and_keeps_it(stillhouse_home: Path) -> None:
+    open_run(spec(), resume=False, ds=date(2028, 2, 29))
+    assert last_run("tiny").ds == "2028-02-29"
+    assert open_run(spec(), resume=True, ds=date(2028, 3, 1)).ds == last_run("tiny").ds == "2028-02-29"
+
+
+def test_a_run_from_before_there_were_dates_has_none(stillhouse_home: Path) -> None:
+    run = open_run(spec(), resume=False)
+    kept = json.loads((run.folder / "run.json").read_text())
+    assert kept.pop("ds") == date.today().isoformat()
+    (run.folder / "run.json").write_text(json.dumps(kept))
+    assert last_run("tiny").ds == ""
 
 
 def test_a_run_of_another_family_is_not_resumed(stillhouse_home: Path) -> None:

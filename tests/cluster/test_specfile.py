@@ -105,6 +105,37 @@ def test_a_range_of_replicas_that_is_none_is_refused_by_name(file: Path, given: 
     assert "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("{webhook: http://hooks.example.org/x}", "notify: webhook must be an https:// URL; http:// is allowed"),
+        ("{webhook: http://127.example.org/x}", "must be an https://"),
+        ("{webhook: ftp://127.0.0.1/x}", "must be an https://"),
+        ("{webhook: hooks.example.org}", "must be an https://"),
+        ("{webhook: 'https:///x'}", "must be an https://"),
+        ("{webhook: 'https://[::1/x'}", "webhook is no URL"),
+        ("{webhook: 'https://a:b/x'}", "webhook is no URL"),
+        ("{webhook: https://me:hunter2@a.org/x}", "must not hold a user or a password"),
+        ("{webhook: https://a.org, secret_env: hunter2!}", "secret_env must be the name of an environment variable"),
+        ("{webhook: https://a.org, events: []}", "notify.events: got []; "),
+        ("{webhook: https://a.org, events: [began]}", "notify.events.0: got 'began'; input should be 'succeeded', "),
+        ("{webhook: https://a.org, events: [failed, failed]}", "each at most once"),
+        ("{events: [failed]}", "notify.webhook: is required"),
+    ],
+)
+def test_a_webhook_that_cannot_be_trusted_is_refused_without_its_password(file: Path, given: str, says: str) -> None:
+    message = refusal(file, f"notify={given}")
+    assert says in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize("url", ["https://a.org/x", "http://127.0.0.1:80/x", "http://localhost/x", "http://[::1]:9/x"])
+def test_a_webhook_is_https_or_on_this_machine(file: Path, url: str) -> None:
+    notify = load_spec(file, [f"notify.webhook={url}"]).notify
+    assert notify is not None
+    assert (notify.webhook, notify.events) == (url, ("succeeded", "failed", "promoted"))
+
+
 @pytest.mark.parametrize("name", ["int", "teacher", "init", "scratch", "soft", "number", "ramp", "topk"])
 def test_a_student_s_name_is_never_left_out_of_a_path(file: Path, name: str) -> None:
     message = refusal(file, f"students.{name}={{init: {{source: teacher, layers: 2, depth: 1}}, lr: 0}}")
@@ -200,6 +231,7 @@ def test_a_remote_path_stays_as_it_is(file: Path, uri: str) -> None:
     [
         ("tracking", {"uri": "http://elsewhere:5000"}, True),
         ("serving", {"requests": 3}, True),
+        ("notify", {"webhook": "https://hooks.example.org/x"}, True),
         ("stream", {"window": 2}, True),
         ("evaluation", {"batches": 1}, False),
         ("checkpoints", {"every": 5}, True),

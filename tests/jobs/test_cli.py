@@ -108,6 +108,31 @@ def test_a_good_family_is_called_good_and_its_schema_is_printed(
     assert json.loads(out)["title"] == "FamilySpec"
 
 
+def test_a_family_is_checked_with_the_corpus_of_one_date(
+    run: Callable[..., tuple[int, str, str]], spec: Path, tiny_corpus: Path
+) -> None:
+    shutil.copy(tiny_corpus, spec.parent / "2028-02-29.jsonl")
+    paths = ["--set", "corpus.paths=['{{ ds_add(ds, -1) }}.jsonl']"]
+    assert run("check", str(spec), *paths, "--ds", "2028-03-01")[0] == 0
+    code, _, err = run("check", str(spec), *paths, "--ds", "2028-03-02")
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{spec.parent}/2028-03-01.jsonl is not there" in err
+
+
+def test_a_check_says_what_a_student_starts_from(
+    run: Callable[..., tuple[int, str, str]], spec: Path, stillhouse_home: Path
+) -> None:
+    code, out, _ = run("check", str(spec), "--set", "students.small.warm_start=true")
+    assert (code, out.splitlines()[1:]) == (0, ["small starts from its init: tiny-small has no champion yet"])
+
+
+@pytest.mark.parametrize("command", ["run", "check", "submit"])
+def test_what_is_no_date_costs_one_line(command: str, run: Callable[..., tuple[int, str, str]], spec: Path) -> None:
+    code, _, err = run(command, str(spec), "--ds", "2027-02-29")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--ds: got '2027-02-29'" in err and "YYYY-MM-DD" in err
+
+
 def test_resume_without_a_run_says_so(
     run: Callable[..., tuple[int, str, str]], spec: Path, stillhouse_home: Path
 ) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from cluster.dates import rendered
 from cluster.errors import UserError
 from cluster.specfile import load_spec
 from jobs import submit
@@ -42,6 +45,36 @@ def test_small_local_text_travels_and_is_found_on_the_other_side(spec_path: Path
     assert there.students == spec.students
     assert there.teacher == spec.teacher
     assert size == sum(file.stat().st_size for file in packed.rglob("*") if file.is_file())
+
+
+def test_what_travels_is_the_corpus_of_one_date(spec_path: Path, tmp_path: Path) -> None:
+    write_tiny_corpus(tmp_path / "dt=2026-11-23" / "a.jsonl")
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    paths = "corpus.paths=['dt={{ ds_add(ds, -1) }}', 's3://bucket/dt={{ ds }}/']"
+    submit.pack(rendered(load_spec(spec_path, [paths]), date(2026, 11, 24)), packed, HERE)
+    local, bucket = load_spec(packed / submit.SPEC_FILE).corpus.paths
+    assert (Path(local) / "a.jsonl").read_text() == (tmp_path / "dt=2026-11-23" / "a.jsonl").read_text()
+    assert bucket == "s3://bucket/dt=2026-11-24/"
+
+
+def test_the_job_is_told_the_date_and_a_resumed_one_goes_on_with_that_of_its_run() -> None:
+    assert submit._entrypoint(False, date(2026, 11, 24)) == "python -m jobs run family.yaml --ds 2026-11-24"
+    assert submit._entrypoint(True, None) == "python -m jobs run family.yaml --resume"
+    begun = [
+        ("tiny", date(2026, 11, 23), False),
+        ("tiny", date(2026, 11, 24), False),
+        ("tiny", date(2026, 11, 25), True),  # a wrong --ds, with which nothing could go on
+        ("other", date(2026, 11, 26), False),
+    ]
+    jobs = [
+        SimpleNamespace(metadata=submit._metadata(family, resume, ds), start_time=number)
+        for number, (family, ds, resume) in enumerate(begun)
+    ]
+    client = SimpleNamespace(list_jobs=lambda: [SimpleNamespace(metadata=None, start_time=None), *reversed(jobs)])
+    assert submit._last_ds(client, "tiny") == date(2026, 11, 24)
+    with pytest.raises(UserError, match="no job of family 'large' with a date; give its date by --ds"):
+        submit._last_ds(client, "large")
 
 
 def test_too_much_text_is_refused_with_what_to_do(
