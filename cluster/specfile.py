@@ -154,6 +154,7 @@ _NOT_TRAINING: Any = {
     "corpus": {"paths"},
     "tracking": True,
     "serving": True,
+    "promotion": True,
     "stream": True,
     "store": True,
     "evaluation": {"angle_every"},

@@ -19,6 +19,7 @@ from cluster.spec.family import (
 )
 from cluster.spec.labels import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
 from cluster.spec.loss import Divergence, LossSpec, Ramp
+from cluster.spec.promotion import PromotionSpec
 from cluster.spec.store import StoreSpec
 from cluster.spec.students import OptimizerSpec, Pretrained, ScheduleSpec, Scratch, StudentSpec, TeacherLayers
 
@@ -35,6 +36,7 @@ __all__ = [
     "LossSpec",
     "OptimizerSpec",
     "Pretrained",
+    "PromotionSpec",
     "Ramp",
     "ReplicaRange",
     "SampledLabels",
