@@ -24,6 +24,7 @@ class Run:
         spec_hash: of all that decides the students' weights, as a tag of the models.
         mlflow: run ids, ``family`` and one per student.
         versions: registered model versions of students that are finished.
+        promotions: what was decided of them, by student: the fields of a :class:`~cluster.evaluate.gate.Verdict`.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class Run:
     spec_hash: str
     mlflow: dict[str, str] = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
+    promotions: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: bool = False
 
     def save(self) -> None:
