@@ -22,6 +22,7 @@ from cluster.runs import Run, open_run
 from cluster.specfile import load_spec
 from cluster.watch import Status
 from jobs.console import Display, quiet
+from jobs.promotion import champion_arms, promotion_lines, settle
 
 
 def run(path: Path, overrides: Sequence[str], resume: bool) -> None:
@@ -85,6 +86,7 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
                 serving = compare(checked, result)
             except StillhouseError as error:  # the students are trained and registered all the same
                 trouble.append(f"the endpoints could not be compared: {error}")
+        settle(checked, result, serving)
         write_report(checked.spec, result, serving, environment())
         attach_report(checked.tracking_uri, run.mlflow[""], run.report_path)
     return result, serving, trouble
@@ -92,6 +94,8 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
 
 def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     """Serve the new challengers, and the teacher for reference, and send each the same prompts.
+
+    Where latency decides on promotion, the champions are served beside them.
 
     Returns:
         One row per arm, see :class:`serving.bench.ArmResult`.
@@ -104,6 +108,7 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     spec, options = checked.spec, checked.spec.serving
     assert options is not None
     arms = [Arm(spec.model_name(n), f"models:/{spec.model_name(n)}/{result.versions[n]}", 1.0) for n in result.students]
+    arms += [Arm(name, source, 0.0) for name, source in champion_arms(spec, result).items()]
     if options.include_teacher:
         arms.append(Arm("teacher", checked.teacher.folder, 0.0))
     with deploy(
@@ -183,4 +188,6 @@ def _print_result(
         + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),
         highlight=False,
     )
+    for line in promotion_lines(spec, result):
+        console.print(line, markup=False, highlight=False)
     console.print(f"MLflow {checked.tracking_uri}\nreport {result.run.report_path}", highlight=False)

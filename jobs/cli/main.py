@@ -12,6 +12,7 @@ from cluster.errors import StillhouseError
 from jobs.cli.contexts import contexts
 from jobs.cli.jobs import jobs
 from jobs.cli.labels import labels
+from jobs.cli.models import models
 from jobs.cli.options import Address, AsJson, ContextName, Overrides, SpecPath, TrackingUri
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.add_typer(jobs, name="jobs")
 app.add_typer(contexts, name="context")
 app.add_typer(labels, name="labels")
+app.add_typer(models)  # without a name: its commands are commands of their own
 
 
 @app.command()
