@@ -49,11 +49,16 @@ def student_needs(name: str, student: StudentSpec) -> Need:
 
 
 def serving_needs_of(spec: FamilySpec) -> list[Need]:
-    """What the comparison of the endpoints asks for, after the training has given its resources back."""
+    """What the comparison of the endpoints asks for, after the training has given its resources back.
+
+    Where latency decides on promotion, each student's champion is served beside it. Whether there is one yet is not
+    asked: a cluster that is too small would show it on the second night only.
+    """
     options = spec.serving
     if options is None:
         return []
-    arms = len(spec.students) + options.include_teacher
+    beside = spec.promotion is not None and spec.promotion.latency is not None
+    arms = len(spec.students) * (1 + beside) + options.include_teacher
     return [Need("serving", arms, options.cpus_per_arm, options.gpus_per_arm)]
 
 

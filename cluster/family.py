@@ -28,6 +28,7 @@ from cluster.space import when_there_is_room
 from cluster.spec import FamilySpec
 from cluster.specfile import home
 from cluster.stream.actor import Stream
+from cluster.students.champions import Champions
 from cluster.students.job import StudentJob
 from cluster.students.trainer import Trainers
 from cluster.teacher.scaling import PACE, Pace
@@ -178,14 +179,16 @@ def _distil(
     actors.stream.start.remote()
     watch = Watch(actors.stream, actors.board, list(spec.students), spec.patience_s)
     unplaced = Unplaced(spec, places_pending, alive_nodes)
-    tasks = {actors.trainers.run.remote(job): job.name for job in _jobs(checked, run, actors, batches.count)}
+    jobs = _jobs(checked, run, actors, batches.count)
+    tasks = {actors.trainers.run.remote(job): job.name for job in jobs}
+    champions = _champions(checked, run, actors.registry, jobs)
     registering: dict[ray.ObjectRef, str] = {}
     students: dict[str, StudentResult] = {}
     failed: dict[str, str] = {}
     status = Status("distilling")
     try:
-        while tasks or registering:
-            done, _ = ray.wait([*tasks, *registering], num_returns=1, timeout=POLL_S)
+        while tasks or registering or champions.refs:
+            done, _ = ray.wait([*tasks, *registering, *champions.refs], num_returns=1, timeout=POLL_S)
             status, new = watch.look("distilling" if tasks else "registering")
             report(status)
             if new:
@@ -195,6 +198,8 @@ def _distil(
             give_back_places()
             unplaced.look([name for name in tasks.values() if status.students[name].phase == NO_PLACE])
             for ref in done:
+                if champions.take(ref):
+                    continue
                 if ref in registering:
                     run.versions[registering.pop(ref)] = ray.get(ref)
                     _keep(run, spec)
@@ -206,19 +211,34 @@ def _distil(
                     failed[name] = str(error.cause)
                     actors.board.phase.remote(name, "failed")
                     continue
+                # Before the registry is busy with the new version for a while.
+                champions.ask(name)
                 if name not in run.versions:
                     tags = {**lineage, **_own_lineage(checked, name)}
                     registering[_register(actors.registry, spec, students[name], tags)] = name
-            if over := [name for name in spec.students if name not in tasks.values()]:
+            champions.look({name: student.phase for name, student in status.students.items()})
+            # Until then nobody else, such as one more replica, is to take the place of a student.
+            at_work = {*tasks.values(), *champions.busy}
+            if over := [name for name in spec.students if name not in at_work]:
                 actors.stream.done.remote(over)
     except KeyboardInterrupt:
         at_it = [name for name, student in status.students.items() if student.phase in PUTS_AWAY]
         _hold(actors.stream, [task for task, name in tasks.items() if name in at_it], report)
         raise
+    finally:
+        champions.close()
     status, new = watch.look("registered")
     ray.get(actors.registry.log.remote(new))
     assert status.stats is not None
-    return FamilyResult(run, batches.facts, status.stats, students, failed, watch.points, 0.0, dict(run.versions))
+    result = FamilyResult(run, batches.facts, status.stats, students, failed, watch.points, 0.0, dict(run.versions))
+    result.champions = champions.found
+    return result
+
+
+def _champions(checked: Checked, run: Run, registry: ActorHandle, jobs: list[StudentJob]) -> Champions:
+    """Looks after the champions of the students that promotion is still to be decided of."""
+    undecided = [job for job in jobs if checked.spec.promotion is not None and job.name not in run.promotions]
+    return Champions(registry, checked.tracking_uri, {job.name: job for job in undecided}, run.versions)
 
 
 def _hold(stream: ActorHandle, tasks: list[ray.ObjectRef], report: Report) -> None:

@@ -31,6 +31,7 @@ class Run:
         warm_start: per student with a warm start the champion's version that it began with, none where there was no
             champion then; empty until the students begin.
         ds: the date that its corpus was rendered for, YYYY-MM-DD; "" in a run from before there were dates.
+        promotions: what was decided of them, by student: the fields of a :class:`~cluster.evaluate.gate.Verdict`.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Run:
     versions: dict[str, int] = field(default_factory=dict)
     warm_start: dict[str, int | None] = field(default_factory=dict)
     ds: str = ""
+    promotions: dict[str, dict[str, Any]] = field(default_factory=dict)
     resumed: bool = False
     text_is_kept: bool = False
 

@@ -155,6 +155,7 @@ _NOT_TRAINING: Any = {
     "tracking": True,
     "serving": True,
     "notify": True,
+    "promotion": True,
     "stream": True,
     "store": True,
     "evaluation": {"angle_every"},

@@ -27,6 +27,7 @@ from cluster.watch import Status
 from jobs.console import Display, quiet
 from jobs.lines import run_line
 from jobs.notify import facts_of, notify
+from jobs.promotion import champion_arms, promotion_lines, settle
 
 
 def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = None) -> None:
@@ -75,7 +76,10 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
             raise RunError(broken) from error
         _print_result(console, checked, result, serving)
         ended: Event = "failed" if trouble else "succeeded"
-        _tell(console, checked, folder, ended, result, "; ".join(trouble) or None)
+        error = "; ".join(trouble) or None
+        _tell(console, checked, folder, ended, result, error)
+        if any(verdict.promoted for verdict in result.verdicts.values()):
+            _tell(console, checked, folder, ended, result, error, event="promoted")
     if trouble:
         raise RunError("; ".join(trouble))
 
@@ -87,9 +91,15 @@ def _tell(
     ended: Event,
     result: FamilyResult | None = None,
     error: str | None = None,
+    event: Event | None = None,
 ) -> None:
-    """Tell the spec's webhook how the run ended; a line when that could not be done."""
-    if line := notify(checked.spec.notify, ended, facts_of(checked, run, ended, result, error)):
+    """Tell the spec's webhook how the run ended; a line when that could not be done.
+
+    Args:
+        event: what it is told of; none means the end itself.
+    """
+    verdicts = promotion_lines(checked.spec, result) if result else []
+    if line := notify(checked.spec.notify, event or ended, facts_of(checked, run, ended, result, error, verdicts)):
         console.print(line, highlight=False, markup=False)
 
 
@@ -123,6 +133,7 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
                 serving = compare(checked, result)
             except StillhouseError as error:  # the students are trained and registered all the same
                 trouble.append(f"the endpoints could not be compared: {error}")
+        settle(checked, result, serving)
         write_report(checked.spec, result, serving, environment())
         attach_report(checked.tracking_uri, run.mlflow[""], run.report_path)
     return result, serving, trouble
@@ -130,6 +141,8 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
 
 def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     """Serve the new challengers, and the teacher for reference, and send each the same prompts.
+
+    Where latency decides on promotion, the champions are served beside them.
 
     Returns:
         One row per arm, see :class:`serving.bench.ArmResult`.
@@ -142,6 +155,7 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     spec, options = checked.spec, checked.spec.serving
     assert options is not None
     arms = [Arm(spec.model_name(n), f"models:/{spec.model_name(n)}/{result.versions[n]}", 1.0) for n in result.students]
+    arms += [Arm(name, source, 0.0) for name, source in champion_arms(spec, result).items()]
     if options.include_teacher:
         arms.append(Arm("teacher", checked.teacher.folder, 0.0))
     with deploy(
@@ -221,4 +235,6 @@ def _print_result(
         + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),
         highlight=False,
     )
+    for line in promotion_lines(spec, result):
+        console.print(line, markup=False, highlight=False)
     console.print(f"MLflow {checked.tracking_uri}\nreport {result.run.report_path}", highlight=False)

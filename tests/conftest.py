@@ -69,3 +69,13 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A jsonl file of 64 short documents. Not to be written to."""
     return write_tiny_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
+
+
+@pytest.fixture(scope="session")
+def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's SQLite file without a model in it. To be copied, for MLflow takes seconds to make one."""
+    from cluster.registry import Models
+
+    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
+    assert Models(f"sqlite:///{path}").standing("anything") is None
+    return path

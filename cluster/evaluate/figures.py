@@ -44,3 +44,18 @@ class StudentResult:
     after: Fidelity
     batches: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The present champion beside a new student.
+
+    Attributes:
+        version: of the same registered model.
+        fidelity: on the new student's held-out batches; None where it could not be measured.
+        why_not: then the reason, in a line.
+    """
+
+    version: int
+    fidelity: Fidelity | None
+    why_not: str = ""

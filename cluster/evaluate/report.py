@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from cluster.board import Point
+from cluster.evaluate.gate import SAID
 from cluster.evaluate.result import FamilyResult
 from cluster.spec import FamilySpec
 
@@ -31,6 +32,7 @@ def write_report(
     html = page.get_template("report.html.j2").render(
         spec=spec,
         result=result,
+        said=SAID,
         students=[result.students[name] for name in spec.students if name in result.students],
         curves=_curves(result.points),
         fidelity=_fidelity_bars(result),

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from cluster.board import Point
 from cluster.corpus.batches import CorpusFacts
-from cluster.evaluate.figures import StudentResult
+from cluster.evaluate.figures import Champion, StudentResult
+from cluster.evaluate.gate import Verdict
 from cluster.runs import Run
 from cluster.stream.figures import StreamStats
 
@@ -20,6 +21,9 @@ class FamilyResult:
         versions: registered model version per finished student.
         points: every student's curve, of this session.
         seconds: of the whole family, without the comparison of its endpoints.
+        champions: what each finished student is to be compared with, None where there is no champion yet; only of those
+            that the family's ``promotion`` still has to decide on.
+        verdicts: whether they took the champion's place; filled when it is decided.
     """
 
     run: Run
@@ -30,3 +34,5 @@ class FamilyResult:
     points: list[Point]
     seconds: float
     versions: dict[str, int] = field(default_factory=dict)
+    champions: dict[str, Champion | None] = field(default_factory=dict)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)

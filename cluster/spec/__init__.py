@@ -20,6 +20,7 @@ from cluster.spec.family import (
 from cluster.spec.labels import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
 from cluster.spec.loss import Divergence, LossSpec, Ramp
 from cluster.spec.notify import Event, NotifySpec
+from cluster.spec.promotion import PromotionSpec
 from cluster.spec.store import StoreSpec
 from cluster.spec.students import OptimizerSpec, Pretrained, ScheduleSpec, Scratch, StudentSpec, TeacherLayers
 
@@ -38,6 +39,7 @@ __all__ = [
     "NotifySpec",
     "OptimizerSpec",
     "Pretrained",
+    "PromotionSpec",
     "Ramp",
     "ReplicaRange",
     "SampledLabels",

@@ -17,6 +17,7 @@ from cluster.spec.base import Name, Section, Share
 from cluster.spec.labels import LabelsSpec, TopKLabels
 from cluster.spec.loss import why_not
 from cluster.spec.notify import NotifySpec
+from cluster.spec.promotion import PromotionSpec
 from cluster.spec.store import StoreSpec
 from cluster.spec.students import StudentSpec
 
@@ -196,6 +197,8 @@ class FamilySpec(Section):
     """Leave out to end after the registry."""
     notify: NotifySpec | None = None
     """Leave out to tell nobody."""
+    promotion: PromotionSpec | None = None
+    """When a new student takes the champion's place. Leave out to promote by hand only; it stays `challenger` then."""
     patience_s: PositiveFloat = 600.0
     """Seconds that a run waits for room on its disk, or for a place on the cluster, before it stops for `--resume`."""
 
@@ -216,6 +219,15 @@ class FamilySpec(Section):
         for name, student in self.students.items():
             if reason := why_not(self.labels, student.loss):
                 raise ValueError(f"students.{name}.loss: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _latency_is_measured(self) -> FamilySpec:
+        if self.promotion is not None and self.promotion.latency is not None and self.serving is None:
+            raise ValueError(
+                "promotion.latency has no effect without serving, which measures it; add a serving section, or leave "
+                "latency out"
+            )
         return self
 
     @property

@@ -25,6 +25,29 @@ from cluster.students.module import Inputs, inputs_of
 HIDDEN = HiddenLabels(kind="hidden")
 
 
+@torch.no_grad()
+def held_out_sums(
+    student: Any, job: StudentJob, reader: Reader, teacher_head_VD: Tensor, device: torch.device
+) -> Tensor:
+    """A student's :func:`fidelity_sums` over one rank's share of the held-out batches.
+
+    Args:
+        student: a :class:`~cluster.students.module.Student` in evaluation mode, be it the one that learns or another.
+        job, reader: say which batches, in which micro-batches and for which rank.
+    """
+    size = job.spec.micro_batch
+    sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=device)
+    for number in range(job.family.evaluation.batches):
+        delivery, blocks = reader.held_out(number)
+        labels = job.labels(delivery, blocks, HIDDEN)
+        for first in range(0, labels.sequences, size):
+            inputs = inputs_of(delivery.batch.rows(first, first + size), device)
+            teacher = _exact(labels.rows(first, first + size), inputs, teacher_head_VD)
+            use = partial(fidelity_sums, teacher_logits=teacher.logits, next_T=inputs.next_T)
+            sums += student(inputs, partial(use, vocabulary=job.teacher.vocabulary))
+    return sums
+
+
 class Measures:
     """Measures one rank's share of a student on the held-out batches, which the teacher scored exactly.
 
@@ -53,22 +76,13 @@ class Measures:
             torch.distributed.all_reduce(sums)
         return sums
 
-    @torch.no_grad()
     def fidelity(self) -> Fidelity:
         """Fidelity on the held-out batches; every rank measures its rows and the sums are added."""
-        job, size = self._job, self._job.spec.micro_batch
         kept = self.kept_head()
-        head_VD = self._head() if kept is None else kept
         self._engine.eval()
-        sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=self._device)
-        for number in range(job.family.evaluation.batches):
-            delivery, blocks = self._reader.held_out(number)
-            labels = job.labels(delivery, blocks, HIDDEN)
-            for first in range(0, labels.sequences, size):
-                inputs = inputs_of(delivery.batch.rows(first, first + size), self._device)
-                teacher = _exact(labels.rows(first, first + size), inputs, head_VD)
-                use = partial(fidelity_sums, teacher_logits=teacher.logits, next_T=inputs.next_T)
-                sums += self._engine.module(inputs, partial(use, vocabulary=job.teacher.vocabulary))
+        sums = held_out_sums(
+            self._engine.module, self._job, self._reader, self._head() if kept is None else kept, self._device
+        )
         self._engine.train()
         return fidelity_of(self._all_ranks(sums))
 

@@ -12,6 +12,7 @@ from cluster.errors import StillhouseError
 from jobs.cli.contexts import contexts
 from jobs.cli.jobs import jobs
 from jobs.cli.labels import labels
+from jobs.cli.models import models
 from jobs.cli.options import Address, AsJson, ContextName, Ds, Overrides, SpecPath, TrackingUri
 from jobs.cli.schedules import scheduler, schedules
 
@@ -28,6 +29,7 @@ app.add_typer(contexts, name="context")
 app.add_typer(schedules, name="schedule")
 app.add_typer(labels, name="labels")
 app.command()(scheduler)
+app.add_typer(models)  # without a name: its commands are commands of their own
 
 
 @app.command()

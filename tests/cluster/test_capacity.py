@@ -101,6 +101,15 @@ def test_serving_needs_an_arm_for_every_student_and_one_for_the_teacher() -> Non
     assert serving_needs_of(FamilySpec.model_validate(tiny_family())) == []
 
 
+@pytest.mark.parametrize(("promotion", "arms"), [({"latency": 0.0}, 5), ({"kl": 0.1}, 3)])
+def test_serving_needs_the_champions_beside_the_students_where_latency_decides(
+    promotion: dict[str, Any], arms: int
+) -> None:
+    shape: dict[str, Any] = tiny_family()["students"]["small"]
+    tree = tiny_family(serving={}, promotion=promotion, students={"large": shape})
+    assert serving_needs_of(FamilySpec.model_validate(tree)) == [Need("serving", arms, 0.5, 0.0)]
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """A clock that a test sets."""

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from cluster.spec import Divergence, FamilySpec, LabelsSpec, LossSpec, TopKLabels
+from cluster.spec import Divergence, FamilySpec, LabelsSpec, LossSpec, PromotionSpec, TopKLabels
 from cluster.spec.loss import why_not
 from tests.tiny import tiny_family
 
@@ -35,6 +35,10 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "keep without every": ({"checkpoints": {"keep": 3}}, "no effect without every"),
     "an unknown tracking scheme": ({"tracking": {"uri": "file:///tmp/mlruns"}}, "allowed are http"),
+    "a latency that nothing measures": ({"promotion": {"latency": 0.1}}, "no effect without serving"),
+    "a margin that asks for a better one": ({"promotion": {"kl": -0.1}}, "greater than or equal to 0"),
+    "a margin for more than all tokens": ({"promotion": {"agreement": 1.1}}, "less than or equal to 1"),
+    "a boundless margin": ({"promotion": {"perplexity": float("inf")}}, "finite"),
     "no labels": ({"labels": {"k": None}}, "valid integer"),
     "no file": ({"corpus": {"paths": []}}, "at least 1 item"),
     "everything held out": ({"corpus": {"held_out": 1.0}}, "less than 1"),
@@ -311,6 +315,25 @@ def test_a_batch_is_cut_so_that_every_student_s_ranks_share_it_out() -> None:
 def test_replicas_are_a_number_or_a_range(given: Any, least: int, most: int) -> None:
     spec = family(teacher={"replicas": given})
     assert (spec.teacher.min_replicas, spec.teacher.max_replicas) == (least, most)
+    assert FamilySpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("sections", "latency"),
+    [
+        ({"promotion": {}}, None),
+        ({"promotion": {"latency": 0.1}, "serving": {}}, 0.1),
+        ({"promotion": {}, "serving": {}}, None),
+    ],
+    ids=repr,
+)
+def test_promotion_is_asked_for_by_an_empty_section_and_counts_latency_only_when_told(
+    sections: dict[str, Any], latency: float | None
+) -> None:
+    assert family().promotion is None
+    spec = family(**sections)
+    assert spec.promotion is not None
+    assert spec.promotion == PromotionSpec(kl=0.0, perplexity=0.0, agreement=0.0, latency=latency)
     assert FamilySpec.model_validate_json(spec.model_dump_json()) == spec
 
 

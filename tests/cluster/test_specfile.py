@@ -232,6 +232,7 @@ def test_a_remote_path_stays_as_it_is(file: Path, uri: str) -> None:
         ("tracking", {"uri": "http://elsewhere:5000"}, True),
         ("serving", {"requests": 3}, True),
         ("notify", {"webhook": "https://hooks.example.org/x"}, True),
+        ("promotion", {"kl": 0.1}, True),
         ("stream", {"window": 2}, True),
         ("evaluation", {"batches": 1}, False),
         ("checkpoints", {"every": 5}, True),

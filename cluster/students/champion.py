@@ -1,0 +1,80 @@
+"""The champion measured as the new student was: the same held-out batches and teacher, the same code."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluster.errors import UserError
+from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of
+from cluster.evaluate.figures import Champion
+from cluster.labels.make import as_tensor
+from cluster.memory import keep_memory
+from cluster.models import load_config, load_tokenizer, tokenizer_fingerprint
+from cluster.registry import fetch_model
+from cluster.stream.reader import Reader
+from cluster.students.job import StudentJob
+from cluster.students.measures import held_out_sums
+from cluster.students.module import Student
+
+
+def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: str) -> Champion:
+    """Fidelity of a registered version on a student's held-out batches, in the student's precision and micro-batches.
+
+    One process measures what the student's ranks share out; it adds the sums of the same pieces.
+
+    Args:
+        model: name of the registered model.
+
+    Raises:
+        UserError: the registry does not know the version, or its model cannot be read.
+        RunError: its files are gone, or the teacher is lost for good.
+    """
+    torch.set_num_threads(max(1, int(job.spec.cpus_per_rank)))
+    keep_memory()
+    device = torch.device("cuda", 0) if job.spec.gpus_per_rank else torch.device("cpu")
+    with tempfile.TemporaryDirectory(prefix="still-champion-") as put:
+        folder = fetch_model(f"models:/{model}/{version}", tracking_uri, Path(put), job.family.patience_s)
+        if reason := why_not_comparable(folder, job):
+            return Champion(version, None, f"champion v{version} cannot be compared: {reason}")
+        student = Student(
+            AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.bfloat16 if job.spec.precision == "bfloat16" else torch.float32,
+                use_safetensors=True,
+                trust_remote_code=job.family.teacher.trust_remote_code,
+            )
+        ).to(device)
+    student.eval()
+    sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=device)
+    head_VD = None
+    for rank in range(job.spec.ranks):
+        reader = Reader(job.stream, job.name, rank, job.batches)
+        head_VD = as_tensor(reader.teacher_head()).to(device) if head_VD is None else head_VD
+        sums += held_out_sums(student, job, reader, head_VD, device)
+    return Champion(version, fidelity_of(sums))
+
+
+def why_not_comparable(folder: Path, job: StudentJob) -> str | None:
+    """Why a model cannot be measured against a student's teacher; None where it can.
+
+    Args:
+        folder: the model's local directory.
+    """
+    field = "the champion"
+    try:
+        tokenizer = load_tokenizer(folder, field)
+        config = load_config(folder, field, job.family.teacher.trust_remote_code)
+    except UserError as error:
+        return str(error)
+    if tokenizer_fingerprint(tokenizer) != job.teacher.tokenizer:
+        return f"it has another tokenizer ({len(tokenizer)} tokens) than the teacher"
+    if config.vocab_size < job.teacher.vocabulary:
+        return f"its vocabulary has {config.vocab_size} tokens, the teacher's {job.teacher.vocabulary}"
+    longest, length = getattr(config, "max_position_embeddings", None), job.family.corpus.sequence_length
+    if longest and length > longest:
+        return f"it reads at most {longest} tokens, corpus.sequence_length is {length}"
+    return None

@@ -1,0 +1,159 @@
+"""The promotion gate at the end of a run, and `stillhouse promote` and `rollback` by hand."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cluster.errors import UserError
+from cluster.evaluate.figures import Champion, StudentResult
+from cluster.evaluate.gate import KEPT, PROMOTED, Figures, Verdict, decide
+from cluster.evaluate.result import FamilyResult
+from cluster.preflight import Checked
+from cluster.registry import ChampionMovedError, Models
+from cluster.space import when_there_is_room
+from cluster.spec import FamilySpec, PromotionSpec
+from cluster.specfile import home
+from jobs.contexts import context_for
+
+SQLITE = "sqlite:///"
+# A person waits for the answer.
+_PATIENCE_S = 20.0
+
+
+def champion_arm(model: str) -> str:
+    """The name under which a model's champion is served beside its new version. No student's name has a dot."""
+    return f"{model}.champion"
+
+
+def champion_arms(spec: FamilySpec, result: FamilyResult) -> dict[str, str]:
+    """The champions that must be served so that latency can decide: names of arms to their ``models:/`` URIs."""
+    if spec.promotion is None or spec.promotion.latency is None:
+        return {}
+    measured = {name: each.version for name, each in result.champions.items() if each is not None and each.fidelity}
+    models = {spec.model_name(name): version for name, version in measured.items()}
+    return {champion_arm(model): f"models:/{model}/{version}" for model, version in models.items()}
+
+
+def settle(checked: Checked, result: FamilyResult, serving: Sequence[Mapping[str, Any]]) -> None:
+    """Decide of every finished student whether it takes its champion's place, and see to it in the registry.
+
+    What is decided is written into the run's state before anything is done, and done in steps that may be done again:
+    a run that is resumed carries out what it had decided, and leaves alone what a person has decided since.
+
+    Args:
+        result: its ``verdicts`` are filled; stays without any where the spec has no ``promotion``.
+        serving: the comparison's rows; empty where nothing was served.
+    """
+    margins, run = checked.spec.promotion, result.run
+    if margins is None:
+        return
+    models = Models(checked.tracking_uri)
+    latencies = {row["arm"]: row["latency_ms"].get("p50") for row in serving}
+    for name, student in result.students.items():
+        model, version = checked.spec.model_name(name), result.versions[name]
+        verdict = models.verdict(model, version)
+        if verdict is None:
+            if name in run.promotions:
+                verdict = Verdict(**run.promotions[name])
+            else:
+                both = latencies.get(model), latencies.get(champion_arm(model))
+                verdict = judge(margins, student, version, result.champions[name], *both)
+                _remember(checked, result, name, verdict)
+            verdict = _carry_out(models, model, version, verdict)
+        _remember(checked, result, name, verdict)
+
+
+def judge(
+    margins: PromotionSpec,
+    student: StudentResult,
+    version: int,
+    champion: Champion | None,
+    latency_ms: float | None,
+    champion_latency_ms: float | None,
+) -> Verdict:
+    """The verdict on one new version, whatever is known of its champion. Latencies are medians of whole answers."""
+    new = Figures.of(student.after, latency_ms)
+    if champion is None:
+        return decide(margins, new, None, None)
+    if champion.fidelity is None:
+        outcome = PROMOTED if champion.version == version else KEPT
+        return Verdict(outcome, champion.why_not, champion.version)
+    return decide(margins, new, Figures.of(champion.fidelity, champion_latency_ms), champion.version)
+
+
+def _remember(checked: Checked, result: FamilyResult, student: str, verdict: Verdict) -> None:
+    """In the run's state and in its result."""
+    run = result.run
+    run.promotions[student] = asdict(verdict)
+    when_there_is_room(run.folder, run.save, checked.spec.patience_s)
+    result.verdicts[student] = verdict
+
+
+def _carry_out(models: Models, model: str, version: int, verdict: Verdict) -> Verdict:
+    """Do what was decided; what stands in the end."""
+    if verdict.promoted:
+        try:
+            models.promote(model, version, verdict.reason, verdict.against)
+            return verdict
+        except ChampionMovedError as error:
+            verdict = replace(verdict, outcome=KEPT, reason=str(error))
+    models.keep(model, version, verdict.reason)
+    return verdict
+
+
+def promotion_lines(spec: FamilySpec, result: FamilyResult) -> list[str]:
+    """A line for each student that was decided on, as the terminal says it."""
+    return [verdict.line(spec.model_name(n), result.versions[n]) for n, verdict in result.verdicts.items()]
+
+
+def promote(model: str, version: int | None, tracking_uri: str | None) -> None:
+    """Make a version the champion by hand.
+
+    Args:
+        version: none means the challenger.
+        tracking_uri: none means the one of the context in use, else the embedded one.
+
+    Raises:
+        UserError: no such registry, model or version, or there is no challenger.
+        RunError: MLflow does not answer, or somebody else has promoted another version at this moment.
+    """
+    models = _models(tracking_uri)
+    now = models.known(model)
+    if (chosen := version if version is not None else now.challenger) is None:
+        there = "has no champion either" if now.champion is None else f"its champion is v{now.champion}"
+        raise UserError(f"{model} has no challenger, {there}; name a version with --version N")
+    models.promote(model, chosen, f"promoted by hand by {getpass.getuser()}", now.champion)
+    before = "" if now.champion in (None, chosen) else f"; v{now.champion} was it before"
+    typer.echo(f"{model} v{chosen} is champion{before}")
+
+
+def rollback(model: str, tracking_uri: str | None) -> None:
+    """Make the version champion that was it before the present one.
+
+    Args:
+        tracking_uri: as for :func:`promote`.
+
+    Raises:
+        UserError: no such registry or model, or nothing to roll back to.
+        RunError: MLflow does not answer.
+    """
+    left, back = _models(tracking_uri).rollback(model)
+    typer.echo(f"{model} v{back} is champion again; v{left} was it before")
+
+
+def _models(tracking_uri: str | None) -> Models:
+    """The registry that a command means.
+
+    Raises:
+        UserError: it is a file that is not there, which MLflow would make.
+    """
+    uri = tracking_uri or context_for(None, None).tracking_uri or f"{SQLITE}{home() / 'mlflow.db'}"
+    if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
+        raise UserError(f"there is no registry {uri} yet; run a family first, or name another with --tracking-uri")
+    return Models(uri, _PATIENCE_S)

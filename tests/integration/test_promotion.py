@@ -1,0 +1,122 @@
+"""Four nights of one family on real parts: only a better student takes the champion's place, and it can be put back."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from cluster.evaluate.report import write_report
+from cluster.evaluate.result import FamilyResult
+from cluster.preflight import Checked
+from cluster.registry import PROMOTION, REASON
+from jobs.promotion import promotion_lines, rollback, settle
+from tests.integration.conftest import run_here, write_family
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+MODEL = "tiny-small"
+STUDENT: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "lr": 3e-3}
+# So much too high that it unlearns everything.
+FAR_TOO_HIGH = 3.0
+# The teacher is random: how likely it finds the text says nothing, and is not what is learnt.
+PROMOTION_SECTION = {"perplexity": 10.0}
+
+
+def write_garbage(path: Path) -> Path:
+    """Words whose letters are shuffled."""
+    dice = random.Random(7)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    rows = [{"text": " ".join("".join(dice.choices(letters, k=6)) for _ in range(40))} for _ in range(48)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def night(folder: Path, tiny: Path, batches: int, corpus: Path | None = None, **student: Any) -> Path:
+    """The spec of one night."""
+    fields: dict[str, Any] = {"max_batches": batches, "held_out": 0.2}
+    if corpus is not None:
+        fields["paths"] = [str(corpus)]
+    return write_family(folder, tiny, {"small": {**STUDENT, **student}}, corpus=fields, promotion=PROMOTION_SECTION)
+
+
+def decided(path: Path) -> tuple[Checked, FamilyResult]:
+    """Run a night to its end as `stillhouse run` does."""
+    checked, result, _ = run_here(path)
+    settle(checked, result, [])
+    return checked, result
+
+
+def model_id(client: Any, version: int) -> str:
+    """MLflow's folder of a version's files."""
+    return str(client.get_model_version(MODEL, str(version)).source).rpartition("/")[2]
+
+
+def aliases(client: Any) -> dict[str, int]:
+    found = {}
+    for alias in ("champion", "challenger"):
+        try:
+            found[alias] = int(client.get_model_version_by_alias(MODEL, alias).version)
+        except mlflow.exceptions.MlflowException:
+            continue
+    return found
+
+
+def test_only_a_better_student_takes_the_champion_s_place(
+    tiny: Path, tmp_path: Path, stillhouse_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Night 1: there is no champion.
+    checked, first = decided(night(tmp_path, tiny, 8))
+    client = mlflow.MlflowClient(checked.tracking_uri)
+    assert first.champions == {"small": None}
+    assert aliases(client) == {"champion": 1}
+    (line,) = promotion_lines(checked.spec, first)
+    assert line.startswith("promotion: tiny-small v1 is champion: there was no champion; KL ")
+
+    # Night 2: garbage, learnt far too fast, on two ranks. Both are measured on that night's held-out text.
+    garbage = write_garbage(tmp_path / "garbage.jsonl")
+    path = night(tmp_path, tiny, 8, garbage, lr=FAR_TOO_HIGH, ranks=2, micro_batch=2)
+    checked, second = decided(path)
+    champion = second.champions["small"]
+    assert champion is not None and champion.version == 1 and champion.fidelity is not None
+    assert champion.fidelity.tokens == second.students["small"].after.tokens
+    assert champion.fidelity.teacher_perplexity == pytest.approx(second.students["small"].after.teacher_perplexity)
+    assert second.students["small"].after.kl > 1.1 * champion.fidelity.kl
+    assert aliases(client) == {"champion": 1, "challenger": 2}
+    reason = f"KL {second.students['small'].after.kl:.3g} against {champion.fidelity.kl:.3g} of champion v1"
+    found = client.get_model_version(MODEL, "2")
+    for tags in (found.tags, client.get_run(found.run_id).data.tags):
+        assert tags[PROMOTION] == "kept"
+        assert tags[REASON].startswith(reason)
+    (line,) = promotion_lines(checked.spec, second)
+    assert line.startswith(f"promotion: tiny-small v2 stays challenger: {reason}")
+    state = json.loads((second.run.folder / "run.json").read_text())
+    assert state["promotions"] == {"small": asdict(second.verdicts["small"])}
+    assert reason in write_report(checked.spec, second, [], {}).read_text()
+
+    # Night 3: the first night's text, for longer. The champion is measured as it was when it was new.
+    checked, third = decided(night(tmp_path, tiny, 32))
+    champion = third.champions["small"]
+    assert champion is not None and champion.fidelity is not None
+    assert asdict(champion.fidelity) == pytest.approx(asdict(first.students["small"].after), rel=1e-5)
+    assert third.students["small"].after.kl < champion.fidelity.kl
+    assert third.verdicts["small"].promoted and third.verdicts["small"].against == 1
+    assert aliases(client) == {"champion": 3}
+
+    capsys.readouterr()
+    rollback(MODEL, checked.tracking_uri)
+    assert capsys.readouterr().out == "tiny-small v1 is champion again; v3 was it before\n"
+    assert aliases(client) == {"champion": 1}
+    assert client.get_model_version(MODEL, "3").tags[PROMOTION] == "rolled back"
+
+    # Night 4: the champion's files are gone. The family ends well all the same.
+    shutil.rmtree(stillhouse_home / "artifacts" / "tiny" / "models" / model_id(client, 1))
+    _, fourth = decided(night(tmp_path, tiny, 2))
+    assert fourth.failed == {}
+    assert "champion v1 cannot be measured: " in fourth.verdicts["small"].reason
+    assert aliases(client) == {"champion": 1, "challenger": 4}
