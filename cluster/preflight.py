@@ -9,6 +9,7 @@ from typing import Any
 from cluster.corpus.files import find_files
 from cluster.errors import UserError
 from cluster.labels.store.store import LabelStore
+from cluster.limits import Most, most_allowed
 from cluster.models import (
     TeacherModel,
     load_config,
@@ -32,6 +33,7 @@ class Checked:
         student_dirs: local directories of the pretrained students.
         tracking_uri: the spec's, or the embedded one.
         store: where labels are kept; none where they are not.
+        most: what it may hold of the cluster at a time.
     """
 
     spec: FamilySpec
@@ -39,6 +41,7 @@ class Checked:
     student_dirs: dict[str, Path]
     tracking_uri: str
     store: str | None
+    most: Most
 
 
 def tracking_uri_of(spec: FamilySpec) -> str:
@@ -62,6 +65,7 @@ def preflight(spec: FamilySpec) -> Checked:
     """
     uri = tracking_uri_of(spec)
     teacher = spec.teacher
+    most = most_allowed(spec)
     folder = local_model(teacher.model, revision=teacher.revision, tracking_uri=uri, field="teacher.model")
     config = load_config(folder, "teacher.model", teacher.trust_remote_code)
     tokenizer = load_tokenizer(folder, "teacher.model")
@@ -80,7 +84,7 @@ def preflight(spec: FamilySpec) -> Checked:
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
-    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store)
+    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store, most)
 
 
 def _check_shards(spec: FamilySpec, config: Any) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from cluster.errors import RunError, UserError
+from cluster.limits import MAX_CPUS, MAX_GPUS
+from cluster.queue.user import VARIABLE
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
 from jobs.client import connect
@@ -59,7 +61,8 @@ def submit(
     """
     spec = load_spec(path, overrides)
     job = job_id(name, spec.name)
-    variables = environment_of(env)
+    # The queue is fair between these names.
+    variables = {VARIABLE: getpass.getuser(), **environment_of(env)}
     with tempfile.TemporaryDirectory(prefix="stillhouse-submit-") as folder:
         size = pack(spec, Path(folder), context)
         client = connect(context)
@@ -71,7 +74,7 @@ def submit(
                 "working_dir": folder,
                 "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:g}", **variables},
             },
-            metadata={FAMILY: spec.name, USER: getpass.getuser()},
+            metadata={FAMILY: spec.name, USER: variables[VARIABLE]},
         )
     say(f"submitted {job} ({size / 1024:.0f} KiB shipped)")
     say(f"dashboard {context.address}/#/jobs/{job}")
@@ -101,13 +104,15 @@ def environment_of(given: Sequence[str]) -> dict[str, str]:
     """``NAME=VALUE`` and ``NAME`` as a mapping; a value never stands in a message.
 
     Raises:
-        UserError: no name, or a variable that is not set here.
+        UserError: no name, a variable that is not set here, or one that is not the submitter's to set.
     """
     found = {}
     for each in given:
         name, sign, value = each.partition("=")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError("--env: give NAME=VALUE, or NAME for the value that it has here")
+        if name in (MAX_CPUS, MAX_GPUS, VARIABLE):
+            raise UserError(f"--env: {name} is not yours to set; the cluster and `submit` do so")
         if not sign and name not in os.environ:
             raise UserError(f"--env: {name} is not set here; give {name}=VALUE")
         found[name] = value if sign else os.environ[name]

@@ -18,6 +18,7 @@ from cluster.spec.family import (
     TrackingSpec,
 )
 from cluster.spec.labels import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
+from cluster.spec.limits import LimitsSpec
 from cluster.spec.loss import Divergence, LossSpec, Ramp
 from cluster.spec.store import StoreSpec
 from cluster.spec.students import OptimizerSpec, Pretrained, ScheduleSpec, Scratch, StudentSpec, TeacherLayers
@@ -32,6 +33,7 @@ __all__ = [
     "FamilySpec",
     "HiddenLabels",
     "LabelsSpec",
+    "LimitsSpec",
     "LossSpec",
     "OptimizerSpec",
     "Pretrained",

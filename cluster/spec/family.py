@@ -15,6 +15,7 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, fiel
 
 from cluster.spec.base import Name, Section, Share
 from cluster.spec.labels import LabelsSpec, TopKLabels
+from cluster.spec.limits import LimitsSpec
 from cluster.spec.loss import why_not
 from cluster.spec.store import StoreSpec
 from cluster.spec.students import StudentSpec
@@ -192,6 +193,7 @@ class FamilySpec(Section):
     tracking: TrackingSpec = TrackingSpec()
     serving: ServingSpec | None = None
     """Leave out to end after the registry."""
+    limits: LimitsSpec = LimitsSpec()
     patience_s: PositiveFloat = 600.0
     """Seconds that a run waits for room on its disk, or for a place on the cluster, before it stops for `--resume`."""
 

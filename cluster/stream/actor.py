@@ -19,6 +19,7 @@ from cluster.capacity import Need, student_needs
 from cluster.corpus.batches import CORPUS_FOLDER, Batch, Batches
 from cluster.errors import RunError, StillhouseError
 from cluster.labels.store.store import LabelStore
+from cluster.limits import NO_LIMIT, Most
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
 from cluster.stream.consumer import Consumer
@@ -40,16 +41,23 @@ class Stream:
     Args:
         folder: the run's, on this actor's node; the packed corpus lies in it.
         store: where labels are kept, see :func:`cluster.labels.store.uri.open_bucket`; none keeps none.
-        pace: how fast an elastic pool follows the students.
+        pace: how fast an elastic pool follows the students; ``most`` is what it may hold together with them.
     """
 
     def __init__(
-        self, spec: FamilySpec, folder: str, teacher: TeacherModel, store: str | None, pace: Pace = PACE
+        self,
+        spec: FamilySpec,
+        folder: str,
+        teacher: TeacherModel,
+        store: str | None,
+        pace: Pace = PACE,
+        most: Most = NO_LIMIT,
     ) -> None:
         self._folder = Path(folder)
         self._batches = Batches(self._folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
         self._spec, self._teacher = spec, teacher
-        self._store_uri, self._pace = store, pace
+        self._store_uri, self._pace, self._most = store, pace, most
+        self._others: list[Need] = []
         self._blocks = spec.blocks_per_batch
         self._consumers = {name: Consumer(student.ranks) for name, student in spec.students.items()}
         self._window = Window(spec.stream.window, self._batches.count, store is not None)
@@ -73,7 +81,10 @@ class Stream:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        demand = Demand(self._starved, self._student_needs, lambda: self._spawn(self._notify()))
+        def resized() -> None:
+            self._spawn(self._notify())
+
+        demand = Demand(self._starved, self._student_needs, resized, lambda: self._others, self._most)
         try:
             # In a thread, for a full disk is waited for.
             log = await asyncio.to_thread(ScoringLog, self._folder, self._spec.patience_s)
@@ -312,6 +323,10 @@ class Stream:
             if not self._consumers[student].done:
                 self._consumers[student].done = True
                 await self.detach(student)
+
+    async def beside(self, others: list[Need]) -> None:
+        """What other families on the cluster need. To be said again and again, for a restart forgets it."""
+        self._others = others
 
     # -- watching --------------------------------------------------------------------------------------------------
 
