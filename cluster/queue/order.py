@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from cluster.capacity import Need, first_without_room, most_of, totals
 
@@ -45,7 +46,7 @@ class Entry:
     admitted: bool = False
     passed: int = 0
 
-    @property
+    @cached_property
     def needs(self) -> list[Need]:
         """Places that are enough for each of its stages."""
         return most_of(self.stages)

@@ -177,6 +177,15 @@ def test_the_first_is_passed_a_few_times_and_then_nobody_goes_before_it() -> Non
     assert "large" in cluster.running
 
 
+def test_one_that_was_passed_so_often_stays_first_when_somebody_who_came_before_it_holds_nothing_any_more() -> None:
+    cluster = Cluster(4)
+    cluster.enter(family("bob0", 2, "bob"), family("ann0", 1), family("bob1", 2, "bob"), family("large", 4))
+    cluster.enter(*(family(f"s{n}", 0.1) for n in range(MOST_PASSED)))
+    assert cluster.waiting == ["large", "bob1"]
+    cluster.end("bob0")
+    assert cluster.waiting == ["large", "bob1"]
+
+
 def test_a_queue_that_has_died_knows_order_and_admission_again_from_its_drivers() -> None:
     cluster = Cluster(4)
     cluster.enter(family("a", 1), family("large", 4), family("b", 1, "bob"), family("c", 4), family("d", 4, priority=1))
