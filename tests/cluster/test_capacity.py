@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cluster import capacity
-from cluster.capacity import Need, check_capacity, needs_of, serving_needs_of
+from cluster.capacity import Need, check_capacity, most_of, needs_of, serving_needs_of
 from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec
 from tests.tiny import tiny_family
@@ -99,6 +99,30 @@ def test_serving_needs_an_arm_for_every_student_and_one_for_the_teacher() -> Non
     without = tiny_family(serving={"include_teacher": False, "gpus_per_arm": 1.0})
     assert serving_needs_of(FamilySpec.model_validate(without)) == [Need("serving", 1, 0.5, 1.0)]
     assert serving_needs_of(FamilySpec.model_validate(tiny_family())) == []
+
+
+MOST: dict[str, tuple[list[list[Need]], list[Need]]] = {
+    "one stage": ([[Need("a", 2, 1, 0)]], [Need("a", 2, 1, 0)]),
+    "nothing": ([], []),
+    "a second that fits into the first's places": (
+        [[Need("a", 1, 1, 1)], [Need("s", 2, 0.5, 0.5)]],
+        [Need("a", 1, 1, 1)],
+    ),
+    "a second that is larger": ([[Need("a", 2, 0.2, 0)], [Need("s", 2, 0.5, 0)]], [Need("s", 2, 0.5, 0)]),
+    "a second with more processes": (
+        [[Need("a", 1, 2, 0)], [Need("s", 3, 1, 0)]],
+        [Need("a", 1, 2, 0), Need("s", 1, 1, 0)],
+    ),
+    "GPUs before CPUs": (
+        [[Need("a", 1, 8, 0)], [Need("s", 1, 1, 1)]],
+        [Need("a", 1, 8, 0), Need("s", 1, 1, 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("stages", "most"), MOST.values(), ids=MOST)
+def test_stages_that_follow_each_other_share_their_places(stages: list[list[Need]], most: list[Need]) -> None:
+    assert most_of(stages) == most
 
 
 @pytest.fixture
