@@ -86,7 +86,7 @@ def run_family(
         checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts")
     )
     try:
-        corpus = prepare_corpus(spec.corpus, checked.teacher.folder, run.folder / CORPUS_FOLDER)
+        corpus = prepare_corpus(spec.corpus, checked.teacher.folder, run.folder / CORPUS_FOLDER, checked.most.cpus)
         batches = Batches(run.folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
         run.mlflow = ray.get(
