@@ -81,17 +81,13 @@ class Stream:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        def resized() -> None:
-            self._spawn(self._notify())
-
-        demand = Demand(self._starved, self._student_needs, resized, lambda: self._others, self._most)
         try:
             # In a thread, for a full disk is waited for.
             log = await asyncio.to_thread(ScoringLog, self._folder, self._spec.patience_s)
             store = None if self._store_uri is None else await asyncio.to_thread(LabelStore.open, self._store_uri)
             wanted = ({}, []) if store is None else await asyncio.to_thread(self._addresses)
             holder = self._folder.name
-            self._source = LabelSource(self._spec, self._teacher, store, log, holder, demand, self._pace)
+            self._source = LabelSource(self._spec, self._teacher, store, log, holder, self._demand(), self._pace)
             self._window.safe = await self._source.open(*wanted)
         except (StillhouseError, OSError) as error:
             await self._fail(str(error))
@@ -162,6 +158,12 @@ class Stream:
         waits = any(c.waiting for c in active if c.position == first)
         measured = any(not task.done() for task in self._held_out.values())
         return (waits or measured) and (self._source.queued > 0 or self._next_to_fetch() is not None)
+
+    def _demand(self) -> Demand:
+        def resized() -> None:
+            self._spawn(self._notify())
+
+        return Demand(self._starved, self._student_needs, resized, lambda: self._others, self._most)
 
     def _student_needs(self) -> list[Need]:
         """What the students take from the cluster that are not done; after a restart all, until it is said again."""
