@@ -7,8 +7,9 @@ its place is watched.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec, StudentSpec
@@ -85,16 +86,46 @@ def first_without_room(needs: Iterable[Need], nodes: Iterable[Mapping[str, float
     Args:
         nodes: what each node has free, as Ray names it.
     """
+    return next(_without_room(needs, nodes), None)
+
+
+def _without_room(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> Iterator[Need]:
+    """The need of every process that finds no node with room, when the largest are placed first."""
     free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
     for need in sorted(needs, key=lambda n: (n.gpus, n.cpus), reverse=True):
         for _ in range(need.count):
             # A little slack, for tenths do not add up exactly in binary.
             room = next((f for f in free if f[0] >= need.cpus - 1e-6 and f[1] >= need.gpus - 1e-6), None)
             if room is None:
-                return need
+                yield need
+                continue
             room[0] -= need.cpus
             room[1] -= need.gpus
-    return None
+
+
+def totals(needs: Iterable[Need]) -> tuple[float, float]:
+    """CPUs and GPUs of all together."""
+    needs = list(needs)
+    return sum(need.count * need.cpus for need in needs), sum(need.count * need.gpus for need in needs)
+
+
+def most_of(stages: Iterable[Sequence[Need]]) -> list[Need]:
+    """Places in which any one of several stages fits, for they follow each other and each gives back what it had.
+
+    One stage's places, and more of them for what of another does not fit into those; so it may be more than the best
+    choice of places would be.
+    """
+    most: list[Need] = []
+    for stage in stages:
+        wider, other = [*most, *_beyond(stage, most)], [*stage, *_beyond(most, stage)]
+        most = min(wider, other, key=lambda needs: totals(needs)[::-1])
+    return most
+
+
+def _beyond(needs: Iterable[Need], places: Iterable[Need]) -> list[Need]:
+    """What finds no room in the places of others."""
+    nodes = [{"CPU": place.cpus, "GPU": place.gpus} for place in places for _ in range(place.count)]
+    return [replace(need, count=count) for need, count in Counter(_without_room(needs, nodes)).items()]
 
 
 def _shown(nodes: Iterable[Mapping[str, float]]) -> str:

@@ -18,6 +18,12 @@ class UserError(StillhouseError):
     exit_code = 2
 
 
+class NoPlaceError(StillhouseError):
+    """The cluster is full, and the run would not wait or could not. Nothing has been started."""
+
+    exit_code = 1
+
+
 class RunError(StillhouseError):
     """A run that had started could not go on. What it had committed is kept."""
 

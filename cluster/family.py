@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.board import NO_PLACE, Board
-from cluster.capacity import Unplaced, check_capacity, needs_of, serving_needs_of
+from cluster.capacity import Need, Unplaced
 from cluster.corpus.batches import CORPUS_FOLDER, Batches, CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import RunError
@@ -58,17 +58,22 @@ class _Actors:
     trainers: ActorHandle
 
 
-def run_family(checked: Checked, run: Run, report: Report, pace: Pace = PACE) -> FamilyResult:
-    """Distil one family: corpus, teacher and students, evaluation, registry. Needs a Ray connection.
+def run_family(
+    checked: Checked, run: Run, report: Report, pace: Pace = PACE, others: Callable[[], list[Need]] = list
+) -> FamilyResult:
+    """Distil one family: corpus, teacher and students, evaluation, registry.
+
+    Needs a Ray connection, and a place on the cluster, see :func:`cluster.queue.place.place_for`.
 
     Args:
         checked: from :func:`cluster.preflight.preflight`.
         run: from :func:`cluster.runs.open_run`.
         report: called with the present status about twice a second.
         pace: how fast an elastic teacher pool follows the students.
+        others: what other families on the cluster need that have a place there.
 
     Raises:
-        UserError: the family does not fit on the cluster, or its corpus holds too little.
+        UserError: its corpus cannot be read, or holds too little.
         RunError: the teacher is lost for good, or every student failed.
         ValueError: a resumed run was checked without the champions that it began with.
     """
@@ -76,8 +81,6 @@ def run_family(checked: Checked, run: Run, report: Report, pace: Pace = PACE) ->
         raise ValueError(f"the run began with champions {run.warm_start}, and {checked.champions} were checked")
     started = time.monotonic()
     spec = checked.spec
-    for needs in (needs_of(spec), serving_needs_of(spec)):
-        check_capacity(needs, alive_nodes())
     report(Status("reading the corpus"))
     # Both take seconds to import what they need, so they begin before they have work.
     trainers = _beside_us(
@@ -87,9 +90,9 @@ def run_family(checked: Checked, run: Run, report: Report, pace: Pace = PACE) ->
         checked.tracking_uri, spec.tracking.experiment or spec.name, str(home() / "artifacts")
     )
     try:
-        text = run.folder / CORPUS_FOLDER
+        text, most = run.folder / CORPUS_FOLDER, checked.most.cpus
         read = run.text_is_kept
-        corpus = CorpusFacts.read(text) if read else prepare_corpus(spec.corpus, checked.teacher.folder, text)
+        corpus = CorpusFacts.read(text) if read else prepare_corpus(spec.corpus, checked.teacher.folder, text, most)
         batches = Batches(text, spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
         own = {name: _own_lineage(checked, name) for name in spec.students}
@@ -98,7 +101,7 @@ def run_family(checked: Checked, run: Run, report: Report, pace: Pace = PACE) ->
         _keep(run, spec)
         actors = _Actors(registry, _beside_us(Board).remote(), _start_stream(checked, run, pace), trainers)
         try:
-            result = _distil(checked, run, batches, actors, lineage, report)
+            result = _distil(checked, run, batches, actors, lineage, report, others)
         except BaseException:
             _end_at_once(actors)
             raise
@@ -147,7 +150,7 @@ def _beside_us(actor: type, **options: Any) -> Any:
 def _start_stream(checked: Checked, run: Run, pace: Pace) -> ActorHandle:
     # It can be built again from what its readers ask for, so its death costs no more than what it was doing.
     stream = _beside_us(Stream, max_concurrency=1000, max_restarts=RESTARTS)
-    return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store, pace)
+    return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store, pace, checked.most)
 
 
 def _keep(run: Run, spec: FamilySpec) -> None:
@@ -172,7 +175,13 @@ def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[Stu
 
 
 def _distil(
-    checked: Checked, run: Run, batches: Batches, actors: _Actors, lineage: dict[str, str], report: Report
+    checked: Checked,
+    run: Run,
+    batches: Batches,
+    actors: _Actors,
+    lineage: dict[str, str],
+    report: Report,
+    others: Callable[[], list[Need]],
 ) -> FamilyResult:
     """Train all students from one pass; register each as it finishes; one that fails harms no other."""
     spec = checked.spec
@@ -196,6 +205,7 @@ def _distil(
             if status.stats is not None and status.stats.error and tasks:
                 raise RunError(status.stats.error)
             give_back_places()
+            actors.stream.beside.remote(others())
             unplaced.look([name for name in tasks.values() if status.students[name].phase == NO_PLACE])
             for ref in done:
                 if champions.take(ref):

@@ -12,6 +12,7 @@ from typing import Any
 from cluster.corpus.files import find_files
 from cluster.errors import UserError
 from cluster.labels.store.store import LabelStore
+from cluster.limits import Most, most_allowed
 from cluster.models import (
     TeacherModel,
     load_config,
@@ -38,6 +39,7 @@ class Checked:
         tracking_uri: the spec's, or the embedded one.
         store: where labels are kept; none where they are not.
         champions: per student with a warm start the version that it starts from; none where there is no champion yet.
+        most: what it may hold of the cluster at a time.
     """
 
     spec: FamilySpec
@@ -45,6 +47,7 @@ class Checked:
     student_dirs: dict[str, Path]
     tracking_uri: str
     store: str | None
+    most: Most
     champions: dict[str, int | None] = dataclasses.field(default_factory=dict)
 
     def champion(self, student: str) -> str | None:
@@ -86,6 +89,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     _check_secret(spec)
     uri = tracking_uri_of(spec)
     teacher = spec.teacher
+    most = most_allowed(spec)
     folder = local_model(teacher.model, revision=teacher.revision, tracking_uri=uri, field="teacher.model")
     config = load_config(folder, "teacher.model", teacher.trust_remote_code)
     tokenizer = load_tokenizer(folder, "teacher.model")
@@ -115,7 +119,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
-    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store, champions)
+    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store, most, champions)
 
 
 def _check_secret(spec: FamilySpec) -> None:

@@ -160,6 +160,7 @@ _NOT_TRAINING: Any = {
     "store": True,
     "evaluation": {"angle_every"},
     "checkpoints": True,
+    "limits": True,
     "patience_s": True,
     "teacher": {"replicas", "max_restarts", "start_timeout_s", "cpus_per_shard"},
     "students": {"__all__": {"max_failures", "ranks", "micro_batch", "cpus_per_rank", "gpus_per_rank"}},

@@ -42,11 +42,13 @@ class Status:
     Attributes:
         phase: what is going on, in a few words.
         stats: the stream's, none before it started.
+        more: of the phase; what changes while the phase stays the same.
     """
 
     phase: str
     students: dict[str, StudentStatus] = field(default_factory=dict)
     stats: StreamStats | None = None
+    more: str = ""
 
     @property
     def waits(self) -> str:

@@ -90,7 +90,7 @@ class Display:
         return f"{minutes:d}:{seconds:02d}"
 
     def _line(self, status: Status) -> str:
-        parts = [f"[{self._elapsed()}] {status.phase}".replace("[", "\\[")]
+        parts = [f"[{self._elapsed()}] {_doing(status)}".replace("[", "\\[")]
         if status.stats is not None:
             kept = f", {len(status.stats.read)} from the store" if status.stats.read else ""
             parts.append(f"scored {len(status.stats.scored)}/{status.stats.total}{kept}")
@@ -106,7 +106,7 @@ class Display:
         return " | ".join(parts)
 
     def _table(self, status: Status) -> Any:
-        head = Text(f"{self._elapsed()}  {status.phase}", style="bold")
+        head = Text(f"{self._elapsed()}  {_doing(status)}", style="bold")
         if status.stats is None:
             return head
         table = Table(box=None, pad_edge=False)
@@ -125,6 +125,10 @@ class Display:
             waited = f"{student.waited_s:.0f} s"
             table.add_row(name, f"{student.batch}/{total}", bar, *figures, rate, waited, student.phase)
         return Group(head, table, Text(status.waits, style="dim"))
+
+
+def _doing(status: Status) -> str:
+    return f"{status.phase}, {status.more}" if status.more else status.phase
 
 
 def _replicas(pool: PoolStats) -> str:

@@ -13,6 +13,7 @@ import tenacity
 import typer
 
 from cluster.errors import RunError, UserError
+from cluster.queue.user import VARIABLE
 from jobs.client import connect, job_of, log_of, state_of
 from jobs.contexts import Context
 from jobs.follow import ENDED, follow, say
@@ -130,7 +131,10 @@ def resume_job(context: Context, job: str, overrides: Sequence[str], name: str |
         folder=None,
         family=family,
         user=getpass.getuser(),
-        variables=(info.runtime_env or {}).get("env_vars", {}),
+        # It is in the queue under the name of whoever resumes it.
+        variables={
+            key: value for key, value in (info.runtime_env or {}).get("env_vars", {}).items() if key != VARIABLE
+        },
     )
     say(f"submitted {new}: goes on with {run}")
     if not on:

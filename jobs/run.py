@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.dates import has_macros, rendered
-from cluster.errors import RunError, StillhouseError, UserError
+from cluster.errors import NoPlaceError, RunError, StillhouseError, UserError
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked, preflight
 from cluster.runs import SPEC_FILE, Run, last_run, open_run, run_of
@@ -57,12 +58,13 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
         try:
             result, serving, trouble = _run(checked, folder, console)
         except KeyboardInterrupt:
-            again = f"stillhouse run {path} --resume"
-            console.print(f"interrupted; nothing of it is left running. Go on with: {again}", highlight=False)
+            # One that left the queue has no folder any more.
+            again = f" Go on with: stillhouse run {path} --resume" if folder.folder.exists() else ""
+            console.print(f"interrupted; nothing of it is left running.{again}", highlight=False)
             if folder.mlflow:  # a student may have started
                 _tell(console, checked, folder, "stopped")
             raise
-        except UserError:
+        except (UserError, NoPlaceError):
             _discard_empty(folder)
             raise
         except StillhouseError as error:
@@ -76,10 +78,10 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
             raise RunError(broken) from error
         _print_result(console, checked, result, serving)
         ended: Event = "failed" if trouble else "succeeded"
-        error = "; ".join(trouble) or None
-        _tell(console, checked, folder, ended, result, error)
+        wrong = "; ".join(trouble) or None
+        _tell(console, checked, folder, ended, result, wrong)
         if any(verdict.promoted for verdict in result.verdicts.values()):
-            _tell(console, checked, folder, ended, result, error, event="promoted")
+            _tell(console, checked, folder, ended, result, wrong, event="promoted")
     if trouble:
         raise RunError("; ".join(trouble))
 
@@ -118,13 +120,19 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
     # Imported here, because they load Ray Data and MLflow, which a refused spec need not wait for.
     from cluster.evaluate.report import write_report
     from cluster.family import run_family
+    from cluster.queue.place import place_for
     from cluster.registry import attach_report
     from cluster.session import ray_session
 
-    with Display(console) as display, ray_session():
+    with Display(console) as display, ray_session(), contextlib.ExitStack() as held:
         # Ray has put its own in the place of ours, and would have the process exit on the spot.
         signal.signal(signal.SIGTERM, _as_interrupt)
-        result = run_family(checked, run, display.show)
+        try:
+            others = held.enter_context(place_for(checked.spec, display.show))
+        except (KeyboardInterrupt, RunError):
+            _discard_empty(run)
+            raise
+        result = run_family(checked, run, display.show, others=others)
         trouble = [f"student {name} failed: {why}" for name, why in result.failed.items()]
         serving: list[dict[str, Any]] = []
         if checked.spec.serving is not None:

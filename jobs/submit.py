@@ -17,6 +17,8 @@ import yaml
 
 from cluster.dates import date_of, has_macros, rendered
 from cluster.errors import RunError, UserError
+from cluster.limits import MAX_CPUS, MAX_GPUS
+from cluster.queue.user import VARIABLE
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
 from jobs.client import connect
@@ -64,6 +66,8 @@ def submit(
     spec = load_spec(path, overrides)
     job = job_id(name, spec.name)
     variables = environment_of(env)
+    # The queue is fair between these names.
+    user = variables.get(VARIABLE, getpass.getuser())
     if resume and ds is None and has_macros(spec):
         ds = _last_ds(connect(context), spec.name)
     elif not resume:
@@ -79,7 +83,7 @@ def submit(
             command=_command(resume, ds),
             folder=folder,
             family=spec.name,
-            user=getpass.getuser(),
+            user=user,
             variables=variables,
             # A job that goes on with a run may have been given a wrong date, and its run keeps its own.
             metadata={DS: ds.isoformat()} if ds and not resume else {},
@@ -131,13 +135,15 @@ def environment_of(given: Sequence[str]) -> dict[str, str]:
     """``NAME=VALUE`` and ``NAME`` as a mapping; a value never stands in a message.
 
     Raises:
-        UserError: no name, or a variable that is not set here.
+        UserError: no name, a variable that is not set here, or one that is not the submitter's to set.
     """
     found = {}
     for each in given:
         name, sign, value = each.partition("=")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError("--env: give NAME=VALUE, or NAME for the value that it has here")
+        if name in (MAX_CPUS, MAX_GPUS, VARIABLE):
+            raise UserError(f"--env: {name} is not yours to set; the cluster and `submit` do so")
         if not sign and name not in os.environ:
             raise UserError(f"--env: {name} is not set here; give {name}=VALUE")
         found[name] = value if sign else os.environ[name]
@@ -173,7 +179,7 @@ def start_job(
         entrypoint=f"python -m jobs {command}",
         runtime_env={
             **({} if folder is None else {"working_dir": folder}),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:g}", **variables},
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:g}", VARIABLE: user, **variables},
         },
         metadata={FAMILY: family, USER: user, **(metadata or {})},
     )

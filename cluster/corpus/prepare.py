@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _documents(spec: CorpusSpec, tokenizer_dir: str) -> Iterator[np.ndarray]:
                 yield values[start:stop]
 
 
-def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> CorpusFacts:
+def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path, cpus: float = math.inf) -> CorpusFacts:
     """Read, tokenise, shuffle by the seed and pack a corpus into ``folder``.
 
     Documents are laid end to end in an order that the seed decides and cut into sequences; the last partial one is
@@ -104,12 +105,14 @@ def prepare_corpus(spec: CorpusSpec, tokenizer_dir: str, folder: Path) -> Corpus
 
     Args:
         folder: of a run; that of a resumed one holds what it has begun with.
+        cpus: that reading may take at a time; less than one is taken as one, which is what one file needs.
 
     Raises:
         UserError: the corpus cannot be read, has no text, too little for one sequence, or is not what it was.
     """
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(1.0, cpus))
     context.enable_progress_bars = False
     folder.mkdir(parents=True, exist_ok=True)
     try:

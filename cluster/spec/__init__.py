@@ -18,6 +18,7 @@ from cluster.spec.family import (
     TrackingSpec,
 )
 from cluster.spec.labels import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
+from cluster.spec.limits import LimitsSpec
 from cluster.spec.loss import Divergence, LossSpec, Ramp
 from cluster.spec.notify import Event, NotifySpec
 from cluster.spec.promotion import PromotionSpec
@@ -35,6 +36,7 @@ __all__ = [
     "FamilySpec",
     "HiddenLabels",
     "LabelsSpec",
+    "LimitsSpec",
     "LossSpec",
     "NotifySpec",
     "OptimizerSpec",

@@ -15,6 +15,7 @@ from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, fiel
 
 from cluster.spec.base import Name, Section, Share
 from cluster.spec.labels import LabelsSpec, TopKLabels
+from cluster.spec.limits import LimitsSpec
 from cluster.spec.loss import why_not
 from cluster.spec.notify import NotifySpec
 from cluster.spec.promotion import PromotionSpec
@@ -199,6 +200,7 @@ class FamilySpec(Section):
     """Leave out to tell nobody."""
     promotion: PromotionSpec | None = None
     """When a new student takes the champion's place. Leave out to promote by hand only; it stays `challenger` then."""
+    limits: LimitsSpec = LimitsSpec()
     patience_s: PositiveFloat = 600.0
     """Seconds that a run waits for room on its disk, or for a place on the cluster, before it stops for `--resume`."""
 

@@ -19,6 +19,7 @@ from cluster.capacity import Need, student_needs
 from cluster.corpus.batches import CORPUS_FOLDER, Batch, Batches
 from cluster.errors import RunError, StillhouseError
 from cluster.labels.store.store import LabelStore
+from cluster.limits import NO_LIMIT, Most
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
 from cluster.stream.consumer import Consumer
@@ -40,16 +41,23 @@ class Stream:
     Args:
         folder: the run's, on this actor's node; the packed corpus lies in it.
         store: where labels are kept, see :func:`cluster.labels.store.uri.open_bucket`; none keeps none.
-        pace: how fast an elastic pool follows the students.
+        pace: how fast an elastic pool follows the students; ``most`` is what it may hold together with them.
     """
 
     def __init__(
-        self, spec: FamilySpec, folder: str, teacher: TeacherModel, store: str | None, pace: Pace = PACE
+        self,
+        spec: FamilySpec,
+        folder: str,
+        teacher: TeacherModel,
+        store: str | None,
+        pace: Pace = PACE,
+        most: Most = NO_LIMIT,
     ) -> None:
         self._folder = Path(folder)
         self._batches = Batches(self._folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
         self._spec, self._teacher = spec, teacher
-        self._store_uri, self._pace = store, pace
+        self._store_uri, self._pace, self._most = store, pace, most
+        self._others: list[Need] = []
         self._blocks = spec.blocks_per_batch
         self._consumers = {name: Consumer(student.ranks) for name, student in spec.students.items()}
         self._window = Window(spec.stream.window, self._batches.count, store is not None)
@@ -73,14 +81,13 @@ class Stream:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        demand = Demand(self._starved, self._student_needs, lambda: self._spawn(self._notify()))
         try:
             # In a thread, for a full disk is waited for.
             log = await asyncio.to_thread(ScoringLog, self._folder, self._spec.patience_s)
             store = None if self._store_uri is None else await asyncio.to_thread(LabelStore.open, self._store_uri)
             wanted = ({}, []) if store is None else await asyncio.to_thread(self._addresses)
             holder = self._folder.name
-            self._source = LabelSource(self._spec, self._teacher, store, log, holder, demand, self._pace)
+            self._source = LabelSource(self._spec, self._teacher, store, log, holder, self._demand(), self._pace)
             self._window.safe = await self._source.open(*wanted)
         except (StillhouseError, OSError) as error:
             await self._fail(str(error))
@@ -151,6 +158,12 @@ class Stream:
         waits = any(c.waiting for c in active if c.position == first)
         measured = any(not task.done() for task in self._held_out.values())
         return (waits or measured) and (self._source.queued > 0 or self._next_to_fetch() is not None)
+
+    def _demand(self) -> Demand:
+        def resized() -> None:
+            self._spawn(self._notify())
+
+        return Demand(self._starved, self._student_needs, resized, lambda: self._others, self._most)
 
     def _student_needs(self) -> list[Need]:
         """What the students take from the cluster that are not done; after a restart all, until it is said again."""
@@ -312,6 +325,10 @@ class Stream:
             if not self._consumers[student].done:
                 self._consumers[student].done = True
                 await self.detach(student)
+
+    async def beside(self, others: list[Need]) -> None:
+        """What other families on the cluster need. To be said again and again, for a restart forgets it."""
+        self._others = others
 
     # -- watching --------------------------------------------------------------------------------------------------
 

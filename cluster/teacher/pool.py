@@ -226,7 +226,7 @@ class TeacherPool:
         if self.size <= self._spec.min_replicas:
             return False
         try:
-            return not await asyncio.to_thread(_fits_beside, self._demand.students(), list(self._replicas))
+            return not await self._fits(list(self._replicas))
         except Exception as error:
             # Whoever knows the nodes is away for a moment; the pool is followed on.
             log.warning("it is not known whether the students fit beside the teacher: %s", first_line(error))
@@ -243,7 +243,11 @@ class TeacherPool:
         replica, started = next(self._new), time.monotonic()
         self._candidate = replica
         try:
-            if not await replica.reserve(self._pace.place_s) or not await self._leaves_room(replica):
+            if not (
+                self._may_grow()
+                and await replica.reserve(self._pace.place_s)
+                and await self._fits([*self._replicas, replica])
+            ):
                 self._scaling.no_room(time.monotonic())
                 return
             self.stats.growing = True
@@ -269,10 +273,17 @@ class TeacherPool:
             self._candidate.stop()
             self._candidate = None
 
-    async def _leaves_room(self, candidate: Replica) -> bool:
-        """Whether all students would still fit beside the pool, so that one that is started again finds its place."""
-        students = self._demand.students()
-        return await asyncio.to_thread(_fits_beside, students, [*self._replicas, candidate])
+    def _may_grow(self) -> bool:
+        """Whether the family may hold one more replica beside all its students."""
+        shards = (self.size + 1) * self._spec.shards
+        pool = Need("the teacher", shards, self._spec.cpus_per_shard, self._spec.gpus_per_shard)
+        return self._demand.most.allows([pool, *self._demand.students()])
+
+    async def _fits(self, replicas: list[Replica]) -> bool:
+        """Whether all students fit beside these replicas, so that one that is started again finds its place, and what
+        other families need."""
+        needs = [*self._demand.students(), *self._demand.others()]
+        return await asyncio.to_thread(_fits_beside, needs, replicas)
 
     def _release(self, replica: Replica) -> None:
         """A replica has done its work: it waits for more, or makes room for a student."""
@@ -366,12 +377,12 @@ class TeacherPool:
         self._dismiss_candidate()
 
 
-def _fits_beside(students: list[Need], replicas: list[Replica]) -> bool:
-    """Whether the students fit on what the replicas leave of the nodes that are alive."""
+def _fits_beside(needs: list[Need], replicas: list[Replica]) -> bool:
+    """Whether all this fits on what the replicas leave of the nodes that are alive."""
     free = {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
     for replica in replicas:
         for node in replica.nodes():
             for name, amount in replica.bundle.items():
                 if node in free:
                     free[node][name] = free[node].get(name, 0.0) - amount
-    return first_without_room(students, free.values()) is None
+    return first_without_room(needs, free.values()) is None

@@ -5,8 +5,9 @@ of the time: one more. At no moment of the last ``idle_s`` seconds were all repl
 have done the same work: one less. Each change begins both spans anew, so a pool never turns around faster than they
 allow. A replica that took long to start is kept idle for as long as it took, for to have it back would cost as much.
 
-Students come first. When a node is gone, and for ``grow_s`` seconds the students have not all fitted on the cluster
-beside the pool, it gives up a replica, whatever that one does: a student that has lost its place cannot learn at all.
+Students come first. When a node is gone or another family has come, and for ``grow_s`` seconds the students and what
+other families need have not all fitted on the cluster beside the pool, it gives up a replica, whatever that one does: a
+student that has no place cannot learn at all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cluster.capacity import Need
+from cluster.limits import NO_LIMIT, Most
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,15 @@ class Demand:
         waits: whether a student waits that one more replica could serve.
         students: resources that the students need, also while one of them is being started again.
         resized: called after the pool has become larger or smaller.
+        others: resources that other families on the cluster need; the pool never stands in their place.
+        most: what pool and students may hold together.
     """
 
     waits: Callable[[], bool]
     students: Callable[[], list[Need]]
     resized: Callable[[], None]
+    others: Callable[[], list[Need]] = list
+    most: Most = NO_LIMIT
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Look:
         contended: all ready replicas are busy and a student waits.
         all_busy_at: the last moment at which all replicas were busy at once.
         start_s: seconds that the slowest replica took to start.
-        crowded: the students do not all fit on the cluster beside the pool.
+        crowded: the students, or the other families, do not all fit on the cluster beside the pool.
     """
 
     at: float

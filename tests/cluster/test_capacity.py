@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from cluster import capacity
-from cluster.capacity import Need, check_capacity, needs_of, serving_needs_of
+from cluster.capacity import Need, check_capacity, most_of, needs_of, serving_needs_of
 from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec
 from tests.tiny import tiny_family
@@ -108,6 +108,30 @@ def test_serving_needs_the_champions_beside_the_students_where_latency_decides(
     shape: dict[str, Any] = tiny_family()["students"]["small"]
     tree = tiny_family(serving={}, promotion=promotion, students={"large": shape})
     assert serving_needs_of(FamilySpec.model_validate(tree)) == [Need("serving", arms, 0.5, 0.0)]
+
+
+MOST: dict[str, tuple[list[list[Need]], list[Need]]] = {
+    "one stage": ([[Need("a", 2, 1, 0)]], [Need("a", 2, 1, 0)]),
+    "nothing": ([], []),
+    "a second that fits into the first's places": (
+        [[Need("a", 1, 1, 1)], [Need("s", 2, 0.5, 0.5)]],
+        [Need("a", 1, 1, 1)],
+    ),
+    "a second that is larger": ([[Need("a", 2, 0.2, 0)], [Need("s", 2, 0.5, 0)]], [Need("s", 2, 0.5, 0)]),
+    "a second with more processes": (
+        [[Need("a", 1, 2, 0)], [Need("s", 3, 1, 0)]],
+        [Need("a", 1, 2, 0), Need("s", 1, 1, 0)],
+    ),
+    "GPUs before CPUs": (
+        [[Need("a", 1, 8, 0)], [Need("s", 1, 1, 1)]],
+        [Need("a", 1, 8, 0), Need("s", 1, 1, 1)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("stages", "most"), MOST.values(), ids=MOST)
+def test_stages_that_follow_each_other_share_their_places(stages: list[list[Need]], most: list[Need]) -> None:
+    assert most_of(stages) == most
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ def test_an_unknown_field_is_named_by_its_path(file: Path, override: str, path: 
         ("students.small.loss.temperature=3", ["students.small.loss: temperature 3", "Set labels.temperature"]),
         ("students.small.loss.divergence=adaptive_kl", ["students.small.loss: divergence adaptive_kl"]),
         ("students.small.loss.mix=0.5", ["students.small.loss: mix has no effect on forward_kl"]),
+        ("limits.cpus=0", ["limits.cpus: got 0", "greater than 0"]),
         ("students.small.ranks=3", ["students.small: ranks 3", "does not divide corpus.batch_sequences 8"]),
     ],
 )
@@ -236,6 +237,7 @@ def test_a_remote_path_stays_as_it_is(file: Path, uri: str) -> None:
         ("stream", {"window": 2}, True),
         ("evaluation", {"batches": 1}, False),
         ("checkpoints", {"every": 5}, True),
+        ("limits", {"cpus": 5, "priority": 1, "wait": False}, True),
         ("corpus", {"seed": 1}, False),
         ("corpus", {"paths": ["/elsewhere/corpus.jsonl"]}, True),
         ("evaluation", {"angle_every": None}, True),

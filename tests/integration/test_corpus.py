@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 
 from cluster.corpus.batches import CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
@@ -107,3 +108,11 @@ def test_a_bucket_gives_the_tokens_of_the_same_local_files(texts: Any, tiny: Pat
 def test_an_object_that_is_not_there_is_refused_by_name(texts: Any, tiny: Path, tmp_path: Path, path: str) -> None:
     with pytest.raises(UserError, match=path):
         pack(tiny, tmp_path / "out", path)
+
+
+def test_a_limit_on_the_cpus_changes_no_token_and_leaves_one_to_read_with(tiny: Path, tmp_path: Path) -> None:
+    facts, tokens = pack(tiny, tmp_path / "a", tiny / "corpus.jsonl")
+    spec = CorpusSpec(paths=[str(tiny / "corpus.jsonl")], sequence_length=32)
+    assert prepare_corpus(spec, str(tiny / "teacher"), tmp_path / "b", cpus=0.2) == facts
+    assert ray.data.DataContext.get_current().execution_options.resource_limits.cpu == 1.0
+    np.testing.assert_array_equal(np.load(tmp_path / "b" / "tokens.npy"), tokens)

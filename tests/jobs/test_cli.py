@@ -57,6 +57,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], list[str]]] = {
         lambda folder: f"corpus.paths=[{shutil.copy('/dev/null', folder / 'empty.txt')}]",
         ["corpus.paths", "empty.txt is empty"],
     ),
+    "more than its own limit": (lambda _: "limits.cpus=1.5", ["limits.cpus", "got 1.5", "needs at least 2 CPU"]),
     "k above the vocabulary": (lambda _: "labels.k=301", ["labels.k", "got 301", "300 tokens"]),
     "another tokenizer": (other_tokenizer, ["students.small.init.model", "has another tokenizer"]),
     "a wrong ZeRO stage": (lambda _: "students.small.zero_stage=4", ["students.small.zero_stage: got 4", "1, 2 or 3"]),

@@ -80,6 +80,22 @@ def test_a_pipe_gets_plain_lines_and_not_one_per_look() -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_what_changes_within_a_phase_is_shown_with_it_and_is_no_new_line() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=200)) as display:
+        for seconds in range(3):
+            display.show(Status("queued: place 2 of 3", more=f"for 0:0{seconds}; needs 2 CPU"))
+        display.show(Status("queued: place 1 of 2", more="for 0:03; needs 2 CPU"))
+    assert out.getvalue().splitlines() == [
+        "[0:00] queued: place 2 of 3, for 0:00; needs 2 CPU",
+        "[0:00] queued: place 1 of 2, for 0:03; needs 2 CPU",
+    ]
+    live = io.StringIO()
+    with Display(Console(file=live, width=200, force_terminal=True)) as display:
+        display.show(Status("queued: place 2 of 3", more="for 0:00; needs 2 CPU"))
+    assert "queued: place 2 of 3, for 0:00; needs 2 CPU" in live.getvalue()
+
+
 def test_what_came_from_the_store_is_said() -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=200)) as display:

@@ -110,6 +110,9 @@ def test_variables_are_given_or_taken_from_here_and_no_value_stands_in_a_message
     assert submit.environment_of(["KEY", "OTHER=a=b", "EMPTY="]) == {"KEY": "secret", "OTHER": "a=b", "EMPTY": ""}
     with pytest.raises(UserError, match="ABSENT is not set here"):
         submit.environment_of(["ABSENT"])
+    for name in ("STILLHOUSE_MAX_CPUS", "STILLHOUSE_MAX_GPUS", "STILLHOUSE_USER"):
+        with pytest.raises(UserError, match=f"--env: {name} is not yours to set"):
+            submit.environment_of([f"{name}=9"])
     with pytest.raises(UserError) as refused:
         submit.environment_of(["NO NAME=secret"])
     assert "secret" not in str(refused.value)

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from cluster.audit import AUDIT_FOLDER
+from cluster.capacity import Need
 from cluster.corpus.batches import CORPUS_FOLDER, STARTS_FILE, TOKENS_FILE, CorpusFacts
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
@@ -64,6 +65,14 @@ def test_after_a_restart_every_student_needs_its_place_until_it_is_said_to_be_do
     asyncio.run(stream.done(["a"]))
     assert "a" not in needing(stream)
     assert "b" in needing(stream)
+
+
+def test_the_pool_is_told_what_other_families_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = begun(tmp_path, monkeypatch)
+    demand, others = stream._demand(), [Need("the teacher", 2, 1.0, 0.0)]
+    assert demand.others() == []
+    asyncio.run(stream.beside(others))
+    assert demand.others() == others
 
 
 def test_nothing_is_fetched_before_every_rank_has_said_where_it_starts(

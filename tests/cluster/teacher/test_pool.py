@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.capacity import Need
+from cluster.limits import Most
 from cluster.models import TeacherModel
 from cluster.spec import ReplicaRange, TeacherSpec, TopKLabels
 from cluster.teacher import pool as module
@@ -17,6 +18,7 @@ from cluster.teacher.scaling import Demand, Pace
 
 QUICK = Pace(look_s=0.01, grow_s=0.05, idle_s=60.0)
 STUDENT = Need("student a", 1, 1.0, 0.0)
+OTHER = Need("the teacher", 2, 1.0, 0.0)
 
 
 def full_pool(least: int, most: int) -> TeacherPool:
@@ -83,3 +85,28 @@ def test_when_the_nodes_cannot_be_asked_for_the_pool_stays_and_is_followed_on(mo
     pool = asyncio.run(follow())
     assert pool.size == 1
     assert len(asked) > 3
+
+
+@pytest.mark.parametrize(("cpus", "may"), [(2.9, False), (3.0, True)])
+def test_a_pool_does_not_grow_past_what_the_family_may_hold(cpus: float, may: bool) -> None:
+    async def ask() -> bool:
+        spec = TeacherSpec(model="teacher", replicas=ReplicaRange(min=1, max=2))
+        labels, model = TopKLabels(k=8), TeacherModel("teacher", 300, "aa" * 8, "bb" * 8)
+        # One replica, another one and the student, each of one CPU.
+        demand = Demand(lambda: True, lambda: [STUDENT], lambda: None, most=Most(cpus=cpus))
+        return TeacherPool(spec, labels, model, 1, demand, QUICK)._may_grow()
+
+    assert asyncio.run(ask()) is may
+
+
+def test_what_other_families_need_counts_like_a_student_s_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[Need]] = []
+    monkeypatch.setattr(module, "_fits_beside", lambda needs, replicas: not asked.append(needs))
+
+    async def ask() -> bool:
+        pool = full_pool(1, 2)
+        pool._demand = Demand(lambda: True, lambda: [STUDENT], lambda: None, lambda: [OTHER])
+        return await pool._is_crowded()
+
+    assert asyncio.run(ask()) is False
+    assert asked == [[STUDENT, OTHER]]

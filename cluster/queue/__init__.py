@@ -1,0 +1,1 @@
+"""Who may start on a cluster that families share, and who waits."""

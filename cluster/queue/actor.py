@@ -1,0 +1,40 @@
+"""The queue of a cluster as a Ray actor that everybody finds by its name, and that outlives whoever started it."""
+
+from __future__ import annotations
+
+import time
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.queue.order import SETTLE_S, Entry, Order, Place
+from cluster.session import alive_nodes
+
+NAME, NAMESPACE = "queue", "stillhouse"
+
+
+class FamilyQueue:
+    """A Ray actor, see :class:`cluster.queue.order.Order`. Its death loses nothing: every driver comes back with what
+    it was told last.
+
+    Args:
+        again: whoever starts it knows that there was one before.
+    """
+
+    def __init__(self, again: bool) -> None:
+        again = again or ray.get_runtime_context().was_current_actor_reconstructed
+        self._order = Order(time.monotonic() + SETTLE_S) if again else Order()
+
+    def renew(self, entry: Entry) -> Place:
+        """Enter, or say that the driver is still there; see :meth:`Order.renew`."""
+        return self._order.renew(entry, time.monotonic(), time.time(), alive_nodes())
+
+    def leave(self, key: str) -> None:
+        """See :meth:`Order.leave`."""
+        self._order.leave(key)
+
+
+def queue_actor(again: bool) -> ActorHandle:
+    """The cluster's queue; whoever comes first starts it."""
+    options = {"name": NAME, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    return ray.remote(FamilyQueue).options(num_cpus=0, max_restarts=-1, **options).remote(again)
