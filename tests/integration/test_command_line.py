@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 
 from cluster.audit import AUDIT_FOLDER, steps_of
 from tests.integration.conftest import write_family
+from tests.integration.heads import ROOT, environment, running_head, stillhouse
 from tests.tiny import write_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -28,17 +27,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "small": {"init": {"source": "teacher", "layers": 1}, "precision": "float32", "lr": 1e-3, "zero_stage": 1},
     "large": {"init": {"source": "teacher", "layers": 3}, "precision": "float32", "lr": 1e-3, "zero_stage": 3},
 }
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def environment(home: Path, **more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    return {**kept, "HOME": str(home), "STILLHOUSE_HOME": str(home / "stillhouse"), "COLUMNS": "160", **more}
-
-
-def stillhouse(*arguments: str, env: dict[str, str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jobs", *arguments]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def start(*arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
@@ -150,29 +138,8 @@ def test_what_only_a_started_cluster_can_tell_ends_in_one_line(
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
     """A Ray cluster of another process, with token authentication; its job server and a client's environment."""
-    home = tmp_path_factory.mktemp("head")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = environment(home, RAY_AUTH_TOKEN=secrets.token_hex(32), PATH=binaries)
-    process = subprocess.Popen(
-        [str(ROOT / "infra/local/ray_head.sh"), str(port)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 90
-    while stillhouse("doctor", "--address", address, env=env).returncode:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(1)
-    family = psutil.Process(process.pid).children(recursive=True)
-    yield address, env
-    process.terminate()
-    process.wait(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert alive == []
+    with running_head(tmp_path_factory.mktemp("head")) as head:
+        yield head.address, head.env
 
 
 def test_a_submitted_family_runs_as_a_job_and_its_outcome_is_the_exit_code(

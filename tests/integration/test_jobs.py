@@ -14,7 +14,8 @@ import pytest
 
 from cluster.audit import steps_of
 from tests.integration.conftest import write_family
-from tests.integration.test_command_line import STUDENTS, head, read_until, start, stillhouse  # noqa: F401
+from tests.integration.heads import stillhouse
+from tests.integration.test_command_line import STUDENTS, head, read_until, start  # noqa: F401
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 SMALL = {"small": STUDENTS["small"]}
@@ -85,6 +86,28 @@ def test_a_job_that_is_stopped_says_so_in_mlflow_and_has_committed_what_it_learn
     # All that it had learnt by then.
     assert max(commits) == len(steps_of(run, "small")[0]) > 0
     assert "nothing of it is left running" in stillhouse("jobs", "logs", "stopped", env=lab).stdout
+
+
+def test_a_job_that_was_stopped_goes_on_by_its_name_alone(lab: dict[str, str], tiny: Path, tmp_path: Path) -> None:
+    path = write_family(tmp_path, tiny, SMALL, corpus={**CORPUS, "max_batches": 400, "epochs": 40})
+    assert stillhouse("submit", str(path), "--name", "begun", "--no-follow", env=lab).returncode == 0
+    wait_until_shown("begun", "small training", lab)
+    too_early = stillhouse("jobs", "resume", "begun", env=lab)
+    assert (too_early.returncode, "there is nothing to resume before it has ended" in too_early.stderr) == (2, True)
+    assert stillhouse("jobs", "stop", "begun", env=lab).returncode == 0
+    run = max((Path(lab["STILLHOUSE_HOME"]) / "runs" / "tiny").iterdir())
+    learnt = len(steps_of(run, "small")[0])
+    assert 0 < learnt < 400
+    # Neither its spec nor its text is needed any more.
+    path.unlink()
+    resumed = stillhouse("jobs", "resume", "begun", "--name", "gone-on", env=lab)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert f"goes on with {run.name}" in resumed.stdout
+    assert f"read by small {400 - learnt}" in resumed.stdout
+    assert [step.batch for step in steps_of(run, "small")[0]] == list(range(400))
+    rows = {row["job"]: row for row in json.loads(stillhouse("jobs", "ls", "--json", env=lab).stdout)}
+    assert rows["gone-on"]["state"] == "succeeded"
+    assert "small finished 400/400 loss" in rows["gone-on"]["progress"]
 
 
 def test_a_job_that_is_not_there_costs_one_line(lab: dict[str, str]) -> None:

@@ -1,0 +1,79 @@
+"""A Ray cluster of another process with token authentication, as `infra/local/ray_head.sh` starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from tests.integration.seaweed import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """Of a client or a head, with a home of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**kept, "HOME": str(home), "STILLHOUSE_HOME": str(home / "stillhouse"), "COLUMNS": "160", **more}
+
+
+def stillhouse(*arguments: str, env: dict[str, str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """The command, as a person types it, to its end."""
+    command = [sys.executable, "-m", "jobs", *arguments]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+class Head:
+    """A head, where it answers, and the environment of a client that has its token.
+
+    Args:
+        home: of the head and of the client; what a head keeps there is there for the next one.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self.port = free_port()
+        self.address = f"http://127.0.0.1:{self.port}"
+        binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        self.env = environment(home, RAY_AUTH_TOKEN=secrets.token_hex(32), PATH=binaries)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        command = [str(ROOT / "infra/local/ray_head.sh"), str(self.port)]
+        self.process = subprocess.Popen(command, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 90
+        while stillhouse("doctor", "--address", self.address, env=self.env).returncode:
+            assert time.monotonic() < deadline and self.process.poll() is None
+            time.sleep(1)
+
+    def family(self) -> list[psutil.Process]:
+        """Its processes."""
+        assert self.process is not None
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def stop(self) -> None:
+        """End it; nothing of it is left."""
+        assert self.process is not None
+        family = self.family()
+        self.process.terminate()
+        self.process.wait(timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert alive == []
+
+
+@contextlib.contextmanager
+def running_head(home: Path) -> Iterator[Head]:
+    """A head that has started, and is ended at the end."""
+    head = Head(home)
+    head.start()
+    try:
+        yield head
+    finally:
+        head.stop()
