@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+import ray
 
+from cluster.board import Board
 from cluster.evaluate.report import write_report
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
 from cluster.registry import PROMOTION, REASON
+from cluster.spec import FamilySpec
+from cluster.students.champions import Champions
+from cluster.students.job import StudentJob
 from jobs.promotion import promotion_lines, rollback, settle
+from jobs.run import compare
 from tests.integration.conftest import run_here, write_family
+from tests.tiny import tiny_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 MODEL = "tiny-small"
 STUDENT: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "lr": 3e-3}
 # So much too high that it unlearns everything.
 FAR_TOO_HIGH = 3.0
-# The teacher is random: how likely it finds the text says nothing, and is not what is learnt.
-PROMOTION_SECTION = {"perplexity": 10.0}
+# What a random teacher teaches is a little noisy, in all but the KL that is learnt.
+PROMOTION_SECTION = {"perplexity": 0.5, "agreement": 0.05}
 
 
 def write_garbage(path: Path) -> Path:
@@ -37,18 +46,26 @@ def write_garbage(path: Path) -> Path:
     return path
 
 
-def night(folder: Path, tiny: Path, batches: int, corpus: Path | None = None, **student: Any) -> Path:
+def night(
+    folder: Path,
+    tiny: Path,
+    batches: int,
+    corpus: Path | None = None,
+    sections: dict[str, Any] | None = None,
+    **student: Any,
+) -> Path:
     """The spec of one night."""
     fields: dict[str, Any] = {"max_batches": batches, "held_out": 0.2}
     if corpus is not None:
         fields["paths"] = [str(corpus)]
-    return write_family(folder, tiny, {"small": {**STUDENT, **student}}, corpus=fields, promotion=PROMOTION_SECTION)
+    rest = {"promotion": PROMOTION_SECTION, **(sections or {})}
+    return write_family(folder, tiny, {"small": {**STUDENT, **student}}, corpus=fields, **rest)
 
 
 def decided(path: Path) -> tuple[Checked, FamilyResult]:
     """Run a night to its end as `stillhouse run` does."""
     checked, result, _ = run_here(path)
-    settle(checked, result, [])
+    settle(checked, result, compare(checked, result) if checked.spec.serving else [])
     return checked, result
 
 
@@ -99,13 +116,17 @@ def test_only_a_better_student_takes_the_champion_s_place(
     assert state["promotions"] == {"small": asdict(second.verdicts["small"])}
     assert reason in write_report(checked.spec, second, [], {}).read_text()
 
-    # Night 3: the first night's text, for longer. The champion is measured as it was when it was new.
-    checked, third = decided(night(tmp_path, tiny, 32))
+    # Night 3: the first night's text, for longer. The champion is measured as it was when it was new, and both are
+    # served side by side.
+    gate = {**PROMOTION_SECTION, "latency": 100.0}
+    serving = {"requests": 2, "max_tokens": 4, "include_teacher": False, "cpus_per_arm": 0.2}
+    checked, third = decided(night(tmp_path, tiny, 32, sections={"promotion": gate, "serving": serving}))
     champion = third.champions["small"]
     assert champion is not None and champion.fidelity is not None
     assert asdict(champion.fidelity) == pytest.approx(asdict(first.students["small"].after), rel=1e-5)
     assert third.students["small"].after.kl < champion.fidelity.kl
     assert third.verdicts["small"].promoted and third.verdicts["small"].against == 1
+    assert re.search(r"answer p50 [\d.]+ ms against [\d.]+ ms of champion v1", third.verdicts["small"].reason)
     assert aliases(client) == {"champion": 3}
 
     capsys.readouterr()
@@ -120,3 +141,57 @@ def test_only_a_better_student_takes_the_champion_s_place(
     assert fourth.failed == {}
     assert "champion v1 cannot be measured: " in fourth.verdicts["small"].reason
     assert aliases(client) == {"champion": 1, "challenger": 4}
+
+
+@ray.remote(num_cpus=0)
+class OneChampion:
+    """A registry in which every model has the same champion."""
+
+    def champion(self, name: str) -> int:
+        """Version 4."""
+        return 4
+
+
+def wait_for(champions: Champions, seconds: float) -> None:
+    """Take what comes, as a family does, until nothing is waited for."""
+    deadline = time.monotonic() + seconds
+    while champions.refs:
+        assert time.monotonic() < deadline
+        done, _ = ray.wait(champions.refs, num_returns=1, timeout=0.1)
+        assert all(champions.take(ref) for ref in done)
+        champions.look({"small": "finished"})
+
+
+def champions_of(cpus: float, versions: dict[str, int]) -> Champions:
+    """Of one student, whose ranks each need so many CPUs, and whose run has waited for a place for long enough."""
+    spec = FamilySpec.model_validate(tiny_family(patience_s=0.5))
+    student = spec.students["small"].model_copy(update={"cpus_per_rank": cpus})
+    spec = spec.model_copy(update={"students": {"small": student}})
+    board, nobody = ray.remote(Board).options(num_cpus=0).remote(), None
+    job = StudentJob("small", spec, nobody, None, 1, nobody, board, "")  # type: ignore[arg-type]
+    return Champions(OneChampion.remote(), "sqlite:////nowhere/mlflow.db", {"small": job}, versions)
+
+
+def test_a_champion_that_finds_no_place_is_given_up_and_holds_nobody_up() -> None:
+    champions = champions_of(cpus=512.0, versions={})
+    champions.ask("small")
+    assert set(champions.busy) == {"small"}
+    wait_for(champions, 60)
+    found = champions.found["small"]
+    assert found is not None and (found.version, found.fidelity) == (4, None)
+    assert found.why_not == ("champion v4 cannot be measured: it has had no place on the cluster for patience_s 0.5 s")
+    assert not champions.busy
+
+
+def test_a_version_that_is_champion_already_is_not_measured_against_itself() -> None:
+    champions = champions_of(cpus=512.0, versions={"small": 4})
+    champions.ask("small")
+    wait_for(champions, 60)
+    found = champions.found["small"]
+    assert found is not None and (found.version, found.why_not) == (4, "it was made champion by hand")
+
+
+def test_nobody_is_asked_for_a_student_that_nothing_is_to_be_decided_of() -> None:
+    champions = champions_of(cpus=512.0, versions={})
+    champions.ask("large")
+    assert (champions.refs, champions.found) == ([], {})
