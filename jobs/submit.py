@@ -66,8 +66,6 @@ def submit(
     spec = load_spec(path, overrides)
     job = job_id(name, spec.name)
     variables = environment_of(env)
-    # The queue is fair between these names.
-    user = variables.get(VARIABLE, getpass.getuser())
     if resume and ds is None and has_macros(spec):
         ds = _last_ds(connect(context), spec.name)
     elif not resume:
@@ -83,7 +81,7 @@ def submit(
             command=_command(resume, ds),
             folder=folder,
             family=spec.name,
-            user=user,
+            user=getpass.getuser(),
             variables=variables,
             # A job that goes on with a run may have been given a wrong date, and its run keeps its own.
             metadata={DS: ds.isoformat()} if ds and not resume else {},
@@ -179,6 +177,7 @@ def start_job(
         entrypoint=f"python -m jobs {command}",
         runtime_env={
             **({} if folder is None else {"working_dir": folder}),
+            # The queue is fair between users by name.
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:g}", VARIABLE: user, **variables},
         },
         metadata={FAMILY: family, USER: user, **(metadata or {})},

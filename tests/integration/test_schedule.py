@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -95,7 +96,7 @@ def test_three_nights_outlive_the_scheduler_and_the_head(tiny: Path, tmp_path: P
     ran = [night for night in nights if night["state"] == "succeeded"]
     assert len(ran) >= 3
     spans = sorted((datetime.fromisoformat(n["started"]), datetime.fromisoformat(n["ended"])) for n in ran)
-    assert all(later[0] >= earlier[1] for earlier, later in zip(spans, spans[1:], strict=False))
+    assert all(later[0] >= earlier[1] for earlier, later in itertools.pairwise(spans))
     runs = list((home / "stillhouse" / "runs" / "tiny").iterdir())
     assert {night["run"] for night in ran} <= {run.name for run in runs}
     assert len({night["run"] for night in ran}) == len(ran)

@@ -1,0 +1,227 @@
+"""Registered models: which version is champion, who takes its place, and where its files are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from cluster.errors import RunError, UserError
+from cluster.evaluate.gate import KEPT, PROMOTED, ROLLED_BACK, Verdict
+from cluster.registry.client import CHALLENGER, CHAMPION, MISSING, PATIENCE_S, client_of, is_away, patiently, shown
+
+R = TypeVar("R")
+
+# Tags: of a registered model its champions, the latest last; of a version and its run what became of it, and why.
+CHAMPIONS, PROMOTION, REASON = "stillhouse.champions", "stillhouse.promotion", "stillhouse.promotion_reason"
+
+
+class ChampionMovedError(RunError):
+    """The champion is not the one that the new version was compared with."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Which versions of a registered model are what.
+
+    Attributes:
+        line: its champions, the latest last; empty before the first promotion.
+    """
+
+    champion: int | None
+    challenger: int | None
+    line: tuple[int, ...]
+
+
+class Models:
+    """Promotes versions of registered models, and takes that back.
+
+    Args:
+        patience_s: how long MLflow may be away; then a RunError says so.
+    """
+
+    def __init__(self, tracking_uri: str, patience_s: float = PATIENCE_S) -> None:
+        self._client, self._where, self._patience_s = client_of(tracking_uri), shown(tracking_uri), patience_s
+
+    def _do(self, work: Callable[..., R], *arguments: str) -> R:
+        try:
+            return patiently(partial(work, *arguments), self._patience_s)
+        except Exception as error:
+            if not is_away(error):
+                raise
+            raise RunError(f"MLflow {self._where} does not answer: {str(error).splitlines()[0]}") from error
+
+    def _if_there(self, work: Callable[..., R], *arguments: str) -> R | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._do(work, *arguments)
+        except MlflowException as error:
+            if error.error_code != MISSING:
+                raise
+            return None
+
+    def standing(self, name: str) -> Standing | None:
+        """How a registered model stands; None where there is no such model."""
+        # Not searched for: a search leaves out the aliases on SQLite.
+        model = self._if_there(self._client.get_registered_model, name)
+        if model is None:
+            return None
+        champion, challenger = (model.aliases.get(alias) for alias in (CHAMPION, CHALLENGER))
+        line = tuple(int(version) for version in model.tags.get(CHAMPIONS, "").split(",") if version)
+        return Standing(int(champion) if champion else None, int(challenger) if challenger else None, line)
+
+    def known(self, name: str) -> Standing:
+        """How a registered model stands that a user has named.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        standing = self.standing(name)
+        if standing is None:
+            raise UserError(f"there is no registered model {name!r} in {self._where}; its name is FAMILY-STUDENT")
+        return standing
+
+    def verdict(self, name: str, version: int) -> Verdict | None:
+        """What has become of a version, as :meth:`promote`, :meth:`keep` and :meth:`rollback` have left it."""
+        tags = self._do(self._client.get_model_version, name, str(version)).tags
+        return Verdict(tags[PROMOTION], tags.get(REASON, "")) if PROMOTION in tags else None
+
+    def promote(self, name: str, version: int, why: str, expected: int | None) -> None:
+        """Point ``champion`` at a version, which is no ``challenger`` any more. Once more does no more.
+
+        Each step leaves what the next try needs, and the version's tag is the last. MLflow has no exchange in one step:
+        somebody else who promotes in the same milliseconds is not noticed.
+
+        Args:
+            expected: the champion that the version was compared with; None where there was none.
+
+        Raises:
+            UserError: there is no such model or version.
+            ChampionMovedError: another version is champion than ``expected``; nothing is changed.
+        """
+        now = self.known(name)
+        if self._if_there(self._client.get_model_version, name, str(version)) is None:
+            raise UserError(f"{name} has no version {version} in {self._where}")
+        if now.champion not in (expected, version):
+            there, then = (f"v{each}" if each else "none" for each in (now.champion, expected))
+            raise ChampionMovedError(
+                f"the champion is {there} now, not {then} as when v{version} was compared; promote it by hand if it is "
+                f"better"
+            )
+        if now.champion != version:
+            self._set_line(name, (*_up_to(now.line, expected), version))
+            self._do(self._client.set_registered_model_alias, name, CHAMPION, str(version))
+        if now.challenger == version:
+            self._do(self._client.delete_registered_model_alias, name, CHALLENGER)
+        self._record(name, version, Verdict(PROMOTED, why))
+
+    def keep(self, name: str, version: int, why: str) -> None:
+        """Record why a version stays what it is."""
+        self._record(name, version, Verdict(KEPT, why))
+
+    def rollback(self, name: str) -> tuple[int, int]:
+        """Point ``champion`` at the version that was it before.
+
+        Returns:
+            The versions that it pointed at and points at now.
+
+        Raises:
+            UserError: no such model, no champion, or none before it that is still there.
+        """
+        now = self.known(name)
+        if now.champion is None:
+            raise UserError(f"{name} has no champion, so there is nothing to roll back; see `stillhouse promote`")
+        earlier = _up_to(now.line, now.champion)[:-1]
+        while earlier and not self._may_return(name, earlier[-1], now.champion):
+            earlier = earlier[:-1]
+        if not earlier:
+            raise UserError(f"{name} had no champion before v{now.champion}, so there is nothing to roll back to")
+        # The line first: a try that breaks off here is not taken for one that has done its work.
+        self._set_line(name, earlier)
+        self._do(self._client.set_registered_model_alias, name, CHAMPION, str(earlier[-1]))
+        self._record(name, now.champion, Verdict(ROLLED_BACK, f"v{earlier[-1]} was put back in its place by hand"))
+        return now.champion, earlier[-1]
+
+    def _may_return(self, name: str, version: int, champion: int) -> bool:
+        there = self._if_there(self._client.get_model_version, name, str(version)) is not None
+        return there and version != champion
+
+    def _set_line(self, name: str, line: Iterable[int]) -> None:
+        self._do(self._client.set_registered_model_tag, name, CHAMPIONS, ",".join(map(str, line)))
+
+    def _record(self, name: str, version: int, verdict: Verdict) -> None:
+        run_id = self._do(self._client.get_model_version, name, str(version)).run_id
+        tags = {REASON: verdict.reason, PROMOTION: verdict.outcome}
+        if run_id and self._if_there(self._client.get_run, run_id) is not None:
+            for key, value in tags.items():
+                self._do(self._client.set_tag, run_id, key, value)
+        for key, value in tags.items():
+            self._do(self._client.set_model_version_tag, name, str(version), key, value)
+
+
+def _up_to(line: tuple[int, ...], champion: int | None) -> tuple[int, ...]:
+    """A line of champions that ends with this one: what was written behind it is of a try that broke off, or undone.
+
+    One that is not in it was made champion past us, and comes at its end.
+    """
+    if champion is None:
+        return line
+    if champion not in line:
+        return (*line, champion)
+    return line[: len(line) - line[::-1].index(champion)]
+
+
+def champion_of(name: str, tracking_uri: str) -> int | None:
+    """The version of a registered model that is its champion; none where there is no such model or no champion yet.
+
+    Raises:
+        RunError: the registry cannot be reached, or refuses to say.
+    """
+    # Of a database that the first run will make; asking would make it.
+    kind, _, file = tracking_uri.partition(":///")
+    if kind.startswith("sqlite") and not Path(file.partition("?")[0]).exists():
+        return None
+    try:
+        version = client_of(tracking_uri).get_registered_model(name).aliases.get(CHAMPION)
+    except ImportError:
+        raise
+    except Exception as error:  # every database's driver raises its own
+        if getattr(error, "error_code", None) == MISSING:
+            return None
+        where = shown(tracking_uri)
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(tracking_uri, where)
+        raise RunError(f"the registry {where} does not say which {name} is the champion: {reason}") from error
+    return None if version is None else int(version)
+
+
+def fetch_model(uri: str, tracking_uri: str, put: Path | None = None, patience_s: float = 0.0) -> Path:
+    """Local Hugging Face directory of a registered model.
+
+    Args:
+        uri: ``models:/name@alias`` or ``models:/name/version``.
+        put: an empty folder for its files; without it they stay where MLflow has them, or where it puts downloads.
+        patience_s: how long MLflow may be away.
+
+    Raises:
+        UserError: no such model, version or alias.
+        RunError: the registry knows it, but it holds no transformers model, or its files are gone.
+    """
+    client_of(tracking_uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        download = partial(mlflow.artifacts.download_artifacts, artifact_uri=uri, dst_path=put and str(put))
+        folder = Path(patiently(download, patience_s))
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{uri}: not in the registry {shown(tracking_uri)}: {reason}") from None
+    for candidate in (folder / "model", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not any(folder.iterdir()):
+        raise RunError(f"{uri}: registered, but its files are gone")
+    raise RunError(f"{uri}: registered, but it is not a transformers model")
