@@ -1,0 +1,97 @@
+"""A job server that answers and cannot be used: of another version, or refusing the token."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import RunError, UserError
+from jobs.client import connect
+from jobs.contexts import Context
+
+
+@contextmanager
+def answering(status: int, ray_version: str) -> Iterator[tuple[str, list[str | None]]]:
+    """A server that says of itself what a head says; its address, and the tokens that it was sent."""
+    tokens: list[str | None] = []
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            tokens.append(self.headers.get("Authorization"))
+            body = json.dumps({"version": "4", "ray_version": ray_version, "ray_commit": "0" * 40}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", tokens
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+        # What connect sets is undone as well.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    yield
+    # A command's process is its own, and quiet from then on; this one is not.
+    logging.disable(logging.NOTSET)
+
+
+def test_a_cluster_with_another_ray_is_named_with_what_to_install() -> None:
+    with answering(200, "2.48.0") as (address, _), pytest.raises(RunError) as refused:
+        connect(Context(address=address))
+    said = str(refused.value)
+    assert f"runs Ray 2.48.0, here is Ray {version('ray')}" in said
+    assert "install ray==2.48.0" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_token_says_where_to_put_the_right_one(status: int) -> None:
+    with answering(status, version("ray")) as (address, _), pytest.raises(RunError) as refused:
+        connect(Context(address=address))
+    assert "refuses the token; put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token" in str(refused.value)
+
+
+def test_nobody_there_says_so() -> None:
+    with pytest.raises(RunError, match="no Ray job server answers there"):
+        connect(Context(address="http://127.0.0.1:9"))
+
+
+def test_a_token_file_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"token file .* is not there"):
+        connect(Context(address="http://127.0.0.1:9", token_file=str(tmp_path / "absent")))
+
+
+def test_a_request_that_fails_never_shows_the_token(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    token = tmp_path / "token"
+    token.write_text("s3cret-token")
+    problems: list[Callable[[], object]] = []
+    with answering(401, version("ray")) as (address, _):
+        problems.append(lambda: connect(Context(address=address, token_file=str(token))))
+        with pytest.raises(RunError) as refused:
+            problems[0]()
+    out, err = capfd.readouterr()
+    assert "s3cret-token" not in str(refused.value) + out + err
