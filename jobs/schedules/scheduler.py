@@ -20,6 +20,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from cluster.errors import RunError, StillhouseError, UserError
 from jobs.client import has_forgotten, log_of, state_of
 from jobs.follow import ENDED
@@ -72,7 +74,7 @@ class Scheduler:
             while not stop.is_set():
                 try:
                     self.look()
-                except (StillhouseError, OSError, RuntimeError) as error:
+                except (StillhouseError, SQLAlchemyError, OSError, RuntimeError) as error:
                     # The job server or the database is away; what is due then is due afterwards too.
                     log.warning("nothing is started for now: %s", str(error).splitlines()[0] if str(error) else error)
                 stop.wait(LOOK_S)

@@ -7,6 +7,7 @@ in tests/integration/test_schedule.py.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from jobs.schedules.ledger import Entry, Ledger, Night
 from jobs.schedules.plan import schedule_of
@@ -284,6 +286,34 @@ def test_only_one_of_two_schedulers_works_until_it_is_not_heard_of(
     clock.to(2)
     assert two.look() and not one.look()
     assert len(cluster.started) == 1
+
+
+@pytest.mark.parametrize(
+    "away", [RuntimeError("502 Bad Gateway"), OperationalError("select", {}, OSError("no server"))]
+)
+def test_a_job_server_or_a_database_that_is_away_is_waited_for(
+    away: Exception,
+    begin: Callable[..., Scheduler],
+    ledger: Ledger,
+    cluster: Cluster,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler, looks, stop = begin(), iter([away, None]), threading.Event()
+    look = scheduler.look
+
+    def now_and_then() -> bool:
+        if (error := next(looks)) is not None:
+            raise error
+        stop.set()
+        return look()
+
+    clock.to(2)
+    monkeypatch.setattr("jobs.schedules.scheduler.LOOK_S", 0.0)
+    monkeypatch.setattr(scheduler, "look", now_and_then)
+    scheduler.serve(stop)
+    assert states(ledger) == ["running"]
+    assert ledger.holder(clock.now) is None
 
 
 def test_what_came_due_while_a_schedule_rested_is_not_missed(

@@ -1,0 +1,122 @@
+"""A laptop with the base install only, against a cluster of another process: nothing heavy is needed to submit."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import write_family
+from tests.integration.heads import ROOT, Head, running_head
+from tests.integration.test_command_line import STUDENTS, read_until
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+PACKAGES = ("cluster", "jobs", "serving")
+HEAVY = ("torch", "deepspeed", "transformers", "mlflow", "sqlalchemy", "pyarrow")
+
+
+class Laptop:
+    """A virtual environment with `pip install stillhouse` and no more, and a home that knows no cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        self.python = folder / "venv" / "bin" / "python"
+        self.home = folder / "home"
+        self.home.mkdir()
+        subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+        # Of a copy, for pip leaves what it builds beside the sources.
+        source = folder / "source"
+        for package in PACKAGES:
+            shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copyfile(ROOT / file, source / file)
+        install = ["-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), str(source)]
+        subprocess.run([str(self.python), *install], check=True, timeout=500)
+
+    def _environment(self, **more: str) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "STILLHOUSE_"))}
+        return {**kept, "HOME": str(self.home), "COLUMNS": "160", **more}
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        command = [str(self.python), "-u", "-m", "jobs", *arguments]
+        env = self._environment(**environment)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=env, cwd=self.home, text=True, **pipes)  # type: ignore[call-overload]
+
+    def type(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [str(self.python), "-m", "jobs", *arguments]
+        env = self._environment(**environment)
+        return subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def laptop(tmp_path_factory: pytest.TempPathFactory) -> Laptop:
+    return Laptop(tmp_path_factory.mktemp("laptop"))
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
+    with running_head(tmp_path_factory.mktemp("head")) as head:
+        yield head
+
+
+def test_the_base_install_brings_nothing_heavy(laptop: Laptop) -> None:
+    code = f"import importlib.util, jobs; print([name for name in {HEAVY!r} if importlib.util.find_spec(name)])"
+    found = subprocess.run(
+        [str(laptop.python), "-c", code], capture_output=True, text=True, cwd=laptop.home, check=True
+    )
+    assert found.stdout.strip() == "[]"
+    assert laptop.type("--help").returncode == 0
+    # What needs more says so, in one line.
+    done = laptop.type("promote", "demo-small", "--tracking-uri", "http://127.0.0.1:9")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "pip install 'stillhouse[" in done.stderr
+
+
+def test_a_missing_or_wrong_token_is_refused_with_what_to_do(
+    laptop: Laptop, head: Head, tiny: Path, tmp_path: Path
+) -> None:
+    path = write_family(tmp_path, tiny, {"small": STUDENTS["small"]})
+    for environment in ({}, {"RAY_AUTH_TOKEN": secrets.token_hex(32)}):
+        refused = laptop.type("submit", str(path), "--address", head.address, **environment)
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1), refused.stderr
+        assert "put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token" in refused.stderr
+        assert not any(value in refused.stderr + refused.stdout for value in environment.values())
+
+
+def test_a_family_is_submitted_left_found_again_and_scheduled(
+    laptop: Laptop, head: Head, tiny: Path, tmp_path: Path
+) -> None:
+    path = write_family(
+        tmp_path, tiny, {"small": STUDENTS["small"]}, corpus={"held_out": 0.2, "max_batches": 40, "epochs": 4}
+    )
+    token = laptop.home / "token"
+    token.write_text(head.env["RAY_AUTH_TOKEN"])
+    added = laptop.type("context", "add", "lab", "--address", head.address, "--token-file", str(token))
+    assert added.returncode == 0, added.stderr
+    following = laptop.start("submit", str(path), "--name", "from-a-laptop")
+    said = read_until(following, "run tiny-")
+    assert re.search(r"submitted from-a-laptop \(\d+ KiB shipped\)", said)
+    assert f"dashboard {head.address}/#/jobs/from-a-laptop" in said
+    os.kill(following.pid, signal.SIGKILL)
+    following.communicate(timeout=30)
+    followed = laptop.type("jobs", "logs", "from-a-laptop", "--follow")
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert "read by small 40" in followed.stdout
+    assert followed.stdout.rstrip().endswith("from-a-laptop succeeded")
+
+    scheduled = laptop.type("schedule", "add", str(path), "--cron", "0 2 * * *", "--timezone", "Europe/Berlin")
+    assert scheduled.returncode == 0, scheduled.stderr
+    assert "schedule tiny added: 0 2 * * * Europe/Berlin" in scheduled.stdout
+    assert "tiny" in laptop.type("schedule", "ls").stdout
+    gone = laptop.type("schedule", "rm", "tiny")
+    assert gone.stdout.strip() == "schedule tiny is forgotten"
+    left = [p.name for p in laptop.home.iterdir()]
+    assert sorted(left) == [".config", "token"], left
