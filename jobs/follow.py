@@ -8,9 +8,13 @@ import time
 from typing import Any
 
 import tenacity
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from cluster.errors import RunError, UserError
 from jobs.client import job_of, state_of
+from jobs.lines import PROGRESS
 
 ENDED = ("succeeded", "failed", "stopped")
 # Seconds without a sign of the cluster after which it is given up; the job may well go on.
@@ -24,13 +28,14 @@ AGAIN_S = 0.5
 def follow(client: Any, job: str, patience_s: float = PATIENCE_S) -> int:
     """Print a job's log from its beginning until it has ended. Ctrl-C leaves the job running.
 
+    On a terminal its progress stays in one place and changes there, as that of a run on this machine does.
+
     Returns:
         The exit code: 0 when the job succeeded, 130 after Ctrl-C, else the job's own.
 
     Raises:
         RunError: the cluster has not answered for ``patience_s``.
     """
-    shown = _Shown()
     tries = tenacity.Retrying(
         # Whatever breaks a connection: Ray, aiohttp and requests each raise their own.
         retry=tenacity.retry_if_exception(
@@ -40,8 +45,10 @@ def follow(client: Any, job: str, patience_s: float = PATIENCE_S) -> int:
         stop=lambda state: state.idle_for >= patience_s,
     )
     try:
-        while (state := tries(_until_it_breaks, client, job, shown)) not in ENDED:
-            time.sleep(AGAIN_S)
+        with _Screen() as screen:
+            shown = _Shown(screen)
+            while (state := tries(_until_it_breaks, client, job, shown)) not in ENDED:
+                time.sleep(AGAIN_S)
     except KeyboardInterrupt:
         say(f"\nthe job goes on; come back with: stillhouse jobs logs {job} --follow")
         return 130
@@ -56,10 +63,42 @@ def follow(client: Any, job: str, patience_s: float = PATIENCE_S) -> int:
     return 0 if state == "succeeded" else (info.driver_exit_code or 1)
 
 
+class _Screen:
+    """Where a log goes: a pipe gets it as it is; on a terminal the lines of progress take each other's place."""
+
+    def __init__(self) -> None:
+        console = Console()
+        self._live = Live(console=console, transient=True) if console.is_terminal else None
+        self._begun = ""
+
+    def __enter__(self) -> _Screen:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def write(self, text: str) -> None:
+        """Show some more of the log, which may end within a line."""
+        if self._live is None:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            if line.startswith(PROGRESS):
+                self._live.update(Text(line.replace(" | ", "\n    ")))
+            else:
+                self._live.console.print(Text(line), soft_wrap=True)
+
+
 class _Shown:
     """Prints a log of which each connection sends all from its beginning: what has been printed is left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, screen: _Screen) -> None:
+        self._screen = screen
         self._printed = self._arrived = 0
 
     def again(self) -> None:
@@ -71,8 +110,7 @@ class _Shown:
         new = text[max(0, self._printed - self._arrived) :]
         self._arrived += len(text)
         self._printed = max(self._printed, self._arrived)
-        sys.stdout.write(new)
-        sys.stdout.flush()
+        self._screen.write(new)
         return bool(new)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster.errors import RunError
 from jobs import follow as module
@@ -59,6 +61,21 @@ def test_each_line_is_shown_once_over_dropped_connections(
     assert follow(cluster, "job") == 0
     assert capsys.readouterr().out == "".join(LOG) + "job succeeded\n"
     assert cluster.connections == 5
+
+
+def test_on_a_terminal_progress_takes_its_own_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["run a, log b\n", "[0:10] distilling | small 1/9\n[0:2", "0] distilling | small 5/9\nthe table\n"]
+    monkeypatch.setattr("tests.jobs.test_follow.LOG", lines)
+    out = io.StringIO()
+    terminal = Console(file=out, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(module, "Console", lambda: terminal)
+    assert follow(Cluster([]), "job") == 0
+    shown = out.getvalue()
+    # Printed once each, for good; what is between them is drawn and taken away again.
+    assert (shown.count("run a, log b\n"), shown.count("the table\n")) == (1, 1)
+    assert "[0:20] distilling\n    small 5/9" in shown
+    # The last thing that is done erases the progress.
+    assert shown.rstrip("\n").rpartition("small 5/9")[2].count("\x1b[2K") >= 1
 
 
 def test_a_failed_job_ends_with_its_own_exit_code() -> None:
