@@ -190,14 +190,11 @@ def _distil(
     unplaced = Unplaced(spec, places_pending, alive_nodes)
     jobs = _jobs(checked, run, actors, batches.count)
     tasks = {actors.trainers.run.remote(job): job.name for job in jobs}
-    champions = _champions(checked, run, actors.registry, jobs)
-    registering: dict[ray.ObjectRef, str] = {}
-    students: dict[str, StudentResult] = {}
-    failed: dict[str, str] = {}
+    ends = _Ends(checked, run, actors, lineage, tasks, _champions(checked, run, actors.registry, jobs))
     status = Status("distilling")
     try:
-        while tasks or registering or champions.refs:
-            done, _ = ray.wait([*tasks, *registering, *champions.refs], num_returns=1, timeout=POLL_S)
+        while refs := ends.awaited:
+            done, _ = ray.wait(refs, num_returns=1, timeout=POLL_S)
             status, new = watch.look("distilling" if tasks else "registering")
             report(status)
             if new:
@@ -208,27 +205,10 @@ def _distil(
             actors.stream.beside.remote(others())
             unplaced.look([name for name in tasks.values() if status.students[name].phase == NO_PLACE])
             for ref in done:
-                if champions.take(ref):
-                    continue
-                if ref in registering:
-                    run.versions[registering.pop(ref)] = ray.get(ref)
-                    _keep(run, spec)
-                    continue
-                name = tasks.pop(ref)
-                try:
-                    students[name] = ray.get(ref)
-                except ray.exceptions.RayTaskError as error:
-                    failed[name] = str(error.cause)
-                    actors.board.phase.remote(name, "failed")
-                    continue
-                # Before the registry is busy with the new version for a while.
-                champions.ask(name)
-                if name not in run.versions:
-                    tags = {**lineage, **_own_lineage(checked, name)}
-                    registering[_register(actors.registry, spec, students[name], tags)] = name
-            champions.look({name: student.phase for name, student in status.students.items()})
+                ends.take(ref)
+            ends.champions.look({name: student.phase for name, student in status.students.items()})
             # Until then nobody else, such as one more replica, is to take the place of a student.
-            at_work = {*tasks.values(), *champions.busy}
+            at_work = {*tasks.values(), *ends.champions.busy}
             if over := [name for name in spec.students if name not in at_work]:
                 actors.stream.done.remote(over)
     except KeyboardInterrupt:
@@ -236,13 +216,68 @@ def _distil(
         _hold(actors.stream, [task for task, name in tasks.items() if name in at_it], report)
         raise
     finally:
-        champions.close()
+        ends.champions.close()
     status, new = watch.look("registered")
     ray.get(actors.registry.log.remote(new))
     assert status.stats is not None
-    result = FamilyResult(run, batches.facts, status.stats, students, failed, watch.points, 0.0, dict(run.versions))
-    result.champions = champions.found
+    result = FamilyResult(
+        run, batches.facts, status.stats, ends.students, ends.failed, watch.points, 0.0, dict(run.versions)
+    )
+    result.champions = ends.champions.found
     return result
+
+
+class _Ends:
+    """Takes up how each student has ended: registers it, and has its champion measured in its place.
+
+    Args:
+        tasks: of the students that learn; those that have ended are taken out.
+
+    Attributes:
+        students: those that have ended well; ``failed`` says of the others why.
+    """
+
+    def __init__(
+        self,
+        checked: Checked,
+        run: Run,
+        actors: _Actors,
+        lineage: dict[str, str],
+        tasks: dict[ray.ObjectRef, str],
+        champions: Champions,
+    ) -> None:
+        self._checked, self._run, self._actors, self._lineage = checked, run, actors, lineage
+        self._tasks, self.champions = tasks, champions
+        self._registering: dict[ray.ObjectRef, str] = {}
+        self.students: dict[str, StudentResult] = {}
+        self.failed: dict[str, str] = {}
+
+    @property
+    def awaited(self) -> list[ray.ObjectRef]:
+        """All that has still to end."""
+        return [*self._tasks, *self._registering, *self.champions.refs]
+
+    def take(self, ref: ray.ObjectRef) -> None:
+        """Something has ended."""
+        spec = self._checked.spec
+        if self.champions.take(ref):
+            return
+        if ref in self._registering:
+            self._run.versions[self._registering.pop(ref)] = ray.get(ref)
+            _keep(self._run, spec)
+            return
+        name = self._tasks.pop(ref)
+        try:
+            self.students[name] = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            self.failed[name] = str(error.cause)
+            self._actors.board.phase.remote(name, "failed")
+            return
+        # Before the registry is busy with the new version for a while.
+        self.champions.ask(name)
+        if name not in self._run.versions:
+            tags = {**self._lineage, **_own_lineage(self._checked, name)}
+            self._registering[_register(self._actors.registry, spec, self.students[name], tags)] = name
 
 
 def _champions(checked: Checked, run: Run, registry: ActorHandle, jobs: list[StudentJob]) -> Champions:
