@@ -152,16 +152,23 @@ def ratios(one: Pass, alone: dict[str, Pass], warm: Pass, batches: int, cores: i
     ideal = batches * max((scoring + sum(learning.values())) / cores, scoring, *learning.values())
     ideal_warm = batches * max(sum(learning.values()) / cores, *learning.values())
     apart = sum(each.pass_s for each in alone.values())
+    # What N separate runs cost over what one pass costs, by FLOPs and by what each part took.
     arithmetic = sum(teacher + each for each in students.values()) / (teacher + sum(students.values()))
+    learnt = sum(learning.values())
+    stages = (len(learning) * scoring + learnt) / (scoring + learnt)
+    ratio = apart / one.pass_s
     return {
         "(b) three families / (a) one pass, wall-clock": sum(each.wall_s for each in alone.values()) / one.wall_s,
-        "(b) / (a), first batch to last step": apart / one.pass_s,
+        "(b) / (a), first batch to last step": ratio,
         "(b) / (a) by the arithmetic": arithmetic,
-        "(a) ideal seconds from stage times": ideal,
-        "(a) ideal / measured": ideal / one.pass_s,
+        "(b) / (a) by stage times": stages,
+        "measured over the arithmetic's ideal": ratio / arithmetic,
+        "measured over the stage times' ideal": ratio / stages,
+        "(a) seconds if all its work were packed onto the cores at stage times": ideal,
+        "(a) packed / measured": ideal / one.pass_s,
         "(a) share of the pass in which its slowest student learns": batches * max(one.student_s.values()) / one.pass_s,
-        "(c) ideal seconds from stage times": ideal_warm,
-        "(c) ideal / measured": ideal_warm / warm.pass_s,
+        "(c) seconds if all its work were packed onto the cores at stage times": ideal_warm,
+        "(c) packed / measured": ideal_warm / warm.pass_s,
         "(c) batches scored": warm.scored,
     }
 
