@@ -32,3 +32,10 @@ class RunError(StillhouseError):
 
 class LabelError(RunError):
     """A label block that must not be learnt from: damaged, of another format, or of another teacher or batch."""
+
+
+def first_line(error: BaseException) -> str:
+    """The cause in one line: Ray wraps the worker's traceback around it."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"

@@ -11,9 +11,8 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from cluster.board import FAMILY, NO_PLACE, Point
-from cluster.errors import RunError
+from cluster.errors import RunError, first_line
 from cluster.stream.figures import StreamStats
-from cluster.teacher.replica import first_line
 
 # Batches that may be on their way to the store without a word.
 UNSAVED_SHOWN = 4

@@ -14,13 +14,12 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
 from cluster.capacity import Need, check_capacity, needs_of, serving_needs_of, totals
-from cluster.errors import NoPlaceError, RunError
+from cluster.errors import NoPlaceError, RunError, first_line
 from cluster.queue.actor import queue_actor
 from cluster.queue.order import Entry, Place
 from cluster.queue.user import user
 from cluster.session import alive_nodes
 from cluster.spec import FamilySpec
-from cluster.teacher.replica import first_line
 from cluster.watch import Status
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import ray
 from cluster.audit import ScoringLog
 from cluster.capacity import Need, student_needs
 from cluster.corpus.batches import CORPUS_FOLDER, Batch, Batches
-from cluster.errors import RunError, StillhouseError
+from cluster.errors import RunError, StillhouseError, first_line
 from cluster.labels.store.store import LabelStore
 from cluster.limits import NO_LIMIT, Most
 from cluster.models import TeacherModel
@@ -26,7 +26,6 @@ from cluster.stream.consumer import Consumer
 from cluster.stream.figures import Delivery, HeldError, StreamStats
 from cluster.stream.source import LabelSource
 from cluster.stream.window import Window
-from cluster.teacher.replica import first_line
 from cluster.teacher.scaling import PACE, Demand, Pace
 
 # Batches that may be on their way from the store beside those that the teacher scores.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import ray
 from ray.actor import ActorHandle
 
-from cluster.errors import StillhouseError
+from cluster.errors import StillhouseError, first_line
 from cluster.evaluate.figures import Champion
 from cluster.students.job import StudentJob
-from cluster.teacher.replica import first_line, is_loss
+from cluster.teacher.replica import is_loss
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ import ray
 
 from cluster.capacity import Need, first_without_room
 from cluster.corpus.batches import Batch
-from cluster.errors import RunError
+from cluster.errors import RunError, first_line
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
-from cluster.teacher.replica import Replica, first_line, is_loss
+from cluster.teacher.replica import Replica, is_loss
 from cluster.teacher.scaling import PACE, Demand, Look, Pace, Scaling
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.errors import first_line
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
 from cluster.teacher.shard import Receipt, Shard
@@ -183,10 +184,3 @@ def _look_away(refs: list[ray.ObjectRef]) -> None:
     """Drop results of a call that has failed: Ray reports an error that nobody has looked at, at any later moment."""
     for ref in refs:
         ref.future().add_done_callback(lambda done: done.exception())
-
-
-def first_line(error: BaseException) -> str:
-    """The cause in one line: Ray wraps the worker's traceback around it."""
-    cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
