@@ -12,7 +12,8 @@ from tests.chaos.families import FAMILY, PAIR
 from tests.chaos.report import ChaosReport
 from tests.conftest import CHAOS_SEED
 from tests.integration.conftest import ray_cluster, s3, s3_environment, tiny, write_family  # noqa: F401
-from tests.integration.test_command_line import environment, final_weights, stillhouse
+from tests.integration.heads import environment, stillhouse
+from tests.integration.test_command_line import final_weights
 
 REPORT = pytest.StashKey[ChaosReport]()
 # A family whose parts are killed over and over is started again as often; a busy machine takes its time over that.

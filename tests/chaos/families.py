@@ -15,7 +15,8 @@ from cluster.audit import AUDIT_FOLDER, problems_of, steps_of
 from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.result import FamilyResult
 from tests.chaos.report import ChaosReport
-from tests.integration.test_command_line import environment, final_weights, stillhouse
+from tests.integration.heads import environment, stillhouse
+from tests.integration.test_command_line import final_weights
 
 BATCHES = 40
 SAME: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "max_failures": 20}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.integration.test_command_line import ROOT, environment
+from tests.integration.heads import ROOT, environment
 
 # Ray sees that a node is dead after a minute by default. One that is killed refuses at once; one that is only slow, on
 # a machine with too much to do, must not be taken for dead.

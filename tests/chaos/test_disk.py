@@ -16,7 +16,7 @@ import pytest
 from tests.chaos.families import BATCHES, FAMILY, PAIR, assert_finished_as, learnt
 from tests.chaos.report import ChaosReport
 from tests.integration.conftest import write_family
-from tests.integration.test_command_line import environment, start, stillhouse
+from tests.integration.heads import environment, start, stillhouse
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 MIB = 1 << 20

@@ -14,7 +14,7 @@ import pytest
 from tests.chaos.families import FAMILY, PAIR, assert_finished_as
 from tests.chaos.report import ChaosReport
 from tests.integration.conftest import write_family
-from tests.integration.test_command_line import environment, start
+from tests.integration.heads import environment, start
 from tests.processes import kill_one
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]

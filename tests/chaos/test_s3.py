@@ -12,8 +12,9 @@ from cluster.audit import scorings_of
 from tests.chaos.families import FAMILY, STUDENTS, assert_finished_as
 from tests.chaos.report import ChaosReport
 from tests.integration.conftest import write_family
+from tests.integration.heads import environment, stillhouse
 from tests.integration.s3_proxy import Fault, S3Proxy, now_and_then
-from tests.integration.test_command_line import environment, final_weights, stillhouse
+from tests.integration.test_command_line import final_weights
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 BUCKET = "chaos"

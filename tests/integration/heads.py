@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -28,6 +29,23 @@ def stillhouse(*arguments: str, env: dict[str, str], timeout: float = 300) -> su
     """The command, as a person types it, to its end."""
     command = [sys.executable, "-m", "jobs", *arguments]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def start(*arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
+    """The command, left running."""
+    command = [sys.executable, "-u", "-m", "jobs", *arguments]
+    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> str:
+    """The output up to the first line that matches."""
+    assert process.stdout is not None
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if re.search(pattern, line):
+            return seen
+    raise AssertionError(f"ended without {pattern!r}:\n{seen}")
 
 
 class Head:

@@ -7,7 +7,6 @@ import re
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 
 from cluster.audit import AUDIT_FOLDER, steps_of
 from tests.integration.conftest import write_family
-from tests.integration.heads import ROOT, environment, running_head, stillhouse
+from tests.integration.heads import environment, read_until, running_head, start, stillhouse
 from tests.tiny import write_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -27,22 +26,6 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "small": {"init": {"source": "teacher", "layers": 1}, "precision": "float32", "lr": 1e-3, "zero_stage": 1},
     "large": {"init": {"source": "teacher", "layers": 3}, "precision": "float32", "lr": 1e-3, "zero_stage": 3},
 }
-
-
-def start(*arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-u", "-m", "jobs", *arguments]
-    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """The output up to the first line that matches."""
-    assert process.stdout is not None
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if re.search(pattern, line):
-            return seen
-    raise AssertionError(f"ended without {pattern!r}:\n{seen}")
 
 
 def own_files() -> set[str]:

@@ -14,8 +14,8 @@ import pytest
 
 from cluster.audit import steps_of
 from tests.integration.conftest import write_family
-from tests.integration.heads import stillhouse
-from tests.integration.test_command_line import STUDENTS, head, read_until, start  # noqa: F401
+from tests.integration.heads import read_until, start, stillhouse
+from tests.integration.test_command_line import STUDENTS, head  # noqa: F401
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 SMALL = {"small": STUDENTS["small"]}

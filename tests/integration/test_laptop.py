@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import write_family
-from tests.integration.heads import ROOT, Head, running_head
-from tests.integration.test_command_line import STUDENTS, read_until
+from tests.integration.heads import ROOT, Head, read_until, running_head
+from tests.integration.test_command_line import STUDENTS
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 PACKAGES = ("cluster", "jobs", "serving")

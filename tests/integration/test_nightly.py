@@ -12,7 +12,7 @@ import mlflow
 import pytest
 
 from tests.integration.conftest import write_family
-from tests.integration.test_command_line import environment, stillhouse
+from tests.integration.heads import environment, stillhouse
 from tests.jobs.hooks import receiver
 from tests.tiny import write_tiny_corpus
 

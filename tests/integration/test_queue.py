@@ -18,7 +18,8 @@ import pytest
 from cluster.corpus.batches import CORPUS_FOLDER, FACTS_FILE
 from tests.chaos.nodes import Nodes
 from tests.integration.conftest import write_family
-from tests.integration.test_command_line import ROOT, STUDENTS, environment, read_until, start, stillhouse
+from tests.integration.heads import ROOT, environment, read_until, start, stillhouse
+from tests.integration.test_command_line import STUDENTS
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 ENOUGH_S = 240
