@@ -15,6 +15,7 @@ from cluster.corpus.batches import CorpusFacts
 from cluster.evaluate.figures import Champion, Fidelity, StudentResult
 from cluster.evaluate.gate import KEPT, PROMOTED, ROLLED_BACK, Verdict
 from cluster.evaluate.result import FamilyResult
+from cluster.limits import NO_LIMIT
 from cluster.models import TeacherModel
 from cluster.preflight import Checked
 from cluster.registry import Models
@@ -45,7 +46,7 @@ class Nights:
     def checked(self, **sections: Any) -> Checked:
         """A family of this registry that is to be promoted by the tightest margins, unless told otherwise."""
         spec = FamilySpec.model_validate(tiny_family(**{"promotion": {}, **sections}))
-        return Checked(spec, TeacherModel("/teacher", 300, "0" * 16, "1" * 16), {}, self.uri, None)
+        return Checked(spec, TeacherModel("/teacher", 300, "0" * 16, "1" * 16), {}, self.uri, None, NO_LIMIT)
 
     def night(
         self, after: Fidelity, champion: Champion | None, checked: Checked | None = None
