@@ -56,6 +56,7 @@ class Head:
     """
 
     def __init__(self, home: Path) -> None:
+        self.home = home
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
