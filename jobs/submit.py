@@ -83,8 +83,7 @@ def submit(
             family=spec.name,
             user=getpass.getuser(),
             variables=variables,
-            # A job that goes on with a run may have been given a wrong date, and its run keeps its own.
-            metadata={DS: ds.isoformat()} if ds and not resume else {},
+            metadata=_begun(resume, ds),
         )
     say(f"submitted {job} ({size / 1024:.0f} KiB shipped)")
     say(f"dashboard {context.address}/#/jobs/{job}")
@@ -100,6 +99,11 @@ def submit(
 def _command(resume: bool, ds: date | None) -> str:
     # The date goes along, for the run to remember: its paths have no macros any more.
     return f"run {SPEC_FILE}{' --resume' if resume else ''}{f' --ds {ds}' if ds else ''}"
+
+
+def _begun(resume: bool, ds: date | None) -> dict[str, str]:
+    # A job that goes on with a run may have been given a wrong date, and its run keeps its own.
+    return {DS: ds.isoformat()} if ds and not resume else {}
 
 
 def _last_ds(client: Any, family: str) -> date:

@@ -40,7 +40,7 @@ from jobs.schedules.plan import (
     due_nights,
     retry_after_s,
 )
-from jobs.submit import SPEC_FILE, start_job
+from jobs.submit import DS, SPEC_FILE, start_job
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,8 @@ class Scheduler:
         job = f"{entry.schedule.name}-{night.due.strftime('%Y%m%dT%H%M%SZ')}-{attempt}"
         # Written first: a scheduler that dies between the two finds a job that it does not know, and tries again.
         self._ledger.update(night, state=RUNNING, attempt=attempt, job=job, started=now, detail="")
-        again = f"{night.run} --resume" if night.run else f"{SPEC_FILE} --ds {entry.schedule.date_of(night.due)}"
+        ds = entry.schedule.date_of(night.due)
+        again = f"{night.run} --resume" if night.run else f"{SPEC_FILE} --ds {ds}"
         with tempfile.TemporaryDirectory(prefix="stillhouse-night-") as folder:
             unpack(entry.package, Path(folder))
             try:
@@ -197,7 +198,7 @@ class Scheduler:
                     family=entry.family,
                     user=entry.user,
                     variables=entry.variables,
-                    metadata={SCHEDULE: entry.schedule.name},
+                    metadata={SCHEDULE: entry.schedule.name, DS: ds.isoformat()},
                 )
             except UserError:
                 log.info("%s was submitted before", job)
