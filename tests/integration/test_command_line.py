@@ -21,7 +21,7 @@ from tests.integration.conftest import write_family
 from tests.integration.heads import environment, read_until, running_head, start, stillhouse
 from tests.tiny import write_tiny_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 STUDENTS: dict[str, dict[str, Any]] = {
     "small": {"init": {"source": "teacher", "layers": 1}, "precision": "float32", "lr": 1e-3, "zero_stage": 1},
     "large": {"init": {"source": "teacher", "layers": 3}, "precision": "float32", "lr": 1e-3, "zero_stage": 3},

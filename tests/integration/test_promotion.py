@@ -84,6 +84,7 @@ def aliases(client: Any) -> dict[str, int]:
     return found
 
 
+@pytest.mark.timeout(1500)  # four families one after the other
 def test_only_a_better_student_takes_the_champion_s_place(
     tiny: Path, tmp_path: Path, stillhouse_home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
