@@ -49,8 +49,9 @@ LOOK_S = 2.0
 LEASE_S = 20.0
 # What a job says of itself beside what every submitted one does.
 SCHEDULE = "stillhouse.schedule"
-# Why a job was told to end, kept with its night until it has.
+# Why a job was told to end, kept with its night until it has, and what becomes of the night then.
 OVERTAKEN, OVERTIME = "a later night took its place", "it ran for longer than it may"
+TOLD = {OVERTAKEN: REPLACED, OVERTIME: FAILED}
 # A mistake in the spec or in what it names: another try would end the same way.
 MISTAKE = 2
 
@@ -125,11 +126,12 @@ class Scheduler:
             self._ledger.update(night, run=run)
         if state == SUCCEEDED:
             self._ledger.update(night, state=SUCCEEDED, ended=now, detail="; ".join(promotions_in(said)))
+        elif state in ENDED and night.detail in TOLD:
+            self._ledger.update(night, state=TOLD[night.detail], ended=now)
         elif state == FAILED:
             self._failed(night, entry, now, last_line(said), mistake=info.driver_exit_code == MISTAKE)
         elif state == STOPPED:
-            ended_as = {OVERTAKEN: REPLACED, OVERTIME: FAILED}.get(night.detail, STOPPED)
-            self._ledger.update(night, state=ended_as, ended=now, detail=night.detail or "its job was stopped by hand")
+            self._ledger.update(night, state=STOPPED, ended=now, detail="its job was stopped by hand")
         elif not night.detail and _is_overtime(night, entry, now):
             self._end(night, OVERTIME)
 

@@ -222,8 +222,9 @@ def test_a_mistake_in_the_family_is_not_tried_again(
     assert (last(ledger).state, last(ledger).detail) == ("failed", "error: teacher.model: /gone is not there")
 
 
+@pytest.mark.parametrize("ends_as", ["STOPPED", "FAILED"])
 def test_one_that_runs_too_long_is_stopped_and_has_failed_when_it_has_ended(
-    begin: Callable[..., Scheduler], ledger: Ledger, cluster: Cluster, clock: Clock
+    ends_as: str, begin: Callable[..., Scheduler], ledger: Ledger, cluster: Cluster, clock: Clock
 ) -> None:
     scheduler = begin(longest_s=600)
     clock.to(2)
@@ -231,7 +232,7 @@ def test_one_that_runs_too_long_is_stopped_and_has_failed_when_it_has_ended(
     clock.to(2, 11)
     scheduler.look()
     assert (states(ledger), cluster.jobs[cluster.started[0]]["status"]) == (["running"], "STOPPING")
-    cluster.end(cluster.started[0], "STOPPED", None)
+    cluster.end(cluster.started[0], ends_as, None)
     scheduler.look()
     assert (last(ledger).state, last(ledger).detail) == ("failed", "it ran for longer than it may")
 
