@@ -82,8 +82,8 @@ class Head:
         assert self.process is not None
         family = self.family()
         self.process.terminate()
-        self.process.wait(timeout=60)
-        _, alive = psutil.wait_procs(family, timeout=30)
+        self.process.wait(timeout=180)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert alive == []
 
 
