@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
@@ -88,10 +88,7 @@ def test_a_token_file_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
 def test_a_request_that_fails_never_shows_the_token(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     token = tmp_path / "token"
     token.write_text("s3cret-token")
-    problems: list[Callable[[], object]] = []
-    with answering(401, version("ray")) as (address, _):
-        problems.append(lambda: connect(Context(address=address, token_file=str(token))))
-        with pytest.raises(RunError) as refused:
-            problems[0]()
+    with answering(401, version("ray")) as (address, _), pytest.raises(RunError) as refused:
+        connect(Context(address=address, token_file=str(token)))
     out, err = capfd.readouterr()
     assert "s3cret-token" not in str(refused.value) + out + err
