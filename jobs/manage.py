@@ -72,7 +72,10 @@ def show_logs(context: Context, job: str, on: bool) -> int:
     job_of(client, job)
     if on:
         return follow(client, job)
-    typer.echo(log_of(client, job), nl=False)
+    try:
+        typer.echo(client.get_job_logs(job), nl=False)
+    except RuntimeError as error:
+        raise RunError(f"the log of {job} cannot be had: {str(error).splitlines()[0]}") from None
     return 0
 
 
