@@ -6,14 +6,17 @@ export SOAK
 export STILLHOUSE_HOME ?= $(CURDIR)/.stillhouse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test chaos lint check clean
+.PHONY: demo test nightly chaos lint check clean
 
 demo: $(VENV)/demo.stamp  ## a real teacher, two students, one endpoint: the whole line in minutes
 	$(BIN)/python infra/local/fetch_demo.py .stillhouse/demo
 	$(BIN)/stillhouse run examples/demo.yaml
 
-test: $(VENV)/dev.stamp  ## the whole suite; starts real Ray, DeepSpeed, MLflow, Serve and S3 on loopback
-	$(BIN)/pytest -m "not chaos"
+test: $(VENV)/dev.stamp  ## every part once; starts real Ray, DeepSpeed, MLflow, Serve and S3 on loopback
+	$(BIN)/pytest -m "not chaos and not nightly"
+
+nightly: $(VENV)/dev.stamp  ## the tests that train whole families for minutes
+	$(BIN)/pytest -m nightly
 
 chaos: $(VENV)/dev.stamp  ## kills and cuts off the parts of running families; CHAOS_SEED=n repeats a run, SOAK=30m goes on
 	$(BIN)/pytest -m chaos $(if $(SOAK),tests/chaos/test_soak.py)

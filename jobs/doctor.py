@@ -22,8 +22,8 @@ from jobs.contexts import Context
 # What each command needs beyond the light base.
 NEEDS = {
     "run": ("torch", "transformers", "deepspeed", "mlflow", "pyarrow"),
-    "serve": ("torch", "transformers", "fastapi", "mlflow"),
-    "bench": ("httpx",),
+    "serve": ("torch", "transformers", "uvicorn", "httpx", "mlflow"),
+    "bench": (),
     "submit": (),
 }
 GIB = 1024**3
@@ -53,7 +53,7 @@ def doctor(context: Context | None) -> int:
 def _machine() -> list[Finding]:
     good = (3, 11) <= sys.version_info[:2] < (3, 13)
     findings = [Finding("python", platform.python_version(), good, "" if good else "needs 3.11 or 3.12")]
-    for name in ("ray", "torch", "transformers", "deepspeed", "mlflow", "pyarrow", "fastapi", "httpx"):
+    for name in ("ray", "torch", "transformers", "deepspeed", "mlflow", "pyarrow", "uvicorn", "httpx"):
         findings.append(_package(name))
     return [*findings, _device(), _zero(), _cpus(), _disk(), _shared_memory(), *map(_port, (8000, 8265)), _token()]
 
@@ -63,7 +63,7 @@ def _package(name: str) -> Finding:
         return Finding(name, version(name))
     except PackageNotFoundError:
         commands = ", ".join(command for command, needed in NEEDS.items() if name in needed)
-        extra = "serve" if name in ("fastapi", "httpx") else "train"
+        extra = "serve" if name in ("uvicorn", "httpx") else "train"
         return Finding(name, "not installed", False, f"for {commands}: pip install 'stillhouse[{extra}]'")
 
 

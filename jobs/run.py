@@ -153,11 +153,11 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     Where latency decides on promotion, the champions are served beside them.
 
     Returns:
-        One row per arm, see :class:`serving.bench.ArmResult`.
+        One row per arm, see :meth:`serving.bench.BenchResult.rows`.
     """
     from serving.arms import Arm
     from serving.bench import run_bench
-    from serving.deploy import deploy
+    from serving.deploy import deploy, endpoint_of
     from serving.prompts import PROMPTS
 
     spec, options = checked.spec, checked.spec.serving
@@ -166,14 +166,8 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     arms += [Arm(name, source, 0.0) for name, source in champion_arms(spec, result).items()]
     if options.include_teacher:
         arms.append(Arm("teacher", checked.teacher.folder, 0.0))
-    with deploy(
-        arms,
-        port=0,
-        endpoint=spec.name,
-        tracking_uri=checked.tracking_uri,
-        cpus_per_arm=options.cpus_per_arm,
-        gpus_per_arm=options.gpus_per_arm,
-    ) as endpoint:
+    endpoint_spec = endpoint_of(arms, name=spec.name, port=0, cpus=options.cpus_per_arm, gpus=options.gpus_per_arm)
+    with deploy(endpoint_spec, checked.tracking_uri) as endpoint:
         bench = run_bench(
             endpoint.url,
             requests=options.requests,
@@ -182,8 +176,7 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
             prompts=PROMPTS,
             models=[arm.name for arm in arms],
         )
-    rows: list[dict[str, Any]] = bench.as_dict()["arms"]
-    return rows
+    return bench.rows()
 
 
 def environment() -> dict[str, str]:

@@ -128,21 +128,40 @@ def pick(weights: Mapping[str, float], point: float) -> str:
     return drawable[-1][0]  # rounding in the subtractions may leave the point just past the end
 
 
-def locate(arm: Arm, tracking_uri: str | None = None) -> Path:
+def pinned(source: str, tracking_uri: str | None) -> str:
+    """The source with an alias replaced by the version that it points at now, so that the arm stays what it is.
+
+    Raises:
+        UserError: there is no such model or alias.
+    """
+    if not source.startswith("models:/") or "@" not in source or tracking_uri is None:
+        return source
+    from cluster.registry import Models
+
+    name, version = Models(tracking_uri).resolve(source)
+    return f"models:/{name}/{version}"
+
+
+def locate(arm: Arm, tracking_uri: str | None = None, engine: str = "transformers") -> Path | None:
     """The arm's model as a local Hugging Face directory, fetched from the registry when it is a registered version.
+
+    None for the echo engine, which has no model.
 
     Raises:
         UserError: there is no such directory or version, no registry was given for one, or the directory lacks
             config.json, safetensors weights or a tokenizer.
     """
+    if engine == "echo":
+        return None
     if arm.registered:
         if tracking_uri is None:
             raise UserError(
                 f"arm {arm.name!r}: {arm.source!r} is in a registry; give its tracking URI, or a directory."
             )
-        from cluster.registry import fetch_model
+        from cluster.registry import Models, fetch_model
 
         directory = fetch_model(arm.source, tracking_uri)
+        Models(tracking_uri).check_weights(arm.source, directory)
     else:
         directory = Path(arm.source).absolute()
         if not directory.is_dir():

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.board import FAMILY, Point
 from cluster.registry.client import CHALLENGER, PATIENCE_S, client_of, patiently
-from cluster.registry.models import Models
+from cluster.registry.models import WEIGHTS, Models, weights_digest
 
 PARENT = FAMILY
 
@@ -109,7 +109,7 @@ class Registry:
             The new version's number.
         """
         version = patiently(lambda: self._version(student, name, model_dir))
-        for key, value in tags.items():
+        for key, value in {**tags, WEIGHTS: weights_digest(Path(model_dir))}.items():
             patiently(partial(self._client.set_model_version_tag, name, str(version), key, value))
         patiently(partial(self._client.set_registered_model_alias, name, CHALLENGER, str(version)))
         return version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ R = TypeVar("R")
 
 # Tags: of a registered model its champions, the latest last; of a version and its run what became of it, and why.
 CHAMPIONS, PROMOTION, REASON = "stillhouse.champions", "stillhouse.promotion", "stillhouse.promotion_reason"
+# Of a version: SHA-256 over its weights, as they were when they were registered.
+WEIGHTS = "stillhouse.weights_sha256"
 
 
 class ChampionMovedError(RunError):
@@ -83,6 +86,41 @@ class Models:
         if standing is None:
             raise UserError(f"there is no registered model {name!r} in {self._where}; its name is FAMILY-STUDENT")
         return standing
+
+    def resolve(self, uri: str) -> tuple[str, int]:
+        """The registered model and the version that ``models:/name@alias`` or ``models:/name/version`` means now.
+
+        Raises:
+            UserError: there is no such model, alias or version.
+        """
+        name, at, alias = uri.removeprefix("models:/").partition("@")
+        if at:
+            model = self._if_there(self._client.get_registered_model, name)
+            number = model.aliases.get(alias) if model else None
+        else:
+            name, _, number = name.rpartition("/")
+        if number is None or self._if_there(self._client.get_model_version, name, str(number)) is None:
+            raise UserError(f"{uri}: not in the registry {self._where}")
+        return name, int(number)
+
+    def check_weights(self, uri: str, folder: Path) -> None:
+        """Hold a version's files against the hash that was taken when it was registered, if one was.
+
+        Raises:
+            UserError: there is no such version.
+            RunError: they are others now.
+        """
+        name, version = self.resolve(uri)
+        noted = self._do(self._client.get_model_version, name, str(version)).tags.get(WEIGHTS)
+        if noted is not None and noted != weights_digest(folder):
+            raise RunError(f"{uri}: its weights are not those that were registered (SHA-256 differs); register it anew")
+
+    def point(self, name: str, alias: str, version: int, why: str) -> None:
+        """Point any alias at a version; ``champion`` as :meth:`promote` does it, whatever it pointed at."""
+        if alias == CHAMPION:
+            self.promote(name, version, why, self.known(name).champion)
+        else:
+            self._do(self._client.set_registered_model_alias, name, alias, str(version))
 
     def verdict(self, name: str, version: int) -> Verdict | None:
         """What has become of a version, as :meth:`promote`, :meth:`keep` and :meth:`rollback` have left it."""
@@ -172,6 +210,17 @@ def _up_to(line: tuple[int, ...], champion: int | None) -> tuple[int, ...]:
     if champion not in line:
         return (*line, champion)
     return line[: len(line) - line[::-1].index(champion)]
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256, in hexadecimal, over the names and the bytes of a folder's safetensors files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name}:{file.stat().st_size}:".encode())
+        with file.open("rb") as content:
+            while chunk := content.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def champion_of(name: str, tracking_uri: str) -> int | None:

@@ -10,11 +10,13 @@ import typer
 
 from cluster.errors import StillhouseError
 from jobs.cli.contexts import contexts
+from jobs.cli.endpoints import endpoints
 from jobs.cli.jobs import jobs
 from jobs.cli.labels import labels
 from jobs.cli.models import models
-from jobs.cli.options import Address, AsJson, ContextName, Ds, Overrides, SpecPath, TrackingUri
+from jobs.cli.options import Address, ContextName, Ds, Overrides, SpecPath
 from jobs.cli.schedules import scheduler, schedules
+from jobs.cli.serving import serving
 
 app = typer.Typer(
     help="Distil one large teacher into a family of students in a single pass; register, serve and compare them.",
@@ -29,7 +31,10 @@ app.add_typer(contexts, name="context")
 app.add_typer(schedules, name="schedule")
 app.add_typer(labels, name="labels")
 app.command()(scheduler)
-app.add_typer(models)  # without a name: its commands are commands of their own
+# Without a name: their commands are commands of their own.
+app.add_typer(models)
+app.add_typer(serving)
+app.add_typer(endpoints)
 
 
 @app.command()
@@ -108,48 +113,6 @@ def submit(
     day = date_of(ds) if ds is not None else None
     where = context_for(context, address)
     raise typer.Exit(submit_family(spec, overrides or [], where, name, env or [], resume, follow, day))
-
-
-@app.command()
-def serve(
-    arm: Annotated[
-        list[str], typer.Option(help="[NAME=]models:/NAME@ALIAS[:WEIGHT] or [NAME=]DIRECTORY[:WEIGHT]. May repeat.")
-    ],
-    host: Annotated[str, typer.Option(help="Address to listen on; anything but loopback is open to others.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
-    name: Annotated[str, typer.Option(help="Model name that means: split by weight.")] = "stillhouse",
-    cpus_per_arm: Annotated[float, typer.Option(help="CPUs that one arm asks Ray for.")] = 0.5,
-    gpus_per_arm: Annotated[float, typer.Option(help="GPUs that one arm asks Ray for.")] = 0.0,
-    tracking_uri: TrackingUri = None,
-) -> None:
-    """Serve students behind one OpenAI-compatible endpoint, until Ctrl-C."""
-    from jobs.serve import serve as serve_arms
-
-    serve_arms(arm, host, port, name, cpus_per_arm, gpus_per_arm, tracking_uri)
-
-
-@app.command()
-def bench(
-    url: Annotated[str, typer.Argument(help="The endpoint, such as http://127.0.0.1:8000.")],
-    requests: Annotated[int, typer.Option(help="Requests in all; per model where --model is given.")] = 32,
-    concurrency: Annotated[int, typer.Option(help="Requests under way at a time.")] = 1,
-    max_tokens: Annotated[int, typer.Option(help="Tokens asked for per request.")] = 32,
-    model: Annotated[list[str] | None, typer.Option(help="Send to this model or arm. May repeat.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure time to first token and whole latency per arm."""
-    from rich.console import Console
-
-    from serving.bench import run_bench
-    from serving.prompts import PROMPTS
-
-    result = run_bench(url, requests, concurrency, max_tokens, PROMPTS, model)
-    if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=2))
-    else:
-        Console().print(result.table())
 
 
 @app.command()

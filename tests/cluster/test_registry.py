@@ -11,6 +11,7 @@ import pytest
 from cluster.errors import RunError, UserError
 from cluster.evaluate.gate import KEPT, PROMOTED, ROLLED_BACK, Verdict
 from cluster.registry import CHAMPIONS, PROMOTION, REASON, ChampionMovedError, Models, Standing, fetch_model
+from cluster.registry.models import WEIGHTS, weights_digest
 
 NAME = "demo-small"
 
@@ -217,3 +218,42 @@ def test_a_model_is_fetched_into_a_folder_and_one_whose_files_are_gone_says_so(
     (again := tmp_path / "again").mkdir()
     with pytest.raises(RunError, match="its files are gone"):
         fetch_model(f"models:/{NAME}/{version}", registry.uri, again)
+
+
+def test_a_uri_is_resolved_to_the_version_it_means_now(registry: Registry) -> None:
+    registry.promoted(2)
+    registry.register()
+    resolved = {uri: registry.models.resolve(f"models:/{NAME}{uri}") for uri in ("@champion", "@challenger", "/1")}
+    assert resolved == {"@champion": (NAME, 2), "@challenger": (NAME, 3), "/1": (NAME, 1)}
+    for uri in (f"models:/{NAME}@nobody", f"models:/{NAME}/9", "models:/none@champion", "models:/none/1"):
+        with pytest.raises(UserError, match=f"{uri}: not in the registry"):
+            registry.models.resolve(uri)
+
+
+def test_an_alias_is_pointed_and_champion_keeps_its_line(registry: Registry) -> None:
+    registry.promoted(2)
+    registry.register()
+    registry.models.point(NAME, "fastest", 1, "it is")
+    registry.models.point(NAME, "champion", 3, "faster")
+    assert registry.models.resolve(f"models:/{NAME}@fastest") == (NAME, 1)
+    assert registry.aliases()["champion"] == 3 and registry.line() == "1,2,3"
+    assert registry.models.rollback(NAME) == (3, 2)
+
+
+def test_weights_are_held_against_the_hash_of_their_registration(registry: Registry, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(b"one")
+    (folder / "b.safetensors").write_bytes(b"two")
+    version = registry.register(folder)
+    uri = f"models:/{NAME}/{version}"
+    registry.models.check_weights(uri, folder)  # none was taken: nothing to hold them against
+    registry.client.set_model_version_tag(NAME, str(version), WEIGHTS, weights_digest(folder))
+    registry.models.check_weights(uri, folder)
+    for name, content in (("a.safetensors", b"onE"), ("b.safetensors", b""), ("c.safetensors", b"more")):
+        before = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).write_bytes(content)
+        with pytest.raises(RunError, match="its weights are not those that were registered"):
+            registry.models.check_weights(uri, folder)
+        (folder / name).unlink() if before is None else (folder / name).write_bytes(before)
+    registry.models.check_weights(uri, folder)

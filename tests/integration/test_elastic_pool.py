@@ -183,6 +183,7 @@ def test_it_leaves_the_students_room_to_be_started_again(tiny: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_family_s_pool_grows_and_its_metrics_show_it(tiny: Path, tmp_path: Path) -> None:
     path = write_family(
         tmp_path,

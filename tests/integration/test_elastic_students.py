@@ -31,6 +31,7 @@ from tests.integration.conftest import run_here, write_family
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.timeout(1800),
     pytest.mark.usefixtures("ray_cluster"),
 ]

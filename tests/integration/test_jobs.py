@@ -17,7 +17,7 @@ from tests.integration.conftest import write_family
 from tests.integration.heads import read_until, start, stillhouse
 from tests.integration.test_command_line import STUDENTS, head  # noqa: F401
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1200)]
 SMALL = {"small": STUDENTS["small"]}
 CORPUS = {"held_out": 0.2, "max_batches": 40, "epochs": 4}
 

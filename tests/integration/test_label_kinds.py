@@ -10,7 +10,12 @@ import pytest
 from cluster.board import Point
 from tests.integration.conftest import run_here, write_family
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster", "stillhouse_home")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.nightly,
+    pytest.mark.usefixtures("ray_cluster", "stillhouse_home"),
+]
 
 KINDS: dict[str, dict[str, Any]] = {
     "sampled": {"kind": "sampled", "draws": 24},

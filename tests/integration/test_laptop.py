@@ -18,7 +18,7 @@ from tests.integration.conftest import write_family
 from tests.integration.heads import ROOT, Head, read_until, running_head
 from tests.integration.test_command_line import STUDENTS
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1200)]
 PACKAGES = ("cluster", "jobs", "serving")
 HEAVY = ("torch", "deepspeed", "transformers", "mlflow", "sqlalchemy", "pyarrow")
 

@@ -16,7 +16,7 @@ from tests.integration.heads import environment, stillhouse
 from tests.jobs.hooks import receiver
 from tests.tiny import write_tiny_corpus
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1200)]
 STUDENTS: dict[str, dict[str, Any]] = {
     "small": {
         "init": {"source": "teacher", "layers": 1},

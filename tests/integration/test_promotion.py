@@ -28,7 +28,7 @@ from jobs.run import compare
 from tests.integration.conftest import run_here, write_family
 from tests.tiny import tiny_family
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.usefixtures("ray_cluster")]
 MODEL = "tiny-small"
 STUDENT: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "lr": 3e-3}
 # So much too high that it unlearns everything.

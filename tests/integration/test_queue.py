@@ -21,7 +21,7 @@ from tests.integration.conftest import write_family
 from tests.integration.heads import ROOT, environment, read_until, start, stillhouse
 from tests.integration.test_command_line import STUDENTS
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1200)]
 ENOUGH_S = 240
 SMALL = {"small": {**STUDENTS["small"], "cpus_per_rank": 0.3}}
 # One family holds 0.6 of the only CPU. What begins with all of it free reads the corpus at once.

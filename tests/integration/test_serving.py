@@ -24,8 +24,8 @@ from ray import serve
 from cluster.errors import RunError, UserError
 from serving.arms import Arm, parse_arms
 from serving.bench import run_bench
-from serving.deploy import Endpoint, deploy
-from serving.ingress import ARM_HEADER
+from serving.deploy import Endpoint, deploy, endpoint_of
+from serving.ingress.relay import ARM_HEADER
 
 pytestmark = pytest.mark.integration
 
@@ -80,7 +80,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def endpoint(ray_cluster: None, models: dict[str, Path]) -> Iterator[Endpoint]:
     arms = [Arm(name, str(path)) for name, path in models.items()]
-    with deploy(arms, port=0, dtype="float32", concurrency_per_arm=SLOTS, queue_per_arm=QUEUE) as running:
+    with deploy(endpoint_of(arms, port=0, dtype="float32", slots=SLOTS, queue=QUEUE)) as running:
         yield running
 
 
@@ -193,10 +193,10 @@ def test_weights_change_live_and_zero_means_never(endpoint: Endpoint, http_clien
         return {process.pid for process in _actors("ray::ServeReplica")}
 
     before = pids()
-    assert len(before) == 3  # the ingress and two arms
+    assert len(before) == 4  # the control, a door and two arms
     endpoint.set_weights({"small": 0})
     assert arms_drawn(http_client, 20) == {"large": 20}
-    assert http_client.get("/healthz").json()["weights"] == {"small": 0, "large": 1}
+    assert http_client.get("/admin/traffic").json()["weights"] == {"small": 0, "large": 1}
     # Weight 0 only takes it out of the split.
     answer = http_client.post("/v1/completions", json={"model": "small", "prompt": "a", "max_tokens": 1})
     assert answer.headers[ARM_HEADER] == "small"
@@ -217,7 +217,7 @@ def test_weights_change_live_and_zero_means_never(endpoint: Endpoint, http_clien
         ("completions", {"prompt": "a"}, 400, "model", None),
         ("completions", {"model": "small"}, 400, "prompt", None),
         ("completions", {"model": "small", "prompt": "a", "temperature": 3}, 400, "temperature", None),
-        ("completions", {"model": "small", "prompt": "a", "n": 2}, 400, "n", "unsupported_parameter"),
+        ("completions", {"model": "small", "prompt": "a", "suffix": "b"}, 400, "suffix", "unsupported_parameter"),
         (
             "chat/completions",
             {"model": "small", "messages": CHAT, "tools": [{}]},
@@ -300,7 +300,7 @@ def test_a_client_that_goes_away_frees_its_slot(endpoint: Endpoint, http_client:
         connection.close()
     assert http_client.post("/v1/completions", json=short, timeout=15).status_code == 200
     # Not only Serve's slot is free: nobody generates for those who left.
-    (arm,) = _actors("ray::ServeReplica:stillhouse:arm-small")
+    (arm,) = _actors("ray::ServeReplica:stillhouse.small.1")
     deadline = time.monotonic() + 10
     while arm.cpu_percent(interval=0.5) > 20:
         assert time.monotonic() < deadline, "the arm is still working"
@@ -324,18 +324,18 @@ def test_the_bench_follows_the_split(endpoint: Endpoint) -> None:
 
 
 def test_the_bench_fails_when_nothing_answers(endpoint: Endpoint) -> None:
-    with pytest.raises(RunError, match=r"none of 2 requests .* 404 The model 'huge' does not exist"):
+    with pytest.raises(RunError, match=r"none of 1 warm-up requests .* 404 The model 'huge' does not exist"):
         run_bench(endpoint.url, 2, 1, 4, ["hello"], models=["huge"])
 
 
 def test_what_cannot_be_served_starts_nothing(endpoint: Endpoint, models: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="Serve already runs"):
-        deploy(parse_arms([str(models["small"])]), port=0)
+    with pytest.raises(UserError, match="an endpoint 'stillhouse' already runs on this cluster"):
+        deploy(endpoint_of(parse_arms([str(models["small"])]), port=0))
     assert httpx.get(f"{endpoint.url}/healthz", trust_env=False).status_code == 200
 
 
 def test_an_arm_that_dies_ends_its_streams_and_comes_back(endpoint: Endpoint, http_client: httpx.Client) -> None:
-    (arm,) = _actors("ray::ServeReplica:stillhouse:arm-large")
+    (arm,) = _actors("ray::ServeReplica:stillhouse.large.1")
     body: dict[str, Any] = {"model": "large", "messages": CHAT, "stream": True}
     with http_client.stream("POST", "/v1/chat/completions", json=body) as response:
         lines = (line for line in response.iter_lines() if line)
@@ -356,8 +356,8 @@ def test_an_arm_that_dies_ends_its_streams_and_comes_back(endpoint: Endpoint, ht
 
 
 def test_shutdown_leaves_no_port_and_no_process(endpoint: Endpoint) -> None:
-    ours = _actors("ray::ServeController") + _actors("ray::ProxyActor") + _actors("ray::ServeReplica")
-    assert len(ours) == 5  # controller, proxy, ingress, two arms
+    ours = _actors("ray::ServeController") + _actors("ray::ServeReplica")
+    assert len(ours) == 5  # Serve's controller, our control, a door, two arms
     address = httpx.URL(endpoint.url)
     with httpx.stream(
         "POST",
@@ -379,12 +379,13 @@ def test_shutdown_leaves_no_port_and_no_process(endpoint: Endpoint) -> None:
     ("change", "says"),
     [
         ({"arms": ["gone=./not/there"]}, "there is no directory './not/there'"),
-        ({"endpoint": "small"}, "an arm has the endpoint's name 'small'"),
-        ({"cpus_per_arm": 1.5}, "2 arms with cpus_per_arm 1.5 need 3 CPU, the cluster has 2"),
-        ({"gpus_per_arm": 64}, "need 128 GPU"),
-        ({"dtype": "int4"}, "dtype 'int4' is not known"),
-        ({"host": "192.0.2.1"}, "cannot listen on 192.0.2.1"),
-        ({"port": 70000}, "cannot listen on 127.0.0.1:70000"),
+        ({"name": "small"}, "an arm has the endpoint's name 'small'"),
+        ({"cpus": 1.5}, "the 2 arms need 3 CPU, the cluster has 2; lower"),
+        ({"gpus": 64}, "need 128 GPU"),
+        ({"dtype": "int4"}, "arms.small.dtype"),
+        ({"engine": "magic"}, "arms.small.engine"),
+        ({"host": "192.0.2.1"}, "host 192.0.2.1 is open to others, and there are no API keys"),
+        ({"port": 70000}, "port: "),
         ({"port": "taken"}, "Address already in use"),
     ],
 )
@@ -400,8 +401,8 @@ def test_what_cannot_be_served_is_refused(
         arms = parse_arms(change.get("arms", [str(path) for path in models.values()]))
         options = {"port": 0, **{name: value for name, value in change.items() if name != "arms"}}
         with pytest.raises(UserError, match=says):
-            deploy(arms, **options)
-    assert not serve.status().proxies  # Serve was not even started
+            deploy(endpoint_of(arms, **options))
+    assert not serve.status().applications  # nothing was even started
 
 
 def test_an_arm_that_does_not_load_is_named_and_taken_down(
@@ -411,9 +412,9 @@ def test_an_arm_that_does_not_load_is_named_and_taken_down(
     for file in models["small"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(RunError, match=r"an arm did not start: .*SafetensorError"):
-        deploy([Arm("broken", str(tmp_path))], port=0)
-    assert not serve.status().proxies
+    with pytest.raises(RunError, match=r"stillhouse.broken.1 did not start: .*SafetensorError"):
+        deploy(endpoint_of([Arm("broken", str(tmp_path))], port=0))
+    assert not serve.status().applications
     assert threading.active_count() < 50
 
 

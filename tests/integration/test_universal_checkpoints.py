@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly]
 CASES = [(stage, precision) for stage in (1, 2, 3) for precision in ("float32", "bfloat16")]
 STEPS = 5
 SEQUENCES = 4

@@ -31,11 +31,12 @@ def test_what_is_missing_is_named_with_the_commands_and_the_extra(
 def test_a_library_that_is_not_there_costs_one_line(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "httpx", None)
-    monkeypatch.delitem(sys.modules, "serving.bench", raising=False)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    for name in [name for name in sys.modules if name.startswith("serving.bench")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "argv", ["stillhouse", "bench", "http://127.0.0.1:9"])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
     err = capfd.readouterr().err
-    assert err == "error: httpx is not installed; pip install 'stillhouse[train,serve]'\n"
+    assert err == "error: aiohttp is not installed; pip install 'stillhouse[train,serve]'\n"

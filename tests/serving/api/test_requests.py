@@ -1,12 +1,13 @@
-"""OpenAI's wire shapes: what is taken, what is refused and by which name, what is sent."""
+"""What a caller may ask: what is taken, what is refused and by which name."""
 
 import json
 from typing import Any
 
 import pytest
 
-from serving.api import ApiError, ChatRequest, CompletionRequest, Reply, Request, parse, sse
-from serving.engine import Sampling
+from serving.api.errors import ApiError
+from serving.api.requests import ChatRequest, CompletionRequest, Request, parse
+from serving.engines.base import Sampling
 
 COMPLETION = {"model": "m", "prompt": "hello"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -24,7 +25,9 @@ def test_openai_s_defaults() -> None:
 
 def test_null_is_the_same_as_left_out() -> None:
     nothing = dict.fromkeys(["max_tokens", "temperature", "top_p", "stop", "seed", "stream", "stream_options"])
-    refused = dict.fromkeys([*ChatRequest.unsupported, "max_completion_tokens"])
+    refused = dict.fromkeys(
+        [*ChatRequest.unsupported, "max_completion_tokens", "logprobs", "top_logprobs", "n", "user"]
+    )
     assert read(ChatRequest, **nothing, **refused).sampling() == read(ChatRequest).sampling()
 
 
@@ -51,21 +54,36 @@ def test_a_message_in_parts_is_joined_and_a_developer_is_the_system() -> None:
 
 
 def test_what_nobody_knows_is_ignored() -> None:
-    assert read(ChatRequest, user="me", metadata={"a": "b"}, some_new_thing=3) == read(ChatRequest)
+    assert read(ChatRequest, metadata={"a": "b"}, some_new_thing=3) == read(ChatRequest)
+
+
+def test_who_asks() -> None:
+    assert read(ChatRequest, user="me").caller == "me"
+    assert read(ChatRequest, user="me", safety_identifier="newer").caller == "newer"
+    assert read(ChatRequest).caller is None
+
+
+def test_how_many_answers_and_which_log_probabilities() -> None:
+    assert (read(ChatRequest).choices, read(ChatRequest, n=3).choices) == (1, 3)
+    asked = [
+        (CompletionRequest, {}, None),
+        (CompletionRequest, {"logprobs": 0}, 0),
+        (CompletionRequest, {"logprobs": 5}, 5),
+        (ChatRequest, {"logprobs": False}, None),
+        (ChatRequest, {"logprobs": True}, 0),
+        (ChatRequest, {"logprobs": True, "top_logprobs": 20}, 20),
+    ]
+    for kind, wishes, wanted in asked:
+        assert read(kind, **wishes).sampling().logprobs == wanted
 
 
 UNSUPPORTED = [
-    (CompletionRequest, "n", 2),
     (CompletionRequest, "best_of", 2),
     (CompletionRequest, "echo", True),
-    (CompletionRequest, "logprobs", 0),
     (CompletionRequest, "suffix", "end"),
     (CompletionRequest, "logit_bias", {"5": 1}),
     (CompletionRequest, "presence_penalty", 0.1),
     (CompletionRequest, "frequency_penalty", 0.1),
-    (ChatRequest, "n", 2),
-    (ChatRequest, "logprobs", True),
-    (ChatRequest, "top_logprobs", 2),
     (ChatRequest, "tools", [{"type": "function"}]),
     (ChatRequest, "tool_choice", "auto"),
     (ChatRequest, "functions", [{}]),
@@ -85,11 +103,10 @@ def test_what_is_known_and_not_honoured_is_refused_by_name(kind: type[Request], 
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
-        (CompletionRequest, "n", 1),
+        (CompletionRequest, "best_of", 1),
         (CompletionRequest, "echo", False),
         (ChatRequest, "presence_penalty", 0.0),
         (ChatRequest, "tools", []),
-        (ChatRequest, "logprobs", False),
         (ChatRequest, "response_format", {"type": "text"}),
     ],
 )
@@ -106,6 +123,14 @@ def test_what_asks_for_nothing_more_is_taken(kind: type[Request], name: str, val
         (CompletionRequest, {"prompt": [1, True]}, "prompt"),
         (CompletionRequest, {"model": ""}, "model"),
         (CompletionRequest, {"max_tokens": 0}, "max_tokens"),
+        (CompletionRequest, {"n": 0}, "n"),
+        (CompletionRequest, {"n": 9}, "n"),
+        (CompletionRequest, {"logprobs": 6}, "logprobs"),
+        (CompletionRequest, {"logprobs": True}, "logprobs"),
+        (ChatRequest, {"logprobs": 1}, "logprobs"),
+        (ChatRequest, {"top_logprobs": 2}, "top_logprobs"),
+        (ChatRequest, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (ChatRequest, {"user": 3}, "user"),
         (CompletionRequest, {"max_tokens": "7"}, "max_tokens"),
         (CompletionRequest, {"max_tokens": 1.5}, "max_tokens"),
         (CompletionRequest, {"temperature": 2.1}, "temperature"),
@@ -138,51 +163,11 @@ def test_a_bad_parameter_is_named(kind: type[Request], body: dict[str, Any], par
     assert error["message"].startswith(param)
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"x"', b"\xff"])
+HOSTILE = [b"", b"{", b"[]", b'"x"', b"\xff", b'{"a": "\\ud800"}', b"[" * 100_000, b'{"a": ' * 100_000]
+
+
+@pytest.mark.parametrize("raw", HOSTILE, ids=range(len(HOSTILE)))
 def test_a_body_that_is_no_object(raw: bytes) -> None:
     with pytest.raises(ApiError, match="body") as caught:
         parse(ChatRequest, raw)
     assert caught.value.status == 400
-
-
-def test_a_server_s_error_is_not_the_caller_s() -> None:
-    assert ApiError(503, "busy").body()["error"]["type"] == "server_error"
-
-
-def test_an_event_is_one_line_of_ascii() -> None:
-    text = 'a\n\n"b" \u2028 \u20ac'
-    event = sse({"text": text})
-    assert event.startswith("data: ") and event.endswith("\n\n") and event.count("\n") == 2 and event.isascii()
-    assert json.loads(event.removeprefix("data: ")) == {"text": text}
-
-
-def test_chunks_of_a_chat() -> None:
-    reply = Reply(read(ChatRequest, stream=True, stream_options={"include_usage": True}), prompt_tokens=5)
-    opening, piece, closing, counts = reply.opening(), reply.piece("hi"), reply.closing("stop"), reply.counts(2)
-    assert opening and counts
-    chunks = [opening, piece, closing, counts]
-    assert len({chunk["id"] for chunk in chunks}) == 1
-    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-    assert [chunk["usage"] for chunk in chunks[:3]] == [None, None, None]
-    assert [choice["delta"] for chunk in chunks for choice in chunk["choices"]] == [
-        {"role": "assistant", "content": ""},
-        {"content": "hi"},
-        {},
-    ]
-    assert [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]] == [None, None, "stop"]
-    assert counts["choices"] == []
-    assert counts["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
-
-
-def test_chunks_of_a_completion_without_usage() -> None:
-    reply = Reply(read(CompletionRequest, stream=True), prompt_tokens=5)
-    assert reply.opening() is None
-    assert reply.counts(2) is None
-    assert "usage" not in reply.piece("hi")
-    assert reply.piece("hi")["choices"][0]["text"] == "hi"
-    assert reply.closing("length")["choices"][0] == {
-        "index": 0,
-        "text": "",
-        "logprobs": None,
-        "finish_reason": "length",
-    }

@@ -1,48 +1,20 @@
-"""OpenAI's wire shapes: what comes in, what goes out, and how errors look.
+"""What a caller may ask: the bodies of the two kinds of completion.
 
 A parameter of OpenAI's that this server knows and does not honour is refused by name, never dropped in silence; a
 parameter nobody knows is ignored, as OpenAI-compatible servers do.
 """
 
 import json
-import time
-import uuid
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
-from serving.engine import FinishReason, Sampling
+from serving.api.errors import ApiError
+from serving.engines.base import MAX_LOGPROBS, Sampling
 
-Json = dict[str, Any]
-
-
-class ApiError(Exception):
-    """An answer other than success: ``status`` is the HTTP status, the rest is OpenAI's error object."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = dict(headers or {})
-
-    def body(self) -> Json:
-        """``{"error": {message, type, param, code}}``"""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-# ---- requests ----
+MAX_CHOICES = 8
+"""The most answers to one request; each takes a slot."""
 
 
 def _text_or_tokens(value: Any) -> str | list[int]:
@@ -87,7 +59,6 @@ class Request(BaseModel):
 
     # Parameter -> the values that ask for nothing beyond what is done anyway (None always does).
     unsupported: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "n": (1,),
         "frequency_penalty": (0,),
         "presence_penalty": (0,),
         "logit_bias": ({},),
@@ -99,8 +70,11 @@ class Request(BaseModel):
     top_p: float | None = Field(None, ge=0, le=1)
     stop: Annotated[list[str], BeforeValidator(_stop_strings)] = Field(default_factory=list)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "Request":
@@ -117,6 +91,20 @@ class Request(BaseModel):
         """How many tokens to generate at most; None for the rest of the context."""
         return self.max_tokens
 
+    def alternatives(self) -> int | None:
+        """How many likely tokens to tell beside each token of the answer; None for no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def choices(self) -> int:
+        """How many answers are wanted."""
+        return self.n or 1
+
+    @property
+    def caller(self) -> str | None:
+        """Who asks, as the request itself says; ``safety_identifier`` is the newer name and wins."""
+        return self.safety_identifier or self.user
+
     def sampling(self) -> Sampling:
         """The request's wishes over OpenAI's defaults."""
         return Sampling(
@@ -125,6 +113,7 @@ class Request(BaseModel):
             top_p=1.0 if self.top_p is None else self.top_p,
             stop=tuple(self.stop),
             seed=self.seed,
+            logprobs=self.alternatives(),
         )
 
 
@@ -135,15 +124,19 @@ class CompletionRequest(Request):
         **Request.unsupported,
         "best_of": (1,),
         "echo": (False,),
-        "logprobs": (),
         "suffix": ("",),
     }
 
     prompt: Annotated[str | list[int], BeforeValidator(_text_or_tokens)]
+    logprobs: int | None = Field(None, ge=0, le=5)
 
     def limit(self) -> int | None:
         """See :meth:`Request.limit`."""
         return 16 if self.max_tokens is None else self.max_tokens
+
+    def alternatives(self) -> int | None:
+        """See :meth:`Request.alternatives`."""
+        return self.logprobs
 
 
 class Message(BaseModel):
@@ -167,27 +160,53 @@ class ChatRequest(Request):
         "audio": (),
         "function_call": ("none",),
         "functions": ([],),
-        "logprobs": (False,),
         "modalities": (["text"],),
         "prediction": (),
         "reasoning_effort": ("none",),
         "response_format": ({"type": "text"},),
         "tool_choice": ("none",),
         "tools": ([],),
-        "top_logprobs": (0,),
         "verbosity": (),
         "web_search_options": (),
     }
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _alternatives_need_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs: only allowed with logprobs true.", param="top_logprobs")
+        return self
 
     def limit(self) -> int | None:
         """See :meth:`Request.limit`; ``max_completion_tokens`` is the newer name and wins."""
         return self.max_completion_tokens or self.max_tokens
 
+    def alternatives(self) -> int | None:
+        """See :meth:`Request.alternatives`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 RequestT = TypeVar("RequestT", bound=Request)
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """A body as the JSON object that it must be.
+
+    Raises:
+        ApiError: status 400.
+    """
+    try:
+        # Not json's: it takes half a character for a whole one, and a thousand brackets for no error of the caller's.
+        body = from_json(raw)
+    except ValueError as error:
+        raise ApiError(400, f"The body is not JSON: {error}.") from error
+    if not isinstance(body, dict):
+        raise ApiError(400, "The body must be a JSON object.")
+    return body
 
 
 def parse(kind: type[RequestT], raw: bytes) -> RequestT:
@@ -196,12 +215,7 @@ def parse(kind: type[RequestT], raw: bytes) -> RequestT:
     Raises:
         ApiError: status 400; ``param`` names the first parameter that cannot be used.
     """
-    try:
-        body = json.loads(raw)
-    except ValueError as error:
-        raise ApiError(400, f"The body is not JSON: {error}.") from error
-    if not isinstance(body, dict):
-        raise ApiError(400, "The body must be a JSON object.")
+    body = parse_json(raw)
     for name, neutral in kind.unsupported.items():
         value = body.get(name)
         if value is not None and value not in neutral:
@@ -220,90 +234,3 @@ def parse(kind: type[RequestT], raw: bytes) -> RequestT:
 def _path(location: tuple[int | str, ...]) -> str:
     """("messages", 0, "role") -> "messages[0].role", as OpenAI writes it."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).removeprefix(".")
-
-
-# ---- answers ----
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> Json:
-    """Token counts of one request."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def model_list(names: list[str], created: int) -> Json:
-    """``GET /v1/models``; ``created`` in seconds since 1970."""
-    return {"object": "list", "data": [model_card(name, created) for name in names]}
-
-
-def model_card(name: str, created: int) -> Json:
-    """``GET /v1/models/{name}``"""
-    return {"id": name, "object": "model", "created": created, "owned_by": "stillhouse"}
-
-
-class Reply:
-    """Builds one request's answer: whole, or as the chunks of a stream. ``model`` is echoed as it was asked for."""
-
-    def __init__(self, request: Request, prompt_tokens: int) -> None:
-        self._chat = isinstance(request, ChatRequest)
-        self._model = request.model
-        self._include_usage = request.include_usage
-        self._prompt_tokens = prompt_tokens
-        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-
-    def whole(self, text: str, finish_reason: FinishReason | None, completion_tokens: int) -> Json:
-        """The answer of a request that does not stream."""
-        content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-        body = self._body("chat.completion", [self._choice(content, finish_reason)])
-        return {**body, "usage": usage(self._prompt_tokens, completion_tokens)}
-
-    def opening(self) -> Json | None:
-        """The chunk before any text: a chat says who speaks."""
-        return self._chunk({"delta": {"role": "assistant", "content": ""}}, None) if self._chat else None
-
-    def piece(self, text: str) -> Json:
-        """A chunk with text."""
-        return self._chunk({"delta": {"content": text}} if self._chat else {"text": text}, None)
-
-    def closing(self, finish_reason: FinishReason) -> Json:
-        """The chunk that says why the text ended."""
-        return self._chunk({"delta": {}} if self._chat else {"text": ""}, finish_reason)
-
-    def counts(self, completion_tokens: int) -> Json | None:
-        """The chunk with the token counts, if it was asked for."""
-        if not self._include_usage:
-            return None
-        return {
-            **self._body("chat.completion.chunk", []),
-            "usage": usage(self._prompt_tokens, completion_tokens),
-        }
-
-    def _chunk(self, content: Json, finish_reason: FinishReason | None) -> Json:
-        body = self._body("chat.completion.chunk", [self._choice(content, finish_reason)])
-        # With include_usage every chunk has the field, and only the last one a value.
-        return {**body, "usage": None} if self._include_usage else body
-
-    def _body(self, chat_object: str, choices: list[Json]) -> Json:
-        return {
-            "id": self._id,
-            "object": chat_object if self._chat else "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
-
-    @staticmethod
-    def _choice(content: Json, finish_reason: FinishReason | None) -> Json:
-        return {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
-
-
-DONE = "data: [DONE]\n\n"
-
-
-def sse(body: Json) -> str:
-    """One server-sent event. ASCII only: a raw U+2028 in the text would end the line for some clients."""
-    return f"data: {json.dumps(body)}\n\n"

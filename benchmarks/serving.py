@@ -1,0 +1,144 @@
+"""What serving costs, in one run: the door's share of a request's time, and what continuous batching gives.
+
+* **The door**: the same requests at the same moments (Poisson, 50/s) to a near-instant engine, called directly in
+  this process, and through the endpoint with one arm: client, door, arm and back over HTTP. The difference of the
+  quantiles is what the way adds.
+* **Batching**: tokens/s of 8 clients at once over one client, both through the endpoint, in turn. With ``--model DIR``
+  on that model, else on random weights of the demo student's size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+from batching import random_model
+from common import arguments, hardware, write
+
+from cluster.session import ray_session
+from serving.arms import Arm
+from serving.bench import Settings, measure
+from serving.bench.arrivals import poisson
+from serving.bench.lengths import Length
+from serving.deploy import Endpoint, deploy, endpoint_of
+from serving.engines import open_engine
+from serving.engines.base import Sampling
+
+_PROMPT = "What does the assert statement do in Python, and when is it left out?"
+_TOKENS = 16
+
+
+def main() -> None:
+    """Measure both, print and keep the figures."""
+    parser = arguments(__doc__.partition("\n")[0], threads=False)
+    parser.add_argument("--rate", type=float, default=50.0, help="requests per second at the door")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each round at the door")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--model", type=Path, help="a model directory for batching; default: random weights")
+    parser.add_argument("--only", choices=["door", "batching"])
+    options = parser.parse_args()
+    print(hardware())
+    figures: dict[str, Any] = {}
+    # The workers' own niceness would make them wait for this process, which is not what is measured.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    with tempfile.TemporaryDirectory() as directory, ray_session():
+        if options.only != "batching":
+            with deploy(endpoint_of([Arm("instant", ".")], engine="echo", port=0, slots=64)) as endpoint:
+                figures["door"] = door(endpoint, options.rate, options.seconds, options.rounds)
+        if options.only != "door":
+            model = options.model or random_model(Path(directory), 17)
+            settings = {"cpus": 1.5, "dtype": "bfloat16", "slots": options.clients, "port": 0}
+            with deploy(endpoint_of([Arm("student", str(model))], **settings)) as endpoint:
+                figures["batching"] = batching(endpoint, options.clients, options.rounds)
+    write(options.out, "serving", figures)
+
+
+def door(endpoint: Endpoint, rate: float, seconds: float, rounds: int) -> dict[str, Any]:
+    """Quantiles, in ms, of a request at the engine and through the door; whole answers and streams."""
+    engine = open_engine("echo", None)
+
+    async def direct(seed: int) -> list[float]:
+        arrivals = [each.at for each in itertools.islice(poisson(rate, seed), int(rate * seconds))]
+        started, took = time.perf_counter(), []
+
+        async def one(at: float) -> None:
+            await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
+            begun = time.perf_counter()
+            ids = engine.encode_chat([{"role": "user", "content": _PROMPT}])
+            async for _ in engine.generate(ids, Sampling(max_tokens=_TOKENS, temperature=0)):
+                pass
+            took.append((time.perf_counter() - begun) * 1000)
+
+        await asyncio.gather(*(one(at) for at in arrivals))
+        return took
+
+    async def through(seed: int) -> list[float]:
+        settings = Settings(
+            endpoint.url,
+            rate=rate,
+            requests=int(rate * seconds),
+            warmup=20,
+            max_tokens=Length("fixed", (float(_TOKENS),)),
+            seed=seed,
+        )
+        result = await measure(settings, [_PROMPT])
+        assert not result.errors, result.errors
+        return [sample.latency_ms for sample in result.samples if sample.latency_ms is not None]
+
+    at_engine, at_door = [], []
+    for seed in range(rounds):
+        at_engine.append(asyncio.run(direct(seed)))
+        at_door.append(asyncio.run(through(seed)))
+    figures = {}
+    for name, quantile in (("p50", 0.5), ("p99", 0.99)):
+        engine_ms = [float(np.quantile(took, quantile)) for took in at_engine]
+        door_ms = [float(np.quantile(took, quantile)) for took in at_door]
+        added = [through_it - alone for through_it, alone in zip(door_ms, engine_ms, strict=True)]
+        figures[name] = {"engine_ms": engine_ms, "door_ms": door_ms, "added_ms": added}
+        rounds_ms = ", ".join(f"{each:.2f}" for each in added)
+        print(
+            f"{name}: engine {statistics.median(engine_ms):.2f} ms, through the door "
+            f"{statistics.median(door_ms):.2f} ms, added {statistics.median(added):.2f} ms (rounds: {rounds_ms})"
+        )
+    return {"rate": rate, "requests": int(rate * seconds), **figures}
+
+
+def batching(endpoint: Endpoint, clients: int, rounds: int) -> dict[str, Any]:
+    """Tokens per second of one client and of several."""
+
+    def rate(concurrency: int, requests: int) -> float:
+        settings = Settings(
+            endpoint.url,
+            concurrency=concurrency,
+            requests=requests,
+            max_tokens=Length("fixed", (48.0,)),
+        )
+        return asyncio.run(measure(settings)).tokens_per_s
+
+    rate(clients, clients)
+    alone, together = [], []
+    for _ in range(rounds):
+        alone.append(rate(1, clients))
+        together.append(rate(clients, 4 * clients))
+    ratios = [fast / slow for fast, slow in zip(together, alone, strict=True)]
+    print(
+        f"batching: 1 client {statistics.median(alone):.1f} tokens/s, {clients} clients "
+        f"{statistics.median(together):.1f}, ratio {statistics.median(ratios):.2f} "
+        f"(rounds: {', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+    )
+    return {"clients": clients, "alone": alone, "together": together, "ratios": ratios}
+
+
+if __name__ == "__main__":
+    main()
