@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.errors import RunError, StillhouseError, UserError
 from serving.arms import check_weights
+from serving.control.addresses import SILENT_S, Addresses
 from serving.control.breaker import Breaker
 from serving.control.metrics import Metrics
 from serving.control.state import State
@@ -28,9 +29,8 @@ _TICK_S = 0.5
 _PATIENCE_S = 10.0
 _DOOR_GONE_S = 15.0
 _KEEP_S = 10.0
-# Seconds after which a process that says nothing counts as gone; its machine is, or it would have closed its
-# connections. Long, for a machine may be busy.
-_SILENT_S = 20.0
+# Seconds after its start in which a control waits for arms to say where they are; they do so each second.
+_SETTLE_S = 4.0
 
 logger = logging.getLogger("ray.serve")
 Answer = tuple[int, Any]
@@ -58,14 +58,14 @@ class Control:
         self._breaker = Breaker(spec.breaker, {name for name, arm in spec.arms.items() if arm.replicas.max == 1})
         self._metrics = Metrics()
         self._doors: dict[str, _Seen] = {}
-        # Of every application, its processes' addresses and when each was heard of last.
-        self._heard: dict[str, dict[str, float]] = {}
+        self._addresses = Addresses()
         self._changed = asyncio.Event()
         self._ramp: Ramp | None = None
         self._trial: Trial | None = None
         self._loops: list[asyncio.Task[Any]] = []
         self._probed: dict[str, asyncio.Task[None]] = {}
         self._kept_at = 0.0
+        self._begun = time.monotonic()
         # A roll may have moved an arm since the doors were told of the first routes.
         routes = {**routes, **{arm: route for arm, route in works.routes().items() if arm in routes}}
         # Above every version that an earlier control has given.
@@ -88,6 +88,7 @@ class Control:
     async def plan_after(self, door: str, version: int) -> Plan:
         """The plan, as soon as it is another than ``version``; the same one after a while without a change."""
         self._doors[door] = _Seen(version, time.monotonic())
+        await self._settled()
         deadline = time.monotonic() + _PATIENCE_S
         while self._plan.version == version and (left := deadline - time.monotonic()) > 0:
             changed = self._changed
@@ -97,15 +98,19 @@ class Control:
                 break
         return self._plan
 
+    async def _settled(self) -> None:
+        """Wait until the arms have been heard of, for a moment: a door's old plan is better than one without them."""
+        while not self._addresses.know_all(self._plan.routes.values()) and time.monotonic() < self._begun + _SETTLE_S:
+            await asyncio.sleep(0.05)
+
     async def announce(self, route: str, address: str) -> None:
         """A process of an arm says where it listens."""
-        self._heard.setdefault(route, {})[address] = time.monotonic()
+        self._addresses.hear(route, address)
         self._set_addresses()
 
     async def lost(self, address: str) -> None:
-        """A door has found nobody there. If somebody is, it will say so within a second."""
-        for addresses in self._heard.values():
-            addresses.pop(address, None)
+        """A door has found nobody there."""
+        self._addresses.lose(address)
         self._set_addresses()
 
     async def report(self, records: Sequence[Record]) -> None:
@@ -193,6 +198,8 @@ class Control:
         arm, source = str(body.get("arm")), body.get("source")
         if arm not in self._plan.routes:
             raise UserError(f"no arm is named {arm!r}; there are: {', '.join(self._plan.routes)}.")
+        if self._trial is not None and not self._trial.is_over and arm in self._trial.spec.arms:
+            raise UserError(f"experiment {self._trial.spec.name!r} compares {arm} as it is; stop it first.")
         if not isinstance(source, str) or not source:
             raise UserError("source must be models:/NAME@ALIAS, models:/NAME/VERSION or a directory.")
         old = self._plan.routes[arm]
@@ -200,7 +207,7 @@ class Control:
         await self._until_heard(new)
         # From here on every door sends to the new one; the old one goes when it has nothing left to do.
         routes = {**self._plan.routes, arm: new}
-        addresses = {route: tuple(sorted(self._heard.get(route, ()))) for route in routes.values()}
+        addresses = self._addresses.of(routes.values())
         await self._in_force(routes=routes, addresses=addresses, out=_without(self._plan.out, arm))
         self._breaker.forgive(arm)
         self._works.end_arm(old)
@@ -272,7 +279,8 @@ class Control:
             await self._go_by_ramps()
             for arm, reason in (await self._works.dead_arms(self._plan.routes)).items():
                 self._take_out(arm, reason)
-            self._forget_the_silent()
+            if gone := self._addresses.drop_silent():
+                self._set_addresses(gone)
             self._probe_those_out()
             if self._trial is not None and not self._trial.is_over:
                 self._trial.score(await self._works.scored())
@@ -345,24 +353,13 @@ class Control:
             await asyncio.sleep(0.005)
 
     def _set_addresses(self, gone: frozenset[str] = frozenset()) -> None:
-        addresses = {route: tuple(sorted(self._heard.get(route, ()))) for route in self._plan.routes.values()}
+        addresses = self._addresses.of(self._plan.routes.values())
         if addresses != self._plan.addresses or gone:
             self._set(addresses=addresses, gone=gone or self._plan.gone)
 
-    def _forget_the_silent(self) -> None:
-        """A process whose machine is cut off says nothing, and nobody says it for it."""
-        late = time.monotonic() - _SILENT_S
-        gone = {each for heard in self._heard.values() for each, at in heard.items() if at < late}
-        if gone:
-            self._heard = {
-                route: {each: at for each, at in heard.items() if each not in gone}
-                for route, heard in self._heard.items()
-            }
-            self._set_addresses(frozenset(gone))
-
     async def _until_heard(self, route: str) -> None:
-        deadline = time.monotonic() + _SILENT_S
-        while not self._heard.get(route):
+        deadline = time.monotonic() + SILENT_S
+        while not self._addresses.know_all([route]):
             if time.monotonic() > deadline:
                 raise RunError(f"{route} runs, and has not said where it listens")
             await asyncio.sleep(0.05)

@@ -165,6 +165,40 @@ def test_stop_and_seed_arrive_at_the_arm(client: openai.OpenAI) -> None:
     assert text(seed=3).text == text(seed=3).text != text(seed=4).text
 
 
+def test_several_answers_to_one_request(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model="small", messages=CHAT, n=3, seed=5, max_tokens=12)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2] and len(set(texts)) == 3
+    assert whole.usage is not None and whole.usage.completion_tokens == 36
+    streamed: dict[int, str] = {}
+    for chunk in client.chat.completions.create(model="small", messages=CHAT, n=3, seed=5, max_tokens=12, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] = streamed.get(choice.index, "") + (choice.delta.content or "")
+    assert [streamed[index] for index in range(3)] == texts
+
+
+def test_log_probabilities_in_both_shapes(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model="small", messages=CHAT, temperature=0, max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    assert chat.choices[0].logprobs is not None and chat.choices[0].logprobs.content is not None
+    for token in chat.choices[0].logprobs.content:
+        assert len(token.top_logprobs) == 3
+        # Greedy: the chosen token is the likeliest.
+        assert token.logprob == max(other.logprob for other in token.top_logprobs) <= 0
+    plain = client.completions.create(model="small", prompt="hello", temperature=0, max_tokens=5, logprobs=2)
+    shown = plain.choices[0].logprobs
+    assert shown is not None and shown.tokens is not None and shown.token_logprobs is not None
+    assert len(shown.tokens) == len(shown.token_logprobs) == 5
+    pieces = []
+    for chunk in client.completions.create(
+        model="small", prompt="hello", temperature=0, max_tokens=5, logprobs=2, stream=True
+    ):
+        if chunk.choices[0].logprobs is not None and chunk.choices[0].logprobs.tokens:
+            pieces += chunk.choices[0].logprobs.tokens
+    assert pieces == shown.tokens
+
+
 def test_token_ids_are_taken_as_a_prompt(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="small", prompt=[5, 6, 7], temperature=0, max_tokens=2)
     assert answer.usage is not None and answer.usage.prompt_tokens == 3

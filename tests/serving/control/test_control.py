@@ -69,6 +69,11 @@ class Hands:
 ROUTES = {"old": "front.old.1", "new": "front.new.1", "third": "front.third.1"}
 
 
+@pytest.fixture(autouse=True)
+def _nobody_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.control.server._SETTLE_S", 0.0)
+
+
 def a_control(hands: Hands | None = None, state: Path | None = None, **settings: Any) -> Control:
     arms = {name: {"source": ".", "weight": 1 if name != "third" else 0} for name in ROUTES}
     spec = checked(name="front", arms=arms, state=state, breaker={"probe_s": 0.05}, **settings)
@@ -237,6 +242,7 @@ def test_a_faster_arm_is_promoted_with_its_alias_and_gets_the_traffic() -> None:
             "experiment 'try' is under way"
         )
         assert "has the weights" in (await control.do("set_traffic", {"weights": {"old": 5}}))[1]
+        assert "stop it first" in (await control.do("roll", {"arm": "new", "source": "models:/m/2"}))[1]
         # Requests that were drawn before it began, or sent by name, are none of it.
         await control.report(records("new", [1.0] * 500, experiment=""))
         for round_ in range(10):
@@ -248,7 +254,7 @@ def test_a_faster_arm_is_promoted_with_its_alias_and_gets_the_traffic() -> None:
         assert control._plan.weights == {"old": 0.0, "new": 2.0, "third": 0.0} and control._plan.experiment == ""
         status, snapshot = await control.do("ab_status", None)
         assert snapshot["arms"]["new"]["state"] == "winner" and snapshot["arms"]["new"]["requests"] == 2000
-        assert [event["what"] for event in snapshot["events"]] == ["started", "decision"]
+        assert [event["what"] for event in snapshot["events"]] == ["started", "decision", "alias"]
         status, page = await control.do("ab_report", None)
         assert status == 200 and "<svg" in page
 
@@ -338,11 +344,33 @@ def test_addresses_come_and_go_with_what_processes_and_doors_say(monkeypatch: py
         assert control._plan.addresses["front.old.1"] == ("h:2",) and not control._plan.gone
         await control.announce("front.old.1", "h:1")  # it is there after all
         assert control._plan.addresses["front.old.1"] == ("h:1", "h:2")
-        monkeypatch.setattr("serving.control.server._SILENT_S", 0.2)
+        monkeypatch.setattr("serving.control.addresses.SILENT_S", 0.2)
         await asyncio.sleep(0.3)
         await control.announce("front.old.1", "h:2")
-        control._forget_the_silent()
+        control._set_addresses(control._addresses.drop_silent())
         assert control._plan.addresses["front.old.1"] == ("h:2",) and "h:1" in control._plan.gone
         assert (await control.do("traffic", None))[1]["processes"] == {"old": 1, "new": 0, "third": 0}
+
+    asyncio.run(go())
+
+
+def test_a_new_control_gives_no_plan_without_arms_while_they_may_still_be_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that was started again knows no address yet; the doors go by their old plan until it does."""
+
+    async def go() -> None:
+        monkeypatch.setattr("serving.control.server._SETTLE_S", 5.0)
+        control = a_control()
+        asked = asyncio.create_task(control.plan_after("door", -1))
+        for number, route in enumerate(ROUTES.values()):
+            await asyncio.sleep(0.1)
+            assert not asked.done()
+            await control.announce(route, f"h:{number}")
+        plan = await asyncio.wait_for(asked, 1)
+        assert all(plan.addresses[route] for route in ROUTES.values())
+        monkeypatch.setattr("serving.control.server._SETTLE_S", 0.3)
+        silent = a_control()
+        assert not (await asyncio.wait_for(silent.plan_after("door", -1), 2)).addresses
 
     asyncio.run(go())
