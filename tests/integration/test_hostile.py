@@ -32,7 +32,7 @@ from serving.spec import checked
 from tests.integration.test_traffic import until
 from tests.processes import own_processes
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.integration, pytest.mark.nightly, pytest.mark.timeout(1200)]
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 BODY_BYTES, BODY_TIMEOUT_S = 20_000, 1.0
 # How many of each kind; with what schemathesis sends they are ten thousand.
