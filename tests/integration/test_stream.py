@@ -233,6 +233,11 @@ def test_a_killed_stream_comes_back_and_its_readers_do_not_notice(stream: ActorH
         for rank in range(ranks):
             Reader(stream, student, rank, BATCHES).attach(0)
     before = [reader.next(number)[1][0] for number in range(2)]
+    # A batch is handed on before the store has taken it; one that it has not would rightly be scored again.
+    deadline = time.monotonic() + 20
+    while ray.get(stream.stats.remote()).unsaved:
+        assert time.monotonic() < deadline, "the store takes nothing"
+        time.sleep(0.02)
     assert kill_one("Stream")
     after = [reader.next(number)[1][0] for number in range(2, 5)]
     again = Reader(stream, "a", 0, BATCHES)
