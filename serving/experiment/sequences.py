@@ -264,7 +264,8 @@ def _unskewed(width: float, skewness: float) -> float:
     Args:
         skewness: of the mean, that is of the values divided by the root of their number.
     """
-    if abs(skewness) < 1e-6:
+    # Nearer to zero the subtraction below loses more digits than the correction has.
+    if abs(skewness) < 1e-8:
         return width
     return 3 / skewness * (math.cbrt(1 + skewness * (width - skewness / 6)) - 1)
 
