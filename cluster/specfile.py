@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from cluster.errors import UserError
 from cluster.spec import FamilySpec
+from cluster.yaml_file import parse_yaml, read_mapping
 
 # Unions in the spec: the field that tells the branches apart, and their names.
 UNIONS = {
@@ -26,32 +26,6 @@ REMOTE_SCHEMES = ("s3://", "hf://", "models:/")
 def home() -> Path:
     """The Stillhouse home: runs, the embedded MLflow and caches. ``$STILLHOUSE_HOME``, else ``~/.stillhouse``."""
     return Path(os.environ.get("STILLHOUSE_HOME") or Path.home() / ".stillhouse").expanduser().resolve()
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML that refuses a key given twice: the second would silently replace the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """The mapping of a YAML node, or a refusal that names both lines of a key given twice."""
-        seen: dict[str, int] = {}
-        for key_node, _ in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in seen:
-                raise UserError(f"{key!r} is given twice, on lines {seen[key]} and {line}; names must differ")
-            seen[key] = line
-        return super().construct_mapping(node, deep)
-
-
-def _parse_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "not readable"
-        raise UserError(f"{what}: not valid YAML{where}: {problem}") from None
 
 
 def _apply_override(tree: dict[str, Any], assignment: str) -> None:
@@ -67,7 +41,7 @@ def _apply_override(tree: dict[str, Any], assignment: str) -> None:
         node = node[key]
         if not isinstance(node, dict):
             raise UserError(f"--set {assignment}: {'.'.join(keys[: depth + 1])} is a value and has no fields")
-    node[keys[-1]] = _parse_yaml(text, f"--set {path}")
+    node[keys[-1]] = parse_yaml(text, f"--set {path}")
 
 
 def _spell(location: tuple[int | str, ...]) -> str:
@@ -131,13 +105,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> FamilySpec:
     Raises:
         UserError: unreadable file, malformed YAML, unknown or contradictory field; says which and what is allowed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the spec: {getattr(error, 'strerror', None) or error}") from None
-    tree = _parse_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a family spec is a YAML mapping with name, teacher, corpus and students")
+    tree = read_mapping(path, "a family spec is a YAML mapping with name, teacher, corpus and students")
     for assignment in overrides:
         _apply_override(tree, assignment)
     _anchor_paths(tree, path.resolve().parent)

@@ -9,11 +9,11 @@ from typing import Any
 from urllib.parse import quote
 
 import requests
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from cluster.errors import RunError, UserError
+from cluster.yaml_file import read_mapping
 
 KEY_VARIABLE = "STILLHOUSE_API_KEY"
 _TIMEOUT_S = 30.0
@@ -89,15 +89,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or holds no mapping.
     """
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give an experiment's YAML file.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no mapping; an experiment has at least name, control and candidates.")
-    return tree
+    return read_mapping(path, "an experiment is a YAML mapping with at least name, control and candidates")
 
 
 def show_traffic(console: Console, traffic: Mapping[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """The deployment behind one arm: one model in one process, answering a bounded number of requests at a time."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -181,13 +180,13 @@ class ArmServer:
         left, clock, sent_at = choices, asyncio.get_running_loop().time, 0.0
         try:
             while left:
-                pieces: list[Piece] = []
-                with contextlib.suppress(TimeoutError):
-                    # The first piece goes at once, and so does the last; those between in steps that nobody sees.
-                    while left and (not pieces or clock() < sent_at + _STEP_S):
-                        async with asyncio.timeout_at(sent_at + _STEP_S if pieces else None):
-                            pieces.append(self._sound(await queue.get()))
-                        left -= pieces[-1].delta.finish_reason is not None
+                pieces = [self._sound(await queue.get())]
+                # The first piece goes at once, and so does the last; those between in steps that nobody sees.
+                if (rest_s := sent_at + _STEP_S - clock()) > 0:
+                    await asyncio.wait(runs, timeout=rest_s)
+                while not queue.empty():
+                    pieces.append(self._sound(queue.get_nowait()))
+                left -= sum(delta.finish_reason is not None for _, delta in pieces)
                 sent_at = clock()
                 yield pieces
         finally:

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     Field,
     NonNegativeFloat,
@@ -22,6 +21,7 @@ from pydantic import (
 
 from cluster.errors import UserError
 from cluster.spec.base import Section
+from cluster.yaml_file import read_mapping
 from serving.arms import FORM, Arm, check_arms, parse_arms
 
 Unit = Literal["user", "session", "key"]
@@ -189,14 +189,7 @@ def read_endpoint(
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        try:
-            tree = yaml.safe_load(path.read_text()) or {}
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); give an endpoint's YAML file.") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from error
-        if not isinstance(tree, dict):
-            raise UserError(f"{path} holds no mapping; an endpoint has `arms:` with a source for each.")
+        tree = read_mapping(path, "an endpoint is a YAML mapping with `arms:`, and a source for each of them")
         _from_here(tree, path.parent)
     elif not arms:
         raise UserError(f"no arm given; give an endpoint's file, or --arm {FORM}.")

@@ -7,12 +7,9 @@ and the page's own policy forbids scripts and every request.
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -49,31 +46,6 @@ class Row:
     cells: list[Cell]
     group: str = ""
     decides: bool = False
-
-
-def write_report(snapshot: Mapping[str, Any], path: Path) -> Path:
-    """Write the report of a snapshot; whoever reads the file meanwhile sees the old page or the new one, whole.
-
-    Args:
-        snapshot: what :func:`render` takes.
-        path: the HTML file; its folder is made where it is missing.
-
-    Returns:
-        The same path.
-    """
-    page = render(snapshot).encode("utf-8")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(page)
-        # mkstemp's files are for their owner only; a report is an ordinary file.
-        Path(aside).chmod(0o644)
-        Path(aside).replace(path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def render(snapshot: Mapping[str, Any]) -> str:

@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     latin = tmp_path / "latin.yaml"
     latin.write_bytes("name: größe".encode("latin-1"))
     for path, reason in ((tmp_path / "no.yaml", "No such file"), (tmp_path, "directory"), (latin, "utf-8")):
-        assert f"{path}: cannot read the spec" in refusal(path)
+        assert f"{path}: cannot be read" in refusal(path)
         assert reason in refusal(path)
 
 

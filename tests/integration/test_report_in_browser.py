@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from serving.experiment.drawing import Style, styles
-from serving.experiment.report import write_report
+from serving.experiment.report import render
 from tests.serving.experiment.snapshots import snapshot
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -122,7 +122,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_report(snapshot(CANDIDATES), tmp_path_factory.mktemp("report") / "report.html")
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    path.write_text(render(snapshot(CANDIDATES)), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ def test_a_step_of_a_ramp_that_is_none(step: str) -> None:
         raise stillhouse("ramp", "http://127.0.0.1:9", "--step", step).exception
 
 
-@pytest.mark.parametrize(("text", "says"), [("- a", "holds no mapping"), ("a: [", "is not valid YAML")])
+@pytest.mark.parametrize(("text", "says"), [("- a", "YAML mapping"), ("a: [", "not valid YAML")])
 def test_an_experiment_that_is_none(tmp_path: Path, text: str, says: str) -> None:
     file = tmp_path / "experiment.yaml"
     file.write_text(text)

@@ -70,8 +70,8 @@ def test_a_file_says_more_and_the_command_line_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("- a", "holds no mapping"),
-        ("a: [", "is not valid YAML"),
+        ("- a", "YAML mapping"),
+        ("a: [", "not valid YAML"),
         ("arms: [a]", "arms"),
         ("arms: {a: here}", "arms.a"),
         ("", "arms"),

@@ -5,15 +5,13 @@ import json
 import re
 from functools import cache
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from serving.experiment import report
 from serving.experiment.drawing import SVG, Clock, styles
-from serving.experiment.report import render, write_report
+from serving.experiment.report import render
 from serving.experiment.words import NOTHING, between, lasted, milliseconds, percent, quality_of, standing, verdict
 from tests.serving.experiment.snapshots import STARTED, snapshot
 
@@ -174,8 +172,8 @@ def test_hostile_text_is_shown_and_nothing_else() -> None:
     assert "$x_1$" in {"".join(label.itertext()) for label in labels}
 
 
-def test_characters_that_are_not_seen_do_not_reach_the_page(tmp_path: Path) -> None:
-    page = write_report(snapshot(["a\x00\x1b\u202eb\ud800"]), tmp_path / "report.html").read_text("utf-8")
+def test_characters_that_are_not_seen_do_not_reach_the_page() -> None:
+    page = render(snapshot(["a\x00\x1b\u202eb\ud800"])).encode("utf-8").decode("utf-8")
     assert "a\ufffd\ufffd\ufffdb\ufffd" in page
     assert not re.search("[\x00\x1b\u202e]", page)
 
@@ -361,20 +359,3 @@ def test_traffic_in_bars_keeps_every_request() -> None:
     description = drawings(render(given))["traffic"].find(f"{{{SVG}}}desc")
     assert description is not None and f"student-s {total:,} requests" in str(description.text)
     assert str(description.text).endswith(f"at most {most:.3g} per second in all")
-
-
-def test_the_report_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "new" / "report.html"
-    assert write_report(snapshot(), path) == path
-    before = path.read_bytes()
-    assert before.endswith(b"</html>")
-
-    def full(*_: Any) -> None:
-        assert path.read_bytes() == before
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(report.Path, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        write_report(snapshot(outcome="stopped"), path)
-    assert path.read_bytes() == before
-    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
