@@ -6,7 +6,7 @@ export SOAK
 export STILLHOUSE_HOME ?= $(CURDIR)/.stillhouse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test nightly chaos lint check clean
+.PHONY: demo test nightly chaos up down status lint check clean
 
 demo: $(VENV)/demo.stamp  ## a real teacher, two students, one endpoint: the whole line in minutes
 	$(BIN)/python infra/local/fetch_demo.py .stillhouse/demo
@@ -20,6 +20,15 @@ nightly: $(VENV)/dev.stamp  ## the tests that train whole families for minutes
 
 chaos: $(VENV)/dev.stamp  ## kills and cuts off the parts of running families; CHAOS_SEED=n repeats a run, SOAK=30m goes on
 	$(BIN)/pytest -m chaos $(if $(SOAK),tests/chaos/test_soak.py)
+
+up: $(VENV)/local.stamp  ## Ray, MLflow on PostgreSQL, S3 and Prometheus on this machine; down ends them and keeps their data
+	$(BIN)/python -m infra.local.stack up $(UP)
+
+down: $(VENV)/local.stamp
+	$(BIN)/python -m infra.local.stack down
+
+status: $(VENV)/local.stamp  ## what of it is healthy
+	$(BIN)/python -m infra.local.stack status
 
 lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/ruff check .
@@ -44,6 +53,10 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt
 	$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/demo.stamp
+$(VENV)/local.stamp: $(VENV)/demo.stamp
+	$(PIP) -e '.[local]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/local.stamp
 	$(PIP) -e '.[dev]'
 	@touch $@

@@ -20,6 +20,7 @@ from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import RunError
 from cluster.evaluate.figures import StudentResult
 from cluster.evaluate.result import FamilyResult
+from cluster.metrics import FamilyMetrics
 from cluster.preflight import Checked
 from cluster.registry import Registry, code_version
 from cluster.runs import Run
@@ -188,6 +189,7 @@ def _distil(
     actors.stream.start.remote()
     watch = Watch(actors.stream, actors.board, list(spec.students), spec.patience_s)
     unplaced = Unplaced(spec, places_pending, alive_nodes)
+    metrics = FamilyMetrics(spec)
     jobs = _jobs(checked, run, actors, batches.count)
     tasks = {actors.trainers.run.remote(job): job.name for job in jobs}
     ends = _Ends(checked, run, actors, lineage, tasks, _champions(checked, run, actors.registry, jobs))
@@ -197,6 +199,7 @@ def _distil(
             done, _ = ray.wait(refs, num_returns=1, timeout=POLL_S)
             status, new = watch.look("distilling" if tasks else "registering")
             report(status)
+            metrics.publish(status)
             if new:
                 actors.registry.log.remote(new)
             if status.stats is not None and status.stats.error and tasks:

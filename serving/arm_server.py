@@ -16,8 +16,6 @@ from serving.link.listener import Listener
 from serving.link.post import Post, listening_host
 from serving.records import Scored
 
-# Seconds that requests get to end when the process is to go.
-_CLOSING_S = 4.0
 # Seconds between two messages of one answer: an engine that is faster has its tokens sent some at a time.
 _STEP_S = 0.005
 # Characters of a prompt from which on it is tokenised aside, so that the other requests' tokens go on meanwhile.
@@ -53,6 +51,7 @@ class ArmServer:
         self._suspect = False
         self._post = post
         self._listener: Listener | None = None
+        self._address = ""
         self._announcing: asyncio.Task[None] | None = None
 
     async def reconfigure(self, _config: Any) -> None:
@@ -60,8 +59,8 @@ class ArmServer:
         if self._post is None or self._listener is not None:
             return
         self._listener = Listener(self._post.secret, self.answer, self._post.room)
-        address = await self._listener.open(listening_host())
-        self._announcing = asyncio.create_task(self._post.announce(address))
+        self._address = await self._listener.open(listening_host())
+        self._announcing = asyncio.create_task(self._post.announce(self._address))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve's autoscaling goes by, see :class:`serving.launch.ByLoad`."""
@@ -72,10 +71,11 @@ class ArmServer:
         return None if getattr(self, "_listener", None) is None else self._leave()
 
     async def _leave(self) -> None:
-        assert self._listener is not None
+        assert self._listener is not None and self._post is not None
         if self._announcing is not None:
             self._announcing.cancel()
-        await self._listener.close(_CLOSING_S)
+        await self._post.leave(self._address)
+        await self._listener.close(self._post.timeout_s)
 
     async def answer(self, ask: Ask) -> AsyncGenerator[list[Item], None]:
         """Answer one request. What is there at the same time comes in one list: each message costs its share."""

@@ -18,7 +18,7 @@ from ray.serve.schema import LoggingConfig
 from cluster.errors import RunError
 from serving.arm_server import ArmServer
 from serving.arms import Arm, locate, pinned
-from serving.link.post import Post
+from serving.link.post import LEAVE_S, Post
 from serving.spec import EndpointSpec
 
 ARM_DEPLOYMENT = "arm"
@@ -62,6 +62,8 @@ def application(spec: EndpointSpec, arm: str, route: str, model_dir: Path | None
             "autoscaling_config": {
                 "min_replicas": own.replicas.min,
                 "max_replicas": own.replicas.max,
+                "upscale_delay_s": own.replicas.up_after_s,
+                "downscale_delay_s": own.replicas.down_after_s,
                 "policy": {
                     "policy_function": "serving.launch:ByLoad",
                     "policy_kwargs": {"target": own.replicas.target},
@@ -78,7 +80,8 @@ def application(spec: EndpointSpec, arm: str, route: str, model_dir: Path | None
             ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
             health_check_period_s=5,
             health_check_timeout_s=60,  # its one token may wait for a long prompt on a busy CPU
-            graceful_shutdown_timeout_s=6,
+            # Once it is to go, it ends by itself when it has answered what it has taken in; no request takes longer.
+            graceful_shutdown_timeout_s=spec.limits.timeout_s + 2 * LEAVE_S,
             graceful_shutdown_wait_loop_s=0.1,
             max_constructor_retry_count=2,
             **options,
@@ -91,7 +94,7 @@ def application(spec: EndpointSpec, arm: str, route: str, model_dir: Path | None
             own.slots,
             spec.limits.prompt_tokens,
             spec.limits.completion_tokens,
-            Post(secret, route, own.slots + own.queue, control_of(spec)),
+            Post(secret, route, own.slots + own.queue, control_of(spec), spec.limits.timeout_s),
         )
     )
 

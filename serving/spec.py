@@ -36,6 +36,10 @@ class ReplicasSpec(Section):
     """How many at most; where it is above ``min``, the arm grows and shrinks with its load."""
     target: PositiveFloat = 4.0
     """Requests under way per replica that the number of replicas is steered to."""
+    up_after_s: NonNegativeFloat = 10.0
+    """Seconds for which there must be too few before one is started."""
+    down_after_s: NonNegativeFloat = 300.0
+    """Seconds for which there must be too many before one ends; it still answers what it has taken in."""
 
     @model_validator(mode="after")
     def _ordered(self) -> ReplicasSpec:

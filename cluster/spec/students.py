@@ -126,13 +126,13 @@ class StudentSpec(Section):
     cpus_per_rank: PositiveFloat = 1.0
     """CPUs that one rank asks Ray for; also its number of torch threads, at least 1."""
     gpus_per_rank: Annotated[float, Field(ge=0.0)] = 0.0
-    """GPUs that one rank asks Ray for; 0 trains it on CPU."""
+    """GPUs that one rank asks Ray for; 0 trains it on CPU. A single rank may take a part of one, beside others."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Times its ranks are started again from the last checkpoint before the student counts as failed."""
 
-    @field_validator("gpus_per_rank")
-    @classmethod
-    def _one_device_each(cls, gpus: float) -> float:
-        if gpus not in (0.0, 1.0):
-            raise ValueError("each rank drives one device: 0 or 1")
-        return gpus
+    @model_validator(mode="after")
+    def _one_device_each(self) -> StudentSpec:
+        if self.gpus_per_rank > 1 or (self.ranks > 1 and self.gpus_per_rank not in (0.0, 1.0)):
+            allowed = "0 or 1, as there are several ranks" if self.ranks > 1 else "0 to 1"
+            raise ValueError(f"gpus_per_rank is {self.gpus_per_rank:g}; each rank drives one device: {allowed}")
+        return self

@@ -19,12 +19,30 @@ from jobs.cli.schedules import scheduler, schedules
 from jobs.cli.serving import serving
 
 app = typer.Typer(
-    help="Distil one large teacher into a family of students in a single pass; register, serve and compare them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("stillhouse"))
+        raise typer.Exit
+
+
+@app.callback()
+def stillhouse(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Distil one large teacher into a family of students in a single pass; register, serve and compare them."""
+
 
 app.add_typer(jobs, name="jobs")
 app.add_typer(contexts, name="context")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from serving.experiment.decision import Outcome
 from serving.plan import Plan
 from serving.records import Record
 
@@ -27,6 +29,12 @@ class Metrics:
         self._whole = Histogram("stillhouse_latency_seconds", "Whole answers.", arm, buckets=_SECONDS, registry=on)
         self._tokens = Counter("stillhouse_tokens", "Tokens by arm.", ["arm", "side"], registry=on)
         self._weight = Gauge("stillhouse_arm_weight", "Share of the split, relative to the others.", arm, registry=on)
+        self._experiment = Gauge(
+            "stillhouse_experiment_running", "1 while the experiment is under way.", ["experiment"], registry=on
+        )
+        self._decisions = Counter(
+            "stillhouse_experiment_decisions", "What experiments decided.", ["experiment", "outcome"], registry=on
+        )
         self._out = Gauge("stillhouse_arm_out", "1 while the arm has failed and is left out.", arm, registry=on)
 
     def count(self, records: Iterable[Record]) -> None:
@@ -42,9 +50,21 @@ class Metrics:
                 if record.first_token_ms is not None:
                     self._first.labels(record.arm).observe(record.first_token_ms / 1000)
 
+    def begun(self, experiment: str) -> None:
+        """Count the decisions of an experiment from 0: one that appears with the first of them has not risen."""
+        for outcome in get_args(Outcome):
+            self._decisions.labels(experiment, outcome)
+
+    def decided(self, experiment: str, outcome: str) -> None:
+        """Count a decision."""
+        self._decisions.labels(experiment, outcome).inc()
+
     def text(self, plan: Plan) -> str:
         """All of them in Prometheus' text format."""
         for arm in plan.routes:
             self._weight.labels(arm).set(plan.weights.get(arm, 0.0))
             self._out.labels(arm).set(arm in plan.out)
+        self._experiment.clear()
+        if plan.experiment:
+            self._experiment.labels(plan.experiment).set(1)
         return generate_latest(self._registry).decode()

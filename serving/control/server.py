@@ -210,7 +210,7 @@ class Control:
         addresses = self._addresses.of(routes.values())
         await self._in_force(routes=routes, addresses=addresses, out=_without(self._plan.out, arm))
         self._breaker.forgive(arm)
-        self._works.end_arm(old)
+        await self._works.end_arm(old)
         self._note("rolled", f"{arm} is {source} now")
         return await self._tell_traffic(None)
 
@@ -232,6 +232,7 @@ class Control:
             await self._works.start_judge(spec.teacher, {arm: self._plan.routes[arm] for arm in spec.arms})
         self._ramp = None
         self._trial = Trial.begin(spec, self._works.environment())
+        self._metrics.begun(spec.name)
         weights = {**self._plan.weights, **spec.weights()}
         await self._in_force(weights=weights, experiment=spec.name, sample=spec.sample)
         self._keep_trial()
@@ -259,6 +260,7 @@ class Control:
 
     async def _carry_out(self, trial: Trial, decision: Decision) -> None:
         logger.warning("experiment %s: %s", trial.spec.name, decision.reason)
+        self._metrics.decided(trial.spec.name, decision.outcome)
         changes: dict[str, Any] = {"weights": trial.weights_after(decision, self._plan.weights)}
         if trial.is_over:
             changes |= {"experiment": "", "sample": 0.0}
@@ -383,6 +385,7 @@ class Control:
             trial = Trial(Experiment.restore(self._state.experiment(name)))
             if not trial.is_over:
                 self._trial = trial
+                self._metrics.begun(name)
                 self._plan = self._plan.next(experiment=name, sample=trial.spec.sample)
 
 

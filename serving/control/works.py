@@ -21,8 +21,6 @@ from serving.launch import ARM_DEPLOYMENT, arm_of, launch_arm, route_of
 from serving.records import Record
 from serving.spec import EndpointSpec
 
-# Seconds that a rolled arm's old process gets to end what it is answering.
-_DRAIN_S = 600.0
 _PROBE_S = 30.0
 # Answers that may wait for the teacher; more are left out, for the sample is one all the same.
 _MOST_WAITING = 64
@@ -73,22 +71,8 @@ class Works:
             raise _plain(error) from error
         return route
 
-    def end_arm(self, route: str) -> None:
-        """End an arm's process once it has nothing left to do."""
-        self._do(self._drain(route))
-
-    async def _drain(self, route: str) -> None:
-        handle = serve.get_deployment_handle(ARM_DEPLOYMENT, route, _check_exists=False)
-        deadline = asyncio.get_running_loop().time() + _DRAIN_S
-        quiet = 0
-        # Twice in a row: a request that a door had just sent may not have reached it at the first look.
-        while quiet < 2 and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.5)
-            try:
-                quiet = quiet + 1 if await handle.under_way.remote() == 0 else 0
-            except Exception as error:
-                logger.warning("%s is gone already: %s", route, first_line(error))
-                break
+    async def end_arm(self, route: str) -> None:
+        """End an arm's processes; each answers what it has taken in."""
         await asyncio.to_thread(serve.delete, route, _blocking=False)
 
     async def dead_arms(self, routes: Mapping[str, str]) -> dict[str, str]:

@@ -29,6 +29,8 @@ class Listener:
     def __init__(self, secret: str, answer: Callable[[Ask], AsyncGenerator[list[Item], None]], most: int) -> None:
         self.secret, self.answer, self.most = secret.encode(), answer, most
         self.under_way = 0
+        self.is_closing = False
+        self.connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
 
     async def open(self, host: str) -> str:
@@ -37,10 +39,13 @@ class Listener:
         return f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
     async def close(self, patience_s: float) -> None:
-        """Take no more connections, and let what is under way end for a while."""
+        """Take no more requests, and let those under way end for a while."""
         if self._server is None:
             return
         self._server.close()
+        self.is_closing = True
+        for connection in [*self.connections]:
+            connection.close_if_idle()
         deadline = asyncio.get_running_loop().time() + patience_s
         while self.under_way and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.05)
@@ -60,6 +65,12 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not checked: uvloop's transports are none of asyncio's classes.
         self._transport = cast(asyncio.Transport, transport)
+        self._listener.connections.add(self)
+
+    def close_if_idle(self) -> None:
+        """End a connection that no answer is being sent on."""
+        if self._task is None or self._task.done():
+            self._transport.close()
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -96,8 +107,11 @@ class _Connection(asyncio.Protocol):
         finally:
             self._listener.under_way -= 1
         self._transport.write(packed(last))
+        if self._listener.is_closing:
+            self._transport.close()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._listener.connections.discard(self)
         self._writable.set()
         if self._task is not None:
             self._task.cancel()

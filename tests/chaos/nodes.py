@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from tests.chaos.hosts import Hosts
 from tests.integration.heads import ROOT, environment
 
 # Ray sees that a node is dead after a minute by default. One that is killed refuses at once; one that is only slow, on
@@ -36,11 +37,16 @@ class Nodes:
     Args:
         home: of the processes.
         head_cpus: what the head node offers.
+        hosts: where the nodes are: the head on the first, all others on the second. None means on this one.
+        health: how soon Ray sees that a node is dead; None leaves it to Ray.
     """
 
-    def __init__(self, home: Path, head_cpus: int) -> None:
+    def __init__(
+        self, home: Path, head_cpus: int, hosts: Hosts | None = None, health: dict[str, str] | None = HEALTH
+    ) -> None:
+        self._hosts = hosts
         self._folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
-        more = {f"RAY_health_check_{name}": value for name, value in HEALTH.items()} | INLINED
+        more = {f"RAY_health_check_{name}": value for name, value in (health or {}).items()} | INLINED
         more |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
         self._env = environment(home, PYTHONPATH=str(ROOT), **more)
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -51,8 +57,11 @@ class Nodes:
         self.client = {"RAY_ADDRESS": self.address, **{k: self._env[k] for k in self._env if k.startswith("RAY_")}}
 
     def _start(self, *options: str, cpus: int) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options, f"--num-cpus={cpus}"]
-        command += ["--node-ip-address=127.0.0.1", "--object-store-memory=200000000", "--disable-usage-stats"]
+        which = int("--head" not in options)
+        address = self._hosts.addresses[which] if self._hosts else "127.0.0.1"
+        command = self._hosts.on(which) if self._hosts else []
+        command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options, f"--num-cpus={cpus}"]
+        command += [f"--node-ip-address={address}", "--object-store-memory=200000000", "--disable-usage-stats"]
         # Two nodes on one machine must not share the ports that each would take.
         command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         with (self._folder / "start.log").open("ab") as log:
@@ -69,7 +78,8 @@ class Nodes:
     def add(self, cpus: int) -> subprocess.Popen[bytes]:
         """Add a node and wait until it has joined."""
         node = self._start(f"--address={self.address}", cpus=cpus)
-        command = [sys.executable, "-c", JOINED, str(len(self._nodes))]
+        command = self._hosts.on(0) if self._hosts else []
+        command += [sys.executable, "-c", JOINED, str(len(self._nodes))]
         subprocess.run(command, env={**self._env, **self.client}, check=True, capture_output=True, timeout=90)
         return node
 

@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -31,9 +31,9 @@ def stillhouse(*arguments: str, env: dict[str, str], timeout: float = 300) -> su
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-def start(*arguments: str, env: dict[str, str]) -> subprocess.Popen[str]:
-    """The command, left running."""
-    command = [sys.executable, "-u", "-m", "jobs", *arguments]
+def start(*arguments: str, env: dict[str, str], on: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """The command, left running; ``on`` goes in front of it."""
+    command = [*on, sys.executable, "-u", "-m", "jobs", *arguments]
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -215,3 +215,18 @@ def test_closing_waits_for_what_is_under_way() -> None:
         assert time.monotonic() - started < 1
 
     on_stage(play)
+
+
+def test_closing_ends_idle_connections_at_once_and_busy_ones_after_their_answer() -> None:
+    async def play(arm: Arm, address: str, pool: Pool) -> None:
+        assert await whole(pool, address, "1")  # leaves a connection that is kept for the next request
+        answer: Any = asyncio.create_task(whole(pool, address, "20000"))
+        while not arm.listener.under_way:
+            await asyncio.sleep(0)
+        await arm.listener.close(10)
+        assert len(await answer) == 20002
+        with pytest.raises(LostError) as caught:
+            await whole(pool, address, "1")
+        assert not caught.value.begun
+
+    on_stage(play)

@@ -1,0 +1,29 @@
+# Teachers, students and arms on GPUs.
+#   docker build -f infra/images/cuda.Dockerfile -t stillhouse/cuda:0.1.0 .
+FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
+
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build python3 python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+# Ubuntu's image has a user 1000 already.
+RUN usermod --login stillhouse --home /home/stillhouse --move-home ubuntu
+RUN python3 -m venv /opt/venv && chown stillhouse /opt/venv
+ENV PATH=/opt/venv/bin:$PATH \
+    MLFLOW_DISABLE_TELEMETRY=true \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1 \
+    RAY_USAGE_STATS_ENABLED=0
+USER stillhouse
+WORKDIR /home/stillhouse
+
+COPY --chown=stillhouse constraints.txt /tmp/constraints.txt
+RUN pip install -c /tmp/constraints.txt torch==2.13.0
+COPY --chown=stillhouse pyproject.toml README.md LICENSE /tmp/stillhouse/
+COPY --chown=stillhouse cluster /tmp/stillhouse/cluster
+COPY --chown=stillhouse jobs /tmp/stillhouse/jobs
+COPY --chown=stillhouse serving /tmp/stillhouse/serving
+RUN pip install -c /tmp/constraints.txt "/tmp/stillhouse[train,serve]" \
+    && rm -rf /tmp/stillhouse/build
+
+HEALTHCHECK --interval=60s --timeout=20s --start-period=60s CMD ["stillhouse", "--version"]
+CMD ["stillhouse", "--help"]

@@ -1,0 +1,47 @@
+"""The teacher on one host, the students on the other; the wire between them is cut for half a minute and mended."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.families import BATCHES, FAMILY, PAIR, assert_finished_as, learnt
+from tests.chaos.hosts import Hosts
+from tests.chaos.nodes import Nodes
+from tests.chaos.report import ChaosReport
+from tests.integration.conftest import write_family
+from tests.integration.heads import environment, start
+
+pytestmark = [pytest.mark.chaos, pytest.mark.slow]
+# The teacher fits on the second host only, and leaves no room there.
+HEAD_CPUS, TEACHER_CPUS = 2, 3
+STUDENTS = {name: {**student, "cpus_per_rank": 0.6} for name, student in PAIR.items()}
+TEACHER = {**FAMILY["teacher"], "cpus_per_shard": float(TEACHER_CPUS)}
+CUT_S = 30.0
+
+
+def test_the_wire_is_cut_and_mended(
+    tiny: Path, tmp_path: Path, undisturbed_pair: Any, dice: random.Random, report: ChaosReport
+) -> None:
+    # Without a store, so that every label has to cross the wire.
+    path = write_family(tmp_path, tiny, STUDENTS, **{**FAMILY, "teacher": TEACHER, "store": {"enabled": False}})
+    with Hosts() as hosts, Nodes(tmp_path, HEAD_CPUS, hosts, health=None) as nodes:
+        node = nodes.add(TEACHER_CPUS)
+        before = hosts.sent(1)
+        process = start("run", str(path), env=environment(tmp_path, **nodes.client), on=hosts.on(0))
+        when = dice.randrange(2, BATCHES - 8)
+        while learnt(tmp_path) < when:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.1)
+        assert nodes.processes(node, "Shard") and not nodes.processes(node, "RayTrainWorker")
+        assert hosts.sent(1) > before
+        with report.surviving("the wire between two hosts cut for 30 s"):
+            with hosts.cut():
+                time.sleep(CUT_S)
+            output, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, output
+            assert_finished_as(undisturbed_pair, tmp_path, report)

@@ -1,0 +1,202 @@
+"""`make up` for real: a family from a laptop, an endpoint, every query of the boards and alerts, `make down`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import mlflow
+import psutil
+import pytest
+import yaml
+
+from infra.local.parts import PORTS, RULES, Stack
+from infra.monitoring.boards import BOARDS
+from tests.integration.conftest import write_family
+from tests.integration.heads import ROOT, read_until
+from tests.integration.laptop import Laptop
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(shutil.which("prometheus") is None, reason="not installed: apt-get install prometheus"),
+]
+STUDENT = {"init": {"source": "teacher", "layers": 1}, "precision": "float32", "micro_batch": 2}
+
+
+def run(what: str, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "infra.local.stack", what, *options]
+    env = {**os.environ, "STILLHOUSE_HOME": str(home)}
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    # Not pytest's folder: it is closed to everybody else, and PostgreSQL will not run as root.
+    home = Path(tempfile.mkdtemp(prefix="stack-", dir="/tmp"))
+    home.chmod(0o755)
+    stack = Stack(home / "stack")
+    try:
+        up = run("up", home, "--free-ports")
+        assert up.returncode == 0, up.stdout + up.stderr
+        assert up.stdout.count("healthy") == 6, up.stdout
+        yield stack
+        assert run("down", home).returncode == 0
+        assert_nothing_left(stack)
+    finally:
+        run("down", home)
+        shutil.rmtree(home)
+
+
+def assert_nothing_left(stack: Stack) -> None:
+    mine = [
+        process.info["cmdline"]
+        for process in psutil.process_iter(["cmdline"])
+        if any(str(stack.folder) in part or str(stack.short) in part for part in process.info["cmdline"] or [])
+    ]
+    assert mine == []
+    for name in PORTS:
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", stack.ports[name])), f"{name} still listens"
+    assert not stack.short.exists()
+    assert not [*Path("/tmp").glob(f"seaweedfs-*-{stack.ports['s3']}.sock")]
+
+
+@pytest.fixture(scope="module")
+def laptop(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Laptop:
+    laptop = Laptop(tmp_path_factory.mktemp("laptop"))
+    said = run("up", stack.folder.parent).stdout  # a second time changes nothing
+    for line in re.findall(r"^  stillhouse (.+)$", said, re.MULTILINE):
+        done = laptop.type(*line.split())
+        assert done.returncode == 0, done.stderr
+    return laptop
+
+
+@pytest.fixture(scope="module")
+def family(stack: Stack, laptop: Laptop, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A family of two, submitted from another directory; what the command said."""
+    folder = tmp_path_factory.mktemp("family")
+    students = {"small": STUDENT, "large": {**STUDENT, "init": {"source": "teacher", "layers": 2}}}
+    path = write_family(folder, tiny, students, corpus={"held_out": 0.2, "max_batches": 400, "epochs": 40})
+    tree = yaml.safe_load(path.read_text())
+    # Both are the context's.
+    del tree["store"], tree["tracking"]
+    path.write_text(yaml.safe_dump(tree))
+    done = laptop.type("submit", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def s3(stack: Stack) -> Any:
+    environment = stack.environment
+    return boto3.client(
+        "s3",
+        endpoint_url=stack.s3_url,
+        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
+        region_name="us-east-1",
+    )
+
+
+def ask(stack: Stack, query: str) -> list[Any]:
+    """What Prometheus had to say to a query within the last quarter of an hour."""
+    now = time.time()
+    parameters = urllib.parse.urlencode({"query": query, "start": now - 900, "end": now, "step": 5})
+    url = f"http://127.0.0.1:{stack.ports['prometheus']}/api/v1/query_range?{parameters}"
+    answer = json.loads(urllib.request.urlopen(url, timeout=30).read())
+    return list(answer["data"]["result"])
+
+
+def test_labels_models_and_runs_lie_where_they_should(stack: Stack, family: str) -> None:
+    assert "succeeded" in family
+    client = s3(stack)
+    kept = {bucket: client.list_objects_v2(Bucket=bucket).get("KeyCount", 0) for bucket in ("labels", "models")}
+    assert all(kept.values()), kept
+    versions = mlflow.MlflowClient(stack.mlflow_url).search_model_versions("")
+    assert {version.name for version in versions} == {"tiny-small", "tiny-large"}
+
+
+@pytest.fixture(scope="module")
+def endpoint(stack: Stack, family: str) -> Iterator[str]:
+    port = stack.ports["endpoint"]
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    address = (stack.short / "ray/ray_current_cluster").read_text().strip()
+    command = [sys.executable, "-u", "-m", "jobs", "serve", "--name", "both", "--port", str(port)]
+    command += ["--tracking-uri", stack.mlflow_url]
+    command += ["--arm", "models:/tiny-small@challenger", "--arm", "models:/tiny-large@challenger"]
+    process = subprocess.Popen(
+        command,
+        env={**kept, **stack.environment, "RAY_ADDRESS": address},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        read_until(process, "answers as")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.communicate(timeout=90)
+
+
+def test_prometheus_has_an_answer_to_every_query(stack: Stack, endpoint: str, tmp_path: Path) -> None:
+    experiment = {
+        "name": "e",
+        "control": "tiny-small",
+        "candidates": ["tiny-large"],
+        "min_requests": 20,
+        "max_requests": 60,
+    }
+    started = httpx.post(f"{endpoint}/admin/experiment", json=experiment, trust_env=False, timeout=60)
+    assert started.status_code == 200, started.text
+    body = {"model": "both", "prompt": "a b c", "max_tokens": 4}
+    with httpx.Client(base_url=endpoint, trust_env=False, timeout=60) as client:
+        for _ in range(150):
+            assert client.post("/v1/completions", json=body).status_code == 200
+    deadline = time.monotonic() + 120
+    while (silent := unanswered(stack)) and time.monotonic() < deadline:
+        time.sleep(2)
+    assert silent == []
+
+
+def unanswered(stack: Stack) -> list[str]:
+    queries = [
+        query.replace("$family", ".*").replace("$arm", ".*")
+        for board in BOARDS
+        for panel in board.panels
+        for query in panel.queries.values()
+    ]
+    # An alert is silent as long as all is well; what it looks at must be there.
+    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    queries += [name for rule in rules for name in re.findall(r"\b(?:ray_)?stillhouse[a-z0-9_:]+", rule["expr"])]
+    queries += [rule["record"] for rule in rules if "record" in rule]
+    return [query for query in sorted(set(queries)) if not ask(stack, query)]
+
+
+def test_what_was_made_is_there_after_down_and_up(stack: Stack, family: str) -> None:
+    home = stack.folder.parent
+    down = run("down", home)
+    assert down.returncode == 0, down.stdout + down.stderr
+    assert_nothing_left(stack)
+    assert run("status", home).returncode == 1
+    up = run("up", home)
+    assert up.returncode == 0, up.stdout + up.stderr
+    version = mlflow.MlflowClient(stack.mlflow_url).get_model_version_by_alias("tiny-small", "challenger")
+    assert int(version.version) == 1
+    assert s3(stack).list_objects_v2(Bucket="labels")["KeyCount"] > 0
