@@ -6,7 +6,7 @@ export SOAK
 export STILLHOUSE_HOME ?= $(CURDIR)/.stillhouse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test nightly chaos up down status lint check clean
+.PHONY: demo test nightly chaos up down status backup restore lint check clean
 
 demo: $(VENV)/demo.stamp  ## a real teacher, two students, one endpoint: the whole line in minutes
 	$(BIN)/python infra/local/fetch_demo.py .stillhouse/demo
@@ -26,6 +26,9 @@ up: $(VENV)/local.stamp  ## Ray, MLflow on PostgreSQL, S3 and Prometheus on this
 
 down: $(VENV)/local.stamp
 	$(BIN)/python -m infra.local.stack down
+
+backup restore: $(VENV)/local.stamp  ## its database and buckets, to and from FOLDER
+	$(BIN)/python -m infra.local.stack $@ $(FOLDER)
 
 status: $(VENV)/local.stamp  ## what of it is healthy
 	$(BIN)/python -m infra.local.stack status

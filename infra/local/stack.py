@@ -1,6 +1,6 @@
 """`make up`, `make down`, `make status`: everything that Stillhouse runs on, on this machine, without containers.
 
-    python -m infra.local.stack up [--free-ports] | down | status
+    python -m infra.local.stack up [--free-ports] | down | status | backup FOLDER | restore FOLDER
 
 A Ray head with token authentication, the scheduler of nightly families, MLflow on PostgreSQL with its artifacts in an
 S3 server, and Prometheus. All listens on loopback. The processes are watched, and started again, by a supervisor.
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 from xmlrpc.client import ServerProxy
 
-import boto3
 import psutil
 import psycopg2
 from supervisor.xmlrpc import SupervisorTransport
 
+from infra.local.backup import backup, restore
 from infra.local.parts import BUCKETS, ROOT, Stack, StackError
 
 UP_S, DOWN_S = 180.0, 120.0
@@ -35,7 +35,8 @@ UP_S, DOWN_S = 180.0, 120.0
 def main() -> int:
     """Do what the command line says; 2 for a mistake of the caller's, 1 where something is not healthy."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=["up", "down", "status"])
+    parser.add_argument("what", choices=["up", "down", "status", "backup", "restore"])
+    parser.add_argument("folder", nargs="?", type=Path, help="where the backup goes, or comes from")
     parser.add_argument("--free-ports", action="store_true", help="at the first start, take any ports that are free")
     options = parser.parse_args()
     home = Path(os.environ.get("STILLHOUSE_HOME") or ROOT / ".stillhouse").resolve()
@@ -43,6 +44,11 @@ def main() -> int:
     try:
         if options.what == "up":
             return up(stack, options.free_ports)
+        if options.what in ("backup", "restore"):
+            if options.folder is None:
+                raise StackError(f"{options.what}: give a folder, as in make {options.what} FOLDER=/somewhere")
+            print((backup if options.what == "backup" else restore)(stack, options.folder))
+            return 0
         return down(stack) if options.what == "down" else status(stack)
     except StackError as error:
         print(error, file=sys.stderr)
@@ -150,14 +156,7 @@ def _postgres(stack: Stack) -> None:
 
 
 def _s3(stack: Stack) -> None:
-    environment = stack.environment
-    client = boto3.client(
-        "s3",
-        endpoint_url=stack.s3_url,
-        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        region_name=environment["AWS_DEFAULT_REGION"],
-    )
+    client = stack.s3_client()
     there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
     for bucket in set(BUCKETS) - there:
         client.create_bucket(Bucket=bucket)

@@ -26,7 +26,6 @@ app = typer.Typer(
 )
 
 
-
 def _version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version

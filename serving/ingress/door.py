@@ -18,6 +18,7 @@ import uvicorn
 
 from cluster.errors import UserError
 from serving.ingress.arms import Arms
+from serving.ingress.protocol import BoundedProtocol
 from serving.ingress.relay import Relay
 from serving.ingress.routes import App
 from serving.ingress.shadow import Shadow
@@ -77,9 +78,7 @@ class Door:
             limit_concurrency=self._spec.limits.connections,
             timeout_graceful_shutdown=_CLOSING_S,
             timeout_keep_alive=30,
-            # h11 and not httptools: it bounds the head of a request.
-            http="h11",
-            h11_max_incomplete_event_size=64 * 1024,
+            http=BoundedProtocol,
         )
         listener = _listener(self._spec.host, self._spec.port)
         self._server = uvicorn.Server(config)

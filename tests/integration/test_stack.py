@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import httpx
 import mlflow
 import psutil
@@ -102,17 +102,6 @@ def family(stack: Stack, laptop: Laptop, tiny: Path, tmp_path_factory: pytest.Te
     return done.stdout
 
 
-def s3(stack: Stack) -> Any:
-    environment = stack.environment
-    return boto3.client(
-        "s3",
-        endpoint_url=stack.s3_url,
-        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        region_name="us-east-1",
-    )
-
-
 def ask(stack: Stack, query: str) -> list[Any]:
     """What Prometheus had to say to a query within the last quarter of an hour."""
     now = time.time()
@@ -124,21 +113,21 @@ def ask(stack: Stack, query: str) -> list[Any]:
 
 def test_labels_models_and_runs_lie_where_they_should(stack: Stack, family: str) -> None:
     assert "succeeded" in family
-    client = s3(stack)
+    client = stack.s3_client()
     kept = {bucket: client.list_objects_v2(Bucket=bucket).get("KeyCount", 0) for bucket in ("labels", "models")}
     assert all(kept.values()), kept
     versions = mlflow.MlflowClient(stack.mlflow_url).search_model_versions("")
     assert {version.name for version in versions} == {"tiny-small", "tiny-large"}
 
 
-@pytest.fixture(scope="module")
-def endpoint(stack: Stack, family: str) -> Iterator[str]:
+@contextlib.contextmanager
+def serving(stack: Stack, *arms: str) -> Iterator[str]:
+    """`stillhouse serve` on the stack's cluster, under the name "both"."""
     port = stack.ports["endpoint"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     address = (stack.short / "ray/ray_current_cluster").read_text().strip()
     command = [sys.executable, "-u", "-m", "jobs", "serve", "--name", "both", "--port", str(port)]
-    command += ["--tracking-uri", stack.mlflow_url]
-    command += ["--arm", "models:/tiny-small@challenger", "--arm", "models:/tiny-large@challenger"]
+    command += ["--tracking-uri", stack.mlflow_url, *(part for arm in arms for part in ("--arm", arm))]
     process = subprocess.Popen(
         command,
         env={**kept, **stack.environment, "RAY_ADDRESS": address},
@@ -153,6 +142,12 @@ def endpoint(stack: Stack, family: str) -> Iterator[str]:
     finally:
         process.terminate()
         process.communicate(timeout=90)
+
+
+@pytest.fixture
+def endpoint(stack: Stack, family: str) -> Iterator[str]:
+    with serving(stack, "models:/tiny-small@challenger", "models:/tiny-large@challenger") as url:
+        yield url
 
 
 def test_prometheus_has_an_answer_to_every_query(stack: Stack, endpoint: str, tmp_path: Path) -> None:
@@ -199,4 +194,29 @@ def test_what_was_made_is_there_after_down_and_up(stack: Stack, family: str) -> 
     assert up.returncode == 0, up.stdout + up.stderr
     version = mlflow.MlflowClient(stack.mlflow_url).get_model_version_by_alias("tiny-small", "challenger")
     assert int(version.version) == 1
-    assert s3(stack).list_objects_v2(Bucket="labels")["KeyCount"] > 0
+    assert stack.s3_client().list_objects_v2(Bucket="labels")["KeyCount"] > 0
+
+
+def test_what_was_lost_is_there_after_a_restore(stack: Stack, family: str, tmp_path: Path) -> None:
+    home, folder = stack.folder.parent, tmp_path / "backup"
+    registry = mlflow.MlflowClient(stack.mlflow_url)
+    registry.set_registered_model_alias("tiny-small", "champion", "1")
+    made = run("backup", home, str(folder))
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert run("backup", home, str(folder)).returncode == 2  # never over another
+
+    registry.delete_registered_model("tiny-small")
+    client = stack.s3_client()
+    for bucket in ("labels", "models"):
+        for each in client.list_objects_v2(Bucket=bucket)["Contents"]:
+            client.delete_object(Bucket=bucket, Key=each["Key"])
+        client.delete_bucket(Bucket=bucket)
+    with pytest.raises(mlflow.MlflowException):
+        registry.get_model_version_by_alias("tiny-small", "champion")
+
+    done = run("restore", home, str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with serving(stack, "models:/tiny-small@champion") as url:
+        body = {"model": "both", "prompt": "a b c", "max_tokens": 4}
+        answer = httpx.post(f"{url}/v1/completions", json=body, trust_env=False, timeout=60)
+    assert answer.status_code == 200, answer.text
