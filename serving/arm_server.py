@@ -1,6 +1,7 @@
 """The deployment behind one arm: one model in one process, answering a bounded number of requests at a time."""
 
 import asyncio
+import gc
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -58,6 +59,9 @@ class ArmServer:
         """Serve calls this once the arm is made, and waits for it: begin to listen, and let the control know where."""
         if self._post is None or self._listener is not None:
             return
+        # The model and its libraries stay; a look at all of their objects would hold up every token for tens of ms.
+        gc.collect()
+        gc.freeze()
         self._listener = Listener(self._post.secret, self.answer, self._post.room)
         self._address = await self._listener.open(listening_host())
         self._announcing = asyncio.create_task(self._post.announce(self._address))

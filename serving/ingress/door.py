@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import secrets
 import socket
@@ -80,6 +81,9 @@ class Door:
             timeout_keep_alive=30,
             http=BoundedProtocol,
         )
+        # What is there now stays; a look at all of it would hold up requests for tens of ms, again and again.
+        gc.collect()
+        gc.freeze()
         listener = _listener(self._spec.host, self._spec.port)
         self._server = uvicorn.Server(config)
         loop = asyncio.get_running_loop()
