@@ -12,6 +12,8 @@ from serving.engines.base import Alternative, Delta, FinishReason, TokenLogprob
 
 Json = dict[str, Any]
 DONE = "data: [DONE]\n\n"
+# Stands for the text in an event; no name that is echoed has it.
+_PLACE = "\0"
 
 
 def sse(body: Json) -> str:
@@ -66,6 +68,7 @@ class Reply:
         self._prompt_tokens = prompt_tokens
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self._around: dict[int, list[str]] = {}
 
     def whole(self, choices: Sequence[Choice]) -> Json:
         """The answer of a request that does not stream."""
@@ -87,6 +90,13 @@ class Reply:
         """A chunk with text."""
         content = {"delta": {"content": delta.text}} if self._chat else {"text": delta.text}
         return self._chunk(index, content, logprobs=delta.logprobs)
+
+    def text_event(self, index: int, text: str) -> str:
+        """The event of a chunk with text alone. What is the same in all of a stream's chunks is written out once."""
+        if index not in self._around:
+            event = sse(self.piece(index, Delta(_PLACE, 0)))
+            self._around[index] = event.split(json.dumps(_PLACE))
+        return json.dumps(text).join(self._around[index])
 
     def closing(self, index: int, finish_reason: FinishReason) -> Json:
         """The chunk that says why the text ended."""

@@ -230,8 +230,10 @@ class Relay:
 def _events(reply: Reply, pieces: list[Piece]) -> list[str]:
     events = []
     for index, delta in pieces:
-        if delta.text or delta.logprobs:
+        if delta.logprobs:
             events.append(sse(reply.piece(index, delta)))
+        elif delta.text:
+            events.append(reply.text_event(index, delta.text))
         if delta.finish_reason:
             events.append(sse(reply.closing(index, delta.finish_reason)))
     return events

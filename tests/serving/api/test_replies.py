@@ -131,3 +131,11 @@ def test_chunks_of_a_completion_without_usage() -> None:
         "logprobs": None,
         "finish_reason": "length",
     }
+
+
+@pytest.mark.parametrize("request_", [chat(stream=True), completion(stream=True), chat(stream=True, logprobs=True)])
+@pytest.mark.parametrize("text", ["a", 'quo"te', "\u2028 \x00", "\ud83d\ude00 {}"])
+def test_the_short_way_to_an_event_makes_the_same_event(request_: Any, text: str) -> None:
+    reply = Reply(request_, 1)
+    for index in (0, 1, 0):
+        assert reply.text_event(index, text) == sse(reply.piece(index, Delta(text, 1)))
