@@ -108,18 +108,19 @@ async def measure(
             scales = {model: await _scale(client, model, settings.seed) for model in targets}
         total = _total(settings, len(targets), trace)
         due = _arrivals(settings, trace, total)
-        record = _Record(Progress(total, settings.duration_s))
-        clock = time.time()
-        async with _heartbeat(record, show), _without_what_is_there():
-            work = jobs(settings, due, prompts, targets, scales)
-            await (_open_loop if settings.open_loop else _closed_loop)(client, settings, work, record)
-        seconds = perf_counter() - record.started
+        with _without_what_is_there():
+            record = _Record(Progress(total, settings.duration_s))
+            clock = time.time()
+            async with _heartbeat(record, show):
+                work = jobs(settings, due, prompts, targets, scales)
+                await (_open_loop if settings.open_loop else _closed_loop)(client, settings, work, record)
+            seconds = perf_counter() - record.started
     record.samples.sort(key=lambda sample: sample.at)
     return summarise_run(settings, record.samples, seconds, clock, record.lags_ms)
 
 
-@contextlib.asynccontextmanager
-async def _without_what_is_there() -> AsyncIterator[None]:
+@contextlib.contextmanager
+def _without_what_is_there() -> Iterator[None]:
     """Within the block the garbage collector looks at new objects only: a look at all of them takes tens of ms."""
     gc.collect()
     gc.freeze()
