@@ -36,7 +36,7 @@ class Hands:
         self.done.append(("start", arm, source))
         return f"front.{arm}.2"
 
-    def end_arm(self, route: str) -> None:
+    async def end_arm(self, route: str) -> None:
         self.done.append(("end", route))
 
     async def dead_arms(self, routes: Mapping[str, str]) -> dict[str, str]:
