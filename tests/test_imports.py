@@ -63,7 +63,7 @@ def test_the_cluster_imports_nothing_downstream(downstream: str) -> None:
 
 
 def test_serving_takes_little_from_the_cluster() -> None:
-    """Errors, the spec's words, YAML and the registry; the teacher's pool in one file, which scores a sample of answers."""
+    """Errors, the spec's words, YAML, the registry; the pool in one file, which scores a sample of answers."""
     judge = ROOT / "serving/control/judge.py"
     others = [file for file in sources("serving") if file != judge]
     assert len(others) > 30

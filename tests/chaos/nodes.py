@@ -22,7 +22,7 @@ from tests.integration.heads import ROOT, environment
 # a machine with too much to do, must not be taken for dead.
 HEALTH = {"initial_delay_ms": "1000", "period_ms": "1000", "timeout_ms": "15000", "failure_threshold": "4"}
 # No label is small enough to travel inside a message: all of them lie where they were made, and die there.
-INLINED = {"RAY_max_direct_call_object_size": "1", "RAY_task_rpc_inlined_bytes_limit": "1"}
+NOT_INLINED = {"RAY_max_direct_call_object_size": "1", "RAY_task_rpc_inlined_bytes_limit": "1"}
 JOINED = """
 import ray, sys, time
 ray.init()
@@ -39,14 +39,22 @@ class Nodes:
         head_cpus: what the head node offers.
         hosts: where the nodes are: the head on the first, all others on the second. None means on this one.
         health: how soon Ray sees that a node is dead; None leaves it to Ray.
+        inlined: small objects travel in messages, as they do everywhere else. Serve's processes die otherwise.
     """
 
     def __init__(
-        self, home: Path, head_cpus: int, hosts: Hosts | None = None, health: dict[str, str] | None = HEALTH
+        self,
+        home: Path,
+        head_cpus: int,
+        hosts: Hosts | None = None,
+        health: dict[str, str] | None = HEALTH,
+        inlined: bool = False,
     ) -> None:
         self._hosts = hosts
         self._folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
-        more = {f"RAY_health_check_{name}": value for name, value in (health or {}).items()} | INLINED
+        more = {f"RAY_health_check_{name}": value for name, value in (health or {}).items()} | (
+            {} if inlined else NOT_INLINED
+        )
         more |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
         self._env = environment(home, PYTHONPATH=str(ROOT), **more)
         self._nodes: list[subprocess.Popen[bytes]] = []

@@ -30,7 +30,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = home / "endpoint.yaml"
     path.write_text(yaml.safe_dump({"name": NAME, "port": 0, "arms": {"tiny": arm}}))
     # The head has no CPU to offer: the arms have to lie on the other node, the doors listen on the head.
-    with Nodes(home, 0) as nodes:
+    with Nodes(home, 0, inlined=True) as nodes:
         node = nodes.add(2)
         process = start("serve", str(path), env=environment(home, **nodes.client))
         try:
