@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xmlrpc.client import ServerProxy
+from xmlrpc.client import Fault, ServerProxy
 
 import psutil
 import psycopg2
@@ -216,6 +216,8 @@ def _supervisor(stack: Stack) -> Any:
         proxy.supervisor.getState()
     except OSError:
         return None
+    except Fault as error:
+        raise StackError("the stack is being taken down by somebody else; wait until it is") from error
     return proxy
 
 
