@@ -33,6 +33,7 @@ from tests.integration.laptop import Laptop
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="not installed: apt-get install prometheus"),
 ]
