@@ -2,7 +2,8 @@
 
 * **The door**: the same requests at the same moments (Poisson, 50/s) to a near-instant engine, called directly in
   this process, and through the endpoint with one arm: client, door, arm and back over HTTP. The difference of the
-  quantiles is what the way adds.
+  quantiles is what the way adds. How much of that is the load generator's own is seen at a bare socket in another
+  process, which says the same to everybody.
 * **Batching**: tokens/s of 8 clients at once over one client, both through the endpoint, in turn. With ``--model DIR``
   on that model, else on random weights of the demo student's size.
 """
@@ -10,12 +11,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +87,9 @@ def door(endpoint: Endpoint, rate: float, seconds: float, rounds: int) -> dict[s
         await asyncio.gather(*(one(at) for at in arrivals))
         return took
 
-    async def through(seed: int) -> list[float]:
+    async def through(url: str, seed: int) -> list[float]:
         settings = Settings(
-            endpoint.url,
+            url,
             rate=rate,
             requests=int(rate * seconds),
             warmup=20,
@@ -96,22 +100,37 @@ def door(endpoint: Endpoint, rate: float, seconds: float, rounds: int) -> dict[s
         assert not result.errors, result.errors
         return [sample.latency_ms for sample in result.samples if sample.latency_ms is not None]
 
-    at_engine, at_door = [], []
-    for seed in range(rounds):
-        at_engine.append(asyncio.run(direct(seed)))
-        at_door.append(asyncio.run(through(seed)))
+    at_engine, at_door, at_bare = [], [], []
+    with _bare_endpoint() as bare:
+        for seed in range(rounds):
+            at_engine.append(asyncio.run(direct(seed)))
+            at_bare.append(asyncio.run(through(bare, seed)))
+            at_door.append(asyncio.run(through(endpoint.url, seed)))
     figures = {}
     for name, quantile in (("p50", 0.5), ("p99", 0.99)):
-        engine_ms = [float(np.quantile(took, quantile)) for took in at_engine]
-        door_ms = [float(np.quantile(took, quantile)) for took in at_door]
+        engine_ms, bare_ms, door_ms = (
+            [float(np.quantile(took, quantile)) for took in each] for each in (at_engine, at_bare, at_door)
+        )
         added = [through_it - alone for through_it, alone in zip(door_ms, engine_ms, strict=True)]
-        figures[name] = {"engine_ms": engine_ms, "door_ms": door_ms, "added_ms": added}
+        figures[name] = {"engine_ms": engine_ms, "bare_ms": bare_ms, "door_ms": door_ms, "added_ms": added}
         rounds_ms = ", ".join(f"{each:.2f}" for each in added)
         print(
             f"{name}: engine {statistics.median(engine_ms):.2f} ms, through the door "
-            f"{statistics.median(door_ms):.2f} ms, added {statistics.median(added):.2f} ms (rounds: {rounds_ms})"
+            f"{statistics.median(door_ms):.2f} ms, added {statistics.median(added):.2f} ms (rounds: {rounds_ms}); "
+            f"a bare socket {statistics.median(bare_ms):.2f} ms"
         )
     return {"rate": rate, "requests": int(rate * seconds), **figures}
+
+
+@contextlib.contextmanager
+def _bare_endpoint() -> Iterator[str]:
+    command = [sys.executable, str(Path(__file__).with_name("bare_endpoint.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.stdin.close()
 
 
 def batching(endpoint: Endpoint, clients: int, rounds: int) -> dict[str, Any]:

@@ -17,8 +17,6 @@ from serving.link.listener import Listener
 from serving.link.post import Post, listening_host
 from serving.records import Scored
 
-# Seconds between two messages of one answer: an engine that is faster has its tokens sent some at a time.
-_STEP_S = 0.005
 # Characters of a prompt from which on it is tokenised aside, so that the other requests' tokens go on meanwhile.
 _LONG_PROMPT = 20_000
 
@@ -168,6 +166,22 @@ class ArmServer:
     async def _generate(
         self, prompt_ids: Sequence[int], sampling: Sampling, choices: int
     ) -> AsyncGenerator[list[Piece], None]:
+        if choices > 1:
+            async with aclosing(self._generate_several(prompt_ids, sampling, choices)) as batches:
+                async for pieces in batches:
+                    yield pieces
+            return
+        try:
+            async with aclosing(self._engine.generate(prompt_ids, sampling)) as deltas:
+                async for delta in deltas:
+                    yield [Piece(0, delta)]
+        except Exception:
+            self._suspect = True
+            raise
+
+    async def _generate_several(
+        self, prompt_ids: Sequence[int], sampling: Sampling, choices: int
+    ) -> AsyncGenerator[list[Piece], None]:
         queue: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
         async def run(index: int) -> None:
@@ -181,17 +195,13 @@ class ArmServer:
                 queue.put_nowait(error)
 
         runs = [asyncio.create_task(run(index)) for index in range(choices)]
-        left, clock, sent_at = choices, asyncio.get_running_loop().time, 0.0
+        left = choices
         try:
             while left:
                 pieces = [self._sound(await queue.get())]
-                # The first piece goes at once, and so does the last; those between in steps that nobody sees.
-                if (rest_s := sent_at + _STEP_S - clock()) > 0:
-                    await asyncio.wait(runs, timeout=rest_s)
                 while not queue.empty():
                     pieces.append(self._sound(queue.get_nowait()))
                 left -= sum(delta.finish_reason is not None for _, delta in pieces)
-                sent_at = clock()
                 yield pieces
         finally:
             for each in runs:

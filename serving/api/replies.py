@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 from serving.api.requests import ChatRequest, Request
@@ -96,7 +97,7 @@ class Reply:
         if index not in self._around:
             event = sse(self.piece(index, Delta(_PLACE, 0)))
             self._around[index] = event.split(json.dumps(_PLACE))
-        return json.dumps(text).join(self._around[index])
+        return encode_basestring_ascii(text).join(self._around[index])
 
     def closing(self, index: int, finish_reason: FinishReason) -> Json:
         """The chunk that says why the text ended."""

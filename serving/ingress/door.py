@@ -79,6 +79,7 @@ class Door:
             limit_concurrency=self._spec.limits.connections,
             timeout_graceful_shutdown=_CLOSING_S,
             timeout_keep_alive=30,
+            proxy_headers=False,
             http=BoundedProtocol,
         )
         # What is there now stays; a look at all of it would hold up requests for tens of ms, again and again.

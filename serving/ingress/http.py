@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
@@ -61,19 +60,29 @@ async def while_connected(receive: Receive, work: Awaitable[None]) -> None:
     Raises:
         ClientGone: the client hung up first; the work has ended.
     """
-    worker = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_hung_up(receive))
+    # The work stays in this task: one more would cost every request some turns of the loop.
+    worker = asyncio.current_task()
+    assert worker is not None
+    at_work, is_gone = True, False
+
+    def gone(watcher: asyncio.Task[None]) -> None:
+        nonlocal is_gone
+        if at_work and not watcher.cancelled():
+            is_gone = True
+            worker.cancel()
+
+    watcher = asyncio.create_task(_hung_up(receive))
+    watcher.add_done_callback(gone)
     try:
-        await asyncio.wait({worker, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if worker.done():
-            return worker.result()
+        await work
+    except asyncio.CancelledError:
+        # Somebody else may have cancelled this task as well.
+        if is_gone and worker.uncancel() == 0:
+            raise ClientGone from None
+        raise
     finally:
-        # Also when this task itself is cancelled.
-        for task in (worker, watcher):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
-    raise ClientGone
+        at_work = False
+        watcher.cancel()
 
 
 async def _hung_up(receive: Receive) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from serving.link.gathered import Gathered
 
 HEAD_BYTES = 64 * 1024
 """Largest head of a request; a client that sends more is told 431 and hung up on."""
@@ -18,6 +21,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._in_head, self._head_bytes = True, 0
         self._ended = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin. What is answered in one go leaves in one go."""
+        super().connection_made(cast(asyncio.Transport, Gathered(transport)))
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
