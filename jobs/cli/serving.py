@@ -92,6 +92,7 @@ def bench(
     from serving.bench import Settings, measure
     from serving.bench.lengths import parse_length
     from serving.bench.progress import ProgressLine
+    from serving.bench.table import render
 
     settings = Settings(
         url,
@@ -119,4 +120,4 @@ def bench(
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
-        Console().print(result.table(), highlight=False)
+        Console().print(render(result), highlight=False)

@@ -2,7 +2,8 @@
 
 :mod:`~serving.bench.settings` is what may be asked for, :mod:`~serving.bench.arrivals` says when requests are due,
 :mod:`~serving.bench.workload` what they hold, :mod:`~serving.bench.client` sends one and times its stream,
-:mod:`~serving.bench.run` drives them, :mod:`~serving.bench.result` says what came of it.
+:mod:`~serving.bench.run` drives them, :mod:`~serving.bench.result` says what came of it and
+:mod:`~serving.bench.table` shows it.
 """
 
 from serving.bench.client import ARM_HEADER

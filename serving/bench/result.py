@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
-
 from cluster.errors import RunError
 from serving.bench.sample import Sample
 from serving.bench.settings import Settings
@@ -107,12 +105,6 @@ class BenchResult:
             }
             for arm in self.arms
         ]
-
-    def table(self) -> Group:
-        """For the terminal."""
-        from serving.bench.table import render
-
-        return render(self)
 
     def write_samples(self, path: Path) -> None:
         """Write every request to a JSONL file, see :meth:`Sample.as_dict`; it appears whole or not at all.

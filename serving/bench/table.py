@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from serving.bench.result import ArmResult, BenchResult
 from serving.bench.summary import QUANTILES, Summary
-
-if TYPE_CHECKING:
-    from serving.bench.result import ArmResult, BenchResult
 
 _TIMES = {"first_token_ms": "first token", "per_token_ms": "per token", "gaps_ms": "between", "latency_ms": "latency"}
 

@@ -12,6 +12,7 @@ from serving.bench import BenchResult, Sample, Settings
 from serving.bench.progress import ProgressLine, line
 from serving.bench.result import summarise_run
 from serving.bench.run import Progress
+from serving.bench.table import render
 
 
 def answer(arm: str, first: float, whole: float, tokens: int = 5, late: float = 0.0, at: float = 0.0) -> Sample:
@@ -25,7 +26,7 @@ def failure(arm: str, kind: str, detail: str) -> Sample:
 
 def shown(result: BenchResult, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(result.table())
+    console.print(render(result))
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
