@@ -2,7 +2,9 @@
 #   docker build -f infra/images/cpu.Dockerfile -t stillhouse/cpu:0.1.0 .
 FROM debian:12.12-slim
 
-# The compiler is DeepSpeed's: it builds one operator when a student first starts.
+# The compiler is DeepSpeed's: it builds one operator when a student first starts. Versions are the release's own; a mirror
+# drops each one when its security update comes.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -14,7 +16,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     RAY_USAGE_STATS_ENABLED=0
-USER stillhouse
+# By number: Kubernetes cannot see that a name is not root.
+USER 1000
 WORKDIR /home/stillhouse
 
 # The libraries first: they change seldom, and are nearly all of the image.

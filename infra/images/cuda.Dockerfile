@@ -2,6 +2,7 @@
 #   docker build -f infra/images/cuda.Dockerfile -t stillhouse/cuda:0.1.0 .
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -13,7 +14,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
     RAY_USAGE_STATS_ENABLED=0
-USER stillhouse
+# By number: Kubernetes cannot see that a name is not root.
+USER 1000
 WORKDIR /home/stillhouse
 
 COPY --chown=stillhouse constraints.txt /tmp/constraints.txt
