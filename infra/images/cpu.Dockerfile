@@ -9,7 +9,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin stillhouse
-RUN python3 -m venv /opt/venv && chown stillhouse /opt/venv
+RUN python3 -m venv /opt/venv && chown --recursive stillhouse /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     DS_ACCELERATOR=cpu \
     MLFLOW_DISABLE_TELEMETRY=true \

@@ -8,7 +8,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 # Ubuntu's image has a user 1000 already.
 RUN usermod --login stillhouse --home /home/stillhouse --move-home ubuntu
-RUN python3 -m venv /opt/venv && chown stillhouse /opt/venv
+RUN python3 -m venv /opt/venv && chown --recursive stillhouse /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     MLFLOW_DISABLE_TELEMETRY=true \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
