@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ray
 import ray.train
+import ray.train.torch
 import torch
 
 from cluster.audit import AuditLog
@@ -38,7 +39,8 @@ class _Rank:
     def __init__(self, job: StudentJob) -> None:
         self.job, self.spec = job, job.spec
         self.rank = ray.train.get_context().get_world_rank()
-        self.device = torch.device("cuda", 0) if self.spec.gpus_per_rank else torch.device("cpu")
+        # Ray Train shows the ranks on a node each other's GPUs too, so a rank's own is not always the first.
+        self.device = ray.train.torch.get_device() if self.spec.gpus_per_rank else torch.device("cpu")
         torch.set_num_threads(max(1, int(self.spec.cpus_per_rank)))
         keep_memory()
         self.commits = Commits(job, self.rank)
@@ -160,14 +162,15 @@ class _Rank:
             self.engine.backward(loss * scale)
             self.engine.step()
             sums += torch.cat([loss.detach().double()[None], parts])
-        seconds = time.perf_counter() - started
-        self.trained_s += seconds
         facts = labels.sums()
         sums = torch.cat([sums, torch.tensor(list(facts.values()), dtype=torch.float64, device=device)])
         if self.spec.ranks > 1:
             torch.distributed.all_reduce(sums)
         names = ["loss", "divergence", "kl", "cross_entropy", *facts]
         means = dict(zip(names, (sums / delivery.loss_tokens).tolist(), strict=True))
+        # A GPU has done all of its work only now that the sums are here.
+        seconds = time.perf_counter() - started
+        self.trained_s += seconds
         if self.audit is not None:
             self.audit.step(number, delivery.batch.address, means["loss"])
         self._post(number, {**means, "tokens_per_second": delivery.loss_tokens / seconds})
