@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cluster.devices import see_no_gpu
 from serving.asking import Ask, Item, Piece
 from serving.engines import open_engine
 from serving.engines.base import Accepted, Refused, Sampling, budget
@@ -38,13 +39,17 @@ class ArmServer:
         prompt_limit: int | None = None,
         answer_limit: int | None = None,
         post: Post | None = None,
+        gpu: bool = True,
     ) -> None:
         """Load and warm up; no request comes before this returns.
 
         Args:
             prompt_limit, answer_limit: in tokens; None leaves it to the model's context.
             post: where it is to be reached; None for one that is called by its methods only.
+            gpu: whether it may use a GPU, where there is one.
         """
+        if not gpu:
+            see_no_gpu()
         self._engine = open_engine(engine, model_dir, dtype, threads, slots)
         self._prompt_limit, self._answer_limit = prompt_limit, answer_limit
         self._suspect = False

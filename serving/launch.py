@@ -95,6 +95,7 @@ def application(spec: EndpointSpec, arm: str, route: str, model_dir: Path | None
             spec.limits.prompt_tokens,
             spec.limits.completion_tokens,
             Post(secret, route, own.slots + own.queue, control_of(spec), spec.limits.timeout_s),
+            own.gpus > 0,
         )
     )
 

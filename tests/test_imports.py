@@ -67,7 +67,7 @@ def test_serving_takes_little_from_the_cluster() -> None:
     judge = ROOT / "serving/control/judge.py"
     others = [file for file in sources("serving") if file != judge]
     assert len(others) > 30
-    allowed = ("cluster.errors.", "cluster.registry.", "cluster.spec.", "cluster.yaml_file.")
+    allowed = ("cluster.devices.", "cluster.errors.", "cluster.registry.", "cluster.spec.", "cluster.yaml_file.")
     assert offenders(others, "cluster", allowed) + offenders(sources("serving"), "jobs") == []
     assert offenders([judge], "cluster", (*allowed, "cluster.corpus.", "cluster.labels.", "cluster.models.")) == [
         "serving/control/judge.py imports cluster.teacher.pool.TeacherPool"

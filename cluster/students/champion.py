@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from cluster.devices import see_no_gpu
 from cluster.errors import UserError
 from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of
 from cluster.evaluate.figures import Champion
@@ -33,6 +34,8 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
         UserError: the registry does not know the version, or its model cannot be read.
         RunError: its files are gone, or the teacher is lost for good.
     """
+    if not job.spec.gpus_per_rank:
+        see_no_gpu()
     torch.set_num_threads(max(1, int(job.spec.cpus_per_rank)))
     keep_memory()
     device = torch.device("cuda", 0) if job.spec.gpus_per_rank else torch.device("cpu")

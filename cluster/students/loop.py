@@ -15,6 +15,7 @@ import torch
 
 from cluster.audit import AuditLog
 from cluster.board import Point
+from cluster.devices import see_no_gpu
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
 from cluster.memory import keep_memory
@@ -201,6 +202,7 @@ def train_student(job: StudentJob) -> None:
 
 def _train(job: StudentJob) -> None:
     if not job.spec.gpus_per_rank:
+        see_no_gpu()
         os.environ["DS_ACCELERATOR"] = "cpu"
         use_plain_gloo()
     rank = _Rank(job)

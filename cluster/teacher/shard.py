@@ -12,6 +12,7 @@ import numpy as np
 import ray
 
 from cluster.corpus.batches import Batch
+from cluster.devices import see_no_gpu
 from cluster.errors import LabelError
 from cluster.labels.kinds import Labels, TopK
 from cluster.labels.wire import Stamp, encode
@@ -50,6 +51,8 @@ class Shard:
 
     def join(self, host: str, port: int) -> None:
         """Form the replica's process group and load this rank's part of the weights."""
+        if not self._spec.gpus_per_shard:
+            see_no_gpu()
         import torch
         from transformers import AutoModelForCausalLM
 
