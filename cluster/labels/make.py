@@ -124,23 +124,16 @@ _REDUCED: dict[type, Callable[[Any, Tensor, Tensor], Columns]] = {
 
 def hidden_labels(hidden_BSD: Tensor, loss_mask_BS: npt.NDArray[np.bool_], vocabulary: int) -> Hidden:
     """The hidden states of the loss tokens themselves as labels."""
-    host = HostColumns(int(loss_mask_BS.sum()), hidden_BSD.device)
-    host.put(0, {"hidden_TD": _as_kept(hidden_BSD[_on(loss_mask_BS, hidden_BSD.device)])})
-    labels = Hidden(loss_mask_BS, vocabulary, 1.0, **host.arrays())
-    if not np.isfinite(_widened(labels.hidden_TD)).all():
+    hidden_TD = _as_kept(hidden_BSD[_on(loss_mask_BS, hidden_BSD.device)])
+    host = HostColumns(len(hidden_TD), hidden_BSD.device)
+    host.put(0, {"hidden_TD": hidden_TD})
+    if not hidden_TD.isfinite().all():
         raise LabelError("the teacher's hidden states are not finite")
-    return labels
+    return Hidden(loss_mask_BS, vocabulary, 1.0, **host.arrays())
 
 
 def _on(mask: npt.NDArray[np.bool_], device: torch.device) -> Tensor:
     return torch.tensor(mask, device=device)
-
-
-def _widened(values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Hidden states or logits as float32 numpy."""
-    if values.dtype != np.uint16:
-        return values
-    return (values.astype(np.uint32) << 16).view(np.float32)
 
 
 def kept(values: Tensor) -> npt.NDArray[Any]:
