@@ -1,7 +1,8 @@
 """What continuous batching gives: tokens/s of several clients at once over the same requests one at a time.
 
 Both on one engine in one process, in turn; the figure is the ratio of each round. Without ``--model`` the model has
-the demo student's size (88M parameters, 49k vocabulary) and random weights: speed does not depend on what they say.
+random weights, for speed does not depend on what they say, and the demo student's shape (88M parameters, 49k
+vocabulary), or with ``--shape 1b``, for a GPU, that of Llama 3.2 1B.
 The text is greedy and ends at its length only.
 """
 
@@ -18,12 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from common import arguments, hardware, turns, write
+from common import arguments, device, hardware, turns, write
 
 from serving.engines import ENGINES, open_engine
 from serving.engines.base import Engine, Sampling
 
-_VOCABULARY = 49_152
+# Vocabulary, width, inner width, layers, heads, key-value heads.
+SHAPES = {"demo": (49_152, 576, 1536, 17, 9, 3), "1b": (128_256, 2048, 8192, 16, 32, 8)}
 
 
 def main() -> None:
@@ -32,7 +34,8 @@ def main() -> None:
     parser.set_defaults(threads=2)
     parser.add_argument("--engine", choices=list(ENGINES), default="transformers")
     parser.add_argument("--model", type=Path, help="a model directory; default: random weights")
-    parser.add_argument("--layers", type=int, default=17, help="layers of the random model: 17 are 88M, 9 are 60M")
+    parser.add_argument("--shape", choices=SHAPES, default="demo", help="of the random model")
+    parser.add_argument("--layers", type=int, help="of the random model, instead of its shape's; 9 of the demo are 60M")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
@@ -42,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(hardware())
     with tempfile.TemporaryDirectory() as directory:
-        model = options.model or random_model(Path(directory), options.layers)
+        model = options.model or random_model(Path(directory), options.shape, options.layers)
         engine = open_engine(options.engine, model, options.dtype, options.threads, options.clients)
         report(engine, options)
 
@@ -84,32 +87,34 @@ async def _tokens(engine: Engine, prompt: Sequence[int], length: int) -> int:
     return got
 
 
-def random_model(directory: Path, layers: int) -> Path:
-    """A Llama of the demo student's shape, with a byte-level tokenizer whose other tokens are made up."""
+def random_model(directory: Path, shape: str, layers: int | None) -> Path:
+    """A Llama of a shape with random weights, with a byte-level tokenizer whose other tokens are made up."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    vocabulary, width, inner, all_layers, heads, kv_heads = SHAPES[shape]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [f"w{at}" for at in range(_VOCABULARY - len(alphabet))]
+    words = [f"w{at}" for at in range(vocabulary - len(alphabet))]
     backend = Tokenizer(models.BPE({token: at for at, token in enumerate(alphabet + words)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(directory)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers or all_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    with device():
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     return directory
 
 

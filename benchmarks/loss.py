@@ -129,8 +129,10 @@ def _status(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
-def memory(name: str, arguments: list[str]) -> int:
-    """Bytes that one step adds at its peak to what its inputs take; measured in a process of its own."""
+def memory(case: Case, name: str, arguments: list[str]) -> int:
+    """Bytes that one step adds at its peak to what its inputs take; on a CPU measured in a process of its own."""
+    if case.on.type == "cuda":
+        return peak_above_now(case.step(name), case.on)
     done = subprocess.run(
         [sys.executable, __file__, "--memory-of", name, *arguments], capture_output=True, text=True, check=True
     )
@@ -140,7 +142,7 @@ def memory(name: str, arguments: list[str]) -> int:
 def in_turn(case: Case, rounds: int, options: list[str]) -> dict[str, tuple[float, int]]:
     """Seconds and bytes of each loss."""
     seconds = seconds_in_turn({name: case.step(name) for name in LOSSES}, rounds)
-    return {name: (took, memory(name, options)) for name, took in seconds.items()}
+    return {name: (took, memory(case, name, options)) for name, took in seconds.items()}
 
 
 def main() -> None:
