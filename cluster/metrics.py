@@ -36,6 +36,7 @@ _FAMILY: tuple[_Metric, ...] = (
     _Metric("batches_rescored", "Batches that died with a replica.", lambda stats: stats.pool.rescored, True),
     _Metric("replica_restarts", "Replicas that were started again.", lambda stats: stats.pool.restarts, True),
     _Metric("replica_busy_seconds", "Seconds of replicas at work.", lambda stats: stats.pool.busy_seconds, True),
+    _Metric("teacher_mfu", "MFU of the replica that scored the last batch.", lambda stats: stats.pool.mfu),
     _Metric("label_bytes", "Bytes of labels that the teacher has made.", lambda stats: stats.pool.label_bytes, True),
 )
 _STREAM: tuple[_Metric, ...] = (
@@ -47,6 +48,7 @@ _STUDENT: tuple[_Metric, ...] = (
     _Metric("student_batches", "Batches that it has learnt from.", lambda student: student.batch),
     _Metric("student_loss_nats", "Loss of the last batch.", lambda student: student.metrics.get("loss")),
     _Metric("student_kl_nats", "KL of the last batch.", lambda student: student.metrics.get("kl")),
+    _Metric("student_mfu", "MFU within the last batch.", lambda student: student.metrics.get("mfu")),
     _Metric(
         "student_tokens_per_second",
         "Speed within the last batch.",
@@ -61,6 +63,7 @@ class FamilyMetrics:
     def __init__(self, spec: FamilySpec) -> None:
         self._family = spec.name
         self._tokens = spec.corpus.batch_sequences * spec.corpus.sequence_length
+        self._window = spec.stream.window
         self._made: dict[str, Any] = {}
         self._told: dict[tuple[str, ...], float] = {}
 
@@ -74,6 +77,7 @@ class FamilyMetrics:
     def _publish_stream(self, stats: StreamStats, students: list[str]) -> None:
         for metric in _FAMILY:
             self._put(metric, metric.value(stats))
+        self._put(_Metric("window_batches", "Batches that may be ready ahead.", float), self._window)
         scored = _Metric("teacher_tokens", "Tokens that the teacher has scored.", float, True)
         self._put(scored, sum(stats.scored.values()) * self._tokens)
         given = _Metric("student_tokens", "Tokens that a student has been given.", float, True)

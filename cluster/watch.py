@@ -135,5 +135,6 @@ def family_point(students: Mapping[str, StudentStatus], stats: StreamStats) -> P
         "stream/unsaved": stats.unsaved,
         **{f"stream/behind/{name}": batches for name, batches in stats.behind.items()},
         **{f"stream/waited_s/{name}": seconds for name, seconds in stats.waited_s.items()},
+        **({} if stats.pool.mfu is None else {"teacher/mfu": stats.pool.mfu}),
     }
     return Point(FAMILY, max((student.batch for student in students.values()), default=0), metrics)

@@ -18,6 +18,7 @@ from cluster.board import Point
 from cluster.devices import see_no_gpu
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
+from cluster.flops import TRAINING, Work, parameters_of, peak_flops
 from cluster.memory import keep_memory
 from cluster.space import NoRoomError
 from cluster.stream.figures import HeldError
@@ -67,6 +68,7 @@ class _Rank:
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.work = Work(parameters_of(self.model), TRAINING, peak_flops(self.device), self.spec.ranks)
         module = Student(self.model)
         self.engine, *_ = deepspeed.initialize(
             model=module,
@@ -174,7 +176,10 @@ class _Rank:
         self.trained_s += seconds
         if self.audit is not None:
             self.audit.step(number, delivery.batch.address, means["loss"])
-        self._post(number, {**means, "tokens_per_second": delivery.loss_tokens / seconds})
+        speed = {"tokens_per_second": delivery.loss_tokens / seconds}
+        if (mfu := self.work.mfu(self.spec.ranks * delivery.batch.tokens_BS.size, seconds)) is not None:
+            speed["mfu"] = mfu
+        self._post(number, {**means, **speed})
 
     def _post(self, number: int, metrics: dict[str, float]) -> None:
         """Add what is measured at this batch only, and put all of it on the board."""

@@ -40,6 +40,7 @@ class PoolStats:
         growing: whether one more replica is being started.
         grown: replicas that were added; ``shrunk`` were not needed any more or in a student's place, ``lost`` died and
             were not needed.
+        mfu: of the replica that scored the last batch, see :mod:`cluster.flops`; none where it is not known.
     """
 
     ready: int = 0
@@ -52,6 +53,7 @@ class PoolStats:
     rescored: int = 0
     busy_seconds: float = 0.0
     label_bytes: int = 0
+    mfu: float | None = None
     last_error: str = ""
 
 
@@ -350,6 +352,7 @@ class TeacherPool:
         receipt, blocks = await self._run(f"batch {batch.number}", lambda replica: replica.call(method, batch))
         self.stats.busy_seconds += receipt.seconds
         self.stats.label_bytes += receipt.nbytes
+        self.stats.mfu = receipt.mfu
         return blocks
 
     async def score(self, batch: Batch) -> list[ray.ObjectRef]:

@@ -14,6 +14,7 @@ import ray
 from cluster.corpus.batches import Batch
 from cluster.devices import see_no_gpu
 from cluster.errors import LabelError
+from cluster.flops import FORWARD, Work, parameters_of, peak_flops
 from cluster.labels.kinds import Labels, TopK
 from cluster.labels.wire import Stamp, encode
 from cluster.memory import keep_memory
@@ -25,10 +26,11 @@ PROBE_TOKENS, PROBE_LIKELIEST = 32, 64
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a shard says of one batch it took part in: seconds of work, and bytes of labels it made."""
+    """What a shard says of one batch it took part in: seconds of work, bytes of labels made, the replica's MFU."""
 
     seconds: float
     nbytes: int
+    mfu: float | None
 
 
 class Shard:
@@ -71,6 +73,7 @@ class Shard:
             trust_remote_code=self._spec.trust_remote_code,
             **options,
         ).eval()
+        self._work = Work(parameters_of(self._model), FORWARD, peak_flops(self._device), self._spec.shards)
 
     def _tensor_parallel(self, host: str, port: int) -> Any:
         import torch
@@ -120,11 +123,14 @@ class Shard:
     def _answer(self, batch: Batch, spec: LabelsSpec) -> Any:
         started = time.perf_counter()
         labels = self._labels_of(batch, spec)
-        if labels is None:
-            return Receipt(time.perf_counter() - started, 0)
-        stamp = Stamp.of(self._teacher.fingerprint, self._teacher.tokenizer, spec, batch.address)
-        blocks = [encode(part, stamp) for part in _cut(labels, self._blocks)]
-        return Receipt(time.perf_counter() - started, sum(block.nbytes for block in blocks)), *blocks
+        blocks = []
+        if labels is not None:
+            stamp = Stamp.of(self._teacher.fingerprint, self._teacher.tokenizer, spec, batch.address)
+            blocks = [encode(part, stamp) for part in _cut(labels, self._blocks)]
+        seconds = time.perf_counter() - started
+        mfu = self._work.mfu(batch.tokens_BS.size, seconds)
+        receipt = Receipt(seconds, sum(block.nbytes for block in blocks), mfu)
+        return (receipt, *blocks) if blocks else receipt
 
     def score(self, batch: Batch) -> Any:
         """Labels of a batch in the family's kind.

@@ -66,6 +66,12 @@ BOARDS = [
             ),
             Panel("Tokens per second", "none", {"{{student}}": f"stillhouse:student_tokens:rate1m{_OF}"}),
             Panel(
+                "MFU",
+                "percentunit",
+                {"{{student}}": f"ray_stillhouse_student_mfu{_OF}"},
+                "share of the GPUs' bfloat16 peak within a step",
+            ),
+            Panel(
                 "Students that wait for labels",
                 "percentunit",
                 {"{{student}}": f"stillhouse:student_waiting:ratio1m{_OF}"},
@@ -79,6 +85,7 @@ BOARDS = [
                 "Window",
                 "none",
                 {
+                    "may be ready ahead": f"ray_stillhouse_window_batches{_OF}",
                     "held": f"ray_stillhouse_window_used_batches{_OF}",
                     "not yet in the store": f"ray_stillhouse_unsaved_batches{_OF}",
                 },
@@ -100,6 +107,12 @@ BOARDS = [
                 "none",
                 {"{{family}}": f"rate(ray_stillhouse_replica_busy_seconds_total{_OF}[1m])"},
                 "replicas that score at the same time, on average",
+            ),
+            Panel(
+                "MFU",
+                "percentunit",
+                {"{{family}}": f"ray_stillhouse_teacher_mfu{_OF}"},
+                "share of the GPUs' bfloat16 peak while a replica scores",
             ),
             Panel("Label bytes per second", "Bps", {"{{family}}": f"rate(ray_stillhouse_label_bytes_total{_OF}[1m])"}),
             Panel("Restarts", "none", {"{{family}}": _counted("ray_stillhouse_replica_restarts_total")}),
