@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from cluster import tracing
 from cluster.audit import ScoringLog
 from cluster.capacity import Need, student_needs
 from cluster.corpus.batches import CORPUS_FOLDER, Batch, Batches
@@ -60,6 +61,7 @@ class Stream:
         self._blocks = spec.blocks_per_batch
         self._consumers = {name: Consumer(student.ranks) for name, student in spec.students.items()}
         self._window = Window(spec.stream.window, self._batches.count, store is not None)
+        self._traces: dict[int, str] = {}
         self._held_out: dict[int, asyncio.Task[list[ray.ObjectRef]]] = {}
         self._head: asyncio.Task[Any] | None = None
         self._changed = asyncio.Condition()
@@ -170,24 +172,32 @@ class Stream:
         return [student_needs(name, student) for name, student in students if not self._consumers[name].done]
 
     async def _fetch(self, number: int) -> None:
+        run = self._folder.name
+        with tracing.trace("fetch", of=f"{run} {number}", run=run, batch=number):
+            trace, blocks = tracing.carried(), await self._labelled(number)
+        if blocks is None:
+            return
+        async with self._changed:
+            self._window.in_flight.discard(number)
+            self._window.ready[number] = blocks
+            self._traces = {n: t for n, t in (*self._traces.items(), (number, trace)) if t and n in self._window.ready}
+            self._changed.notify_all()
+
+    async def _labelled(self, number: int) -> list[ray.ObjectRef] | None:
+        """The labels of a batch; none where they cannot be had, which is the end of the pass."""
         assert self._source is not None
         try:
-            blocks = await self._source.labels(
+            return await self._source.labels(
                 self._batches.train(number),
                 lambda: self._saved(number),
                 lambda lost: self._spawn(self.lost(number, lost)),
             )
         except RunError as error:
             await self._fail(str(error))
-            return
         except Exception as error:
             # Left alone, it would be on its way for ever, and everybody would wait for it.
             await self._fail(f"the labels of batch {number} cannot be had: {first_line(error)}")
-            return
-        async with self._changed:
-            self._window.in_flight.discard(number)
-            self._window.ready[number] = blocks
-            self._changed.notify_all()
+        return None
 
     def _saved(self, number: int) -> None:
         """A batch is in the store; whoever waits because the store took nothing may go on."""
@@ -266,7 +276,7 @@ class Stream:
             await self.attach(student, rank, number)
         if number != consumer.next_of_rank[rank]:
             raise RunError(f"{student} rank {rank} asked for batch {number}, its next is {consumer.next_of_rank[rank]}")
-        life = consumer.lives[rank]
+        life, asked_ns = consumer.lives[rank], time.time_ns()
         if not ahead:
             await self.waits(student, rank, number)
         async with self._changed:
@@ -284,14 +294,14 @@ class Stream:
             consumer.next_of_rank[rank] = number + 1
             if rank == 0:
                 consumer.given()
-        return self._deliver(self._batches.train(number), blocks, rank, consumer.ranks)
+            trace = self._traces.get(number, "")
+        tracing.record("deliver", trace, asked_ns, student=student, rank=rank)
+        return self._deliver(self._batches.train(number), blocks, rank, consumer.ranks, trace)
 
-    def _deliver(self, batch: Batch, blocks: list[ray.ObjectRef], rank: int, ranks: int) -> Delivery:
-        rows = len(batch.tokens_BS) // ranks
-        share = self._blocks // ranks
-        return Delivery(
-            batch.rows(rank * rows, (rank + 1) * rows), blocks[rank * share : (rank + 1) * share], batch.loss_tokens
-        )
+    def _deliver(self, batch: Batch, blocks: list[ray.ObjectRef], rank: int, ranks: int, trace: str = "") -> Delivery:
+        rows, share = len(batch.tokens_BS) // ranks, self._blocks // ranks
+        own = batch.rows(rank * rows, (rank + 1) * rows)
+        return Delivery(own, blocks[rank * share : (rank + 1) * share], batch.loss_tokens, trace)
 
     async def held_out(self, student: str, rank: int, number: int) -> Delivery:
         """Held-out batch ``number`` with the teacher's hidden states; fetched once, kept for the whole run."""
@@ -370,3 +380,4 @@ class Stream:
             task.cancel()
         if self._source is not None:
             await self._source.close()
+        await asyncio.to_thread(tracing.flush)

@@ -23,11 +23,13 @@ class Delivery:
         batch: this rank's rows.
         labels: references to the label blocks of the same rows, in order.
         loss_tokens: positions that carry loss in the whole global batch.
+        trace: the one that the batch is part of, see :mod:`cluster.tracing`.
     """
 
     batch: Batch
     labels: list[ray.ObjectRef]
     loss_tokens: int
+    trace: str = ""
 
 
 @dataclass(frozen=True)

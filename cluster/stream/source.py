@@ -12,6 +12,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError
 
+from cluster import tracing
 from cluster.audit import ScoringLog
 from cluster.corpus.batches import Batch
 from cluster.errors import StillhouseError
@@ -187,7 +188,11 @@ class LabelSource:
             return None
 
     async def _stored(self, stamp: Stamp) -> list[ray.ObjectRef] | None:
-        if self._store is None or (block := await self._tried(self._store.get, stamp)) is None:
+        if self._store is None:
+            return None
+        with tracing.span("store.get"):
+            block = await self._tried(self._store.get, stamp)
+        if block is None:
             return None
         return await asyncio.to_thread(_cut, block, self._blocks)
 
@@ -208,9 +213,10 @@ class LabelSource:
         """
         while True:
             try:
-                await asyncio.get_running_loop().run_in_executor(
-                    self._writers, lambda: store.put(_whole(blocks), stamp)
-                )
+                with tracing.span("store.put"):
+                    await asyncio.get_running_loop().run_in_executor(
+                        self._writers, lambda: store.put(_whole(blocks), stamp)
+                    )
                 break
             except ObjectLostError as error:
                 log.warning("a node died with the labels of batch %s before the store had them: %s", stamp.batch, error)

@@ -13,6 +13,7 @@ import ray.train
 import ray.train.torch
 import torch
 
+from cluster import tracing
 from cluster.audit import AuditLog
 from cluster.board import Point
 from cluster.devices import see_no_gpu
@@ -146,9 +147,11 @@ class _Rank:
             RunError: the loss is not finite; no step is taken on it.
         """
         job, device = self.job, self.device
+        waits_ns = time.time_ns()
         delivery, blocks = self.reader.next(number)
+        tracing.record("wait", delivery.trace, waits_ns, student=job.name, rank=self.rank)
         labels = job.labels(delivery, blocks, job.family.labels)
-        started = time.perf_counter()
+        started, begins_ns = time.perf_counter(), time.time_ns()
         objective = objective_at(self.spec.loss, job.family.labels, number, job.batches)
         rows, size = len(delivery.batch.tokens_BS), self.spec.micro_batch
         # DeepSpeed averages over ranks and accumulation steps; the loss is a sum over the whole global batch
@@ -174,6 +177,7 @@ class _Rank:
         # A GPU has done all of its work only now that the sums are here.
         seconds = time.perf_counter() - started
         self.trained_s += seconds
+        tracing.record("step", delivery.trace, begins_ns, student=job.name, rank=self.rank)
         if self.audit is not None:
             self.audit.step(number, delivery.batch.address, means["loss"])
         speed = {"tokens_per_second": delivery.loss_tokens / seconds}
@@ -203,6 +207,8 @@ def train_student(job: StudentJob) -> None:
         # Another life would only wait once more.
         ray.get(job.board.stop.remote(f"student {job.name}: {error}"))
         raise
+    finally:
+        tracing.flush()
 
 
 def _train(job: StudentJob) -> None:

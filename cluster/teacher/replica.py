@@ -19,6 +19,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster import tracing
 from cluster.errors import first_line
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
@@ -127,8 +128,9 @@ class Replica:
         The blocks are return values of the call, so the caller's process owns them and they outlive the replica.
         Only the small receipts are fetched here.
         """
-        first = getattr(self._shards[0], method).options(num_returns=self._blocks + 1).remote(batch)
-        others = [getattr(shard, method).remote(batch) for shard in self._shards[1:]]
+        trace = tracing.carried()
+        first = getattr(self._shards[0], method).options(num_returns=self._blocks + 1).remote(batch, trace)
+        others = [getattr(shard, method).remote(batch, trace) for shard in self._shards[1:]]
         try:
             receipt, *_ = await _all_or_death([first[0], *others])
         except Exception:

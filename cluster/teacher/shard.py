@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from cluster import tracing
 from cluster.corpus.batches import Batch
 from cluster.devices import see_no_gpu
 from cluster.errors import LabelError
@@ -120,7 +121,11 @@ class Shard:
                 keep=self._rank == 0,
             )
 
-    def _answer(self, batch: Batch, spec: LabelsSpec) -> Any:
+    def _answer(self, batch: Batch, spec: LabelsSpec, trace: str) -> Any:
+        with tracing.span("score", trace, shard=self._rank, tokens=batch.tokens_BS.size):
+            return self._labelled(batch, spec)
+
+    def _labelled(self, batch: Batch, spec: LabelsSpec) -> Any:
         started = time.perf_counter()
         labels = self._labels_of(batch, spec)
         blocks = []
@@ -132,8 +137,8 @@ class Shard:
         receipt = Receipt(seconds, sum(block.nbytes for block in blocks), mfu)
         return (receipt, *blocks) if blocks else receipt
 
-    def score(self, batch: Batch) -> Any:
-        """Labels of a batch in the family's kind.
+    def score(self, batch: Batch, trace: str = "") -> Any:
+        """Labels of a batch in the family's kind; ``trace`` is the one that it is part of.
 
         Raises:
             LabelError: the teacher's output is not finite, or uniform.
@@ -142,11 +147,11 @@ class Shard:
             On rank 0 a receipt and then the encoded blocks, as separate return values so that a rank of a student
             fetches only its own. On other ranks a receipt.
         """
-        return self._answer(batch, self._labels)
+        return self._answer(batch, self._labels, trace)
 
-    def hidden(self, batch: Batch) -> Any:
+    def hidden(self, batch: Batch, trace: str = "") -> Any:
         """The last hidden states of a batch as labels, as :meth:`score` returns them."""
-        return self._answer(batch, HiddenLabels(kind="hidden"))
+        return self._answer(batch, HiddenLabels(kind="hidden"), trace)
 
     def head(self) -> np.ndarray | None:
         """The teacher's head weight [V, D] without padding, as ``Hidden`` keeps its states; None off rank 0.

@@ -12,11 +12,13 @@ import yaml
 
 from cluster.evaluate.result import FamilyResult
 from cluster.family import run_family
+from cluster.flops import PEAK
 from cluster.preflight import Checked, preflight
 from cluster.runs import open_run
 from cluster.session import ray_session
 from cluster.specfile import load_spec
 from cluster.watch import Status
+from tests.integration.otlp import Sink, otlp_sink
 from tests.integration.seaweed import free_port, seaweed
 from tests.tiny import tiny_family, write_tiny_corpus, write_tiny_model
 
@@ -41,7 +43,18 @@ def s3(s3_environment: int, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_environment: int) -> Iterator[None]:
+def traces() -> Iterator[Sink]:
+    """Takes half of all traces; set before Ray, as the S3 server's address is. A CPU gets a peak to be held to, too."""
+    with otlp_sink() as sink, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", sink.url)
+        patch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
+        patch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.5")
+        patch.setenv(PEAK, "1e12")
+        yield sink
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_environment: int, traces: Sink) -> Iterator[None]:
     """The cluster that ``stillhouse run`` starts on a laptop."""
     with ray_session():
         yield

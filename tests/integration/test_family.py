@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cluster.preflight import Checked
 from cluster.registry import fetch_model
 from cluster.watch import Status
 from tests.integration.conftest import run_here, write_family
+from tests.integration.otlp import Sink, Span
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 BATCHES = 40
@@ -42,6 +44,49 @@ def test_one_pass_fed_all_three(family: tuple[Checked, FamilyResult, list[Status
     assert result.failed == {}
     assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
     assert result.stats.delivered == dict.fromkeys(STUDENTS, BATCHES)
+
+
+def test_a_batch_can_be_followed_from_the_teacher_to_every_student(
+    family: tuple[Checked, FamilyResult, list[Status]], traces: Sink
+) -> None:
+    _, result, _ = family
+    found = traces.traces(lambda span: span.facts.get("run") == result.run.name)
+    # Half of them are taken; none is taken in part, and none twice, though one that fell behind reads from the store.
+    assert 0 < len(found) < BATCHES
+    ranks = [(name, rank) for name, student in STUDENTS.items() for rank in range(student["ranks"])]
+    for spans in found.values():
+        fetches = {span.id: span for span in spans if span.name == "fetch"}
+        assert {span.parent for span in fetches.values()} == {""}
+        assert len({span.facts["batch"] for span in fetches.values()}) == 1
+        seen = Counter(span.name for span in spans)
+        assert (seen["score"], seen["store.put"], seen["store.get"]) == (1, 1, len(fetches))
+        for rank in ranks:
+            assert_in_order(fetches, [s for s in spans if (s.facts.get("student"), s.facts.get("rank")) == rank])
+        score, put = (next(span for span in spans if span.name == name) for name in ("score", "store.put"))
+        asked = fetches[score.parent]
+        assert asked.began < score.began < score.ended <= asked.ended <= put.ended
+
+
+def assert_in_order(fetches: dict[str, Span], of_rank: list[Span]) -> None:
+    by_name = {span.name: span for span in of_rank}
+    deliver, wait, step = (by_name[name] for name in ("deliver", "wait", "step"))
+    assert len(of_rank) == 3
+    assert deliver.parent == wait.parent == step.parent
+    assert fetches[step.parent].ended <= deliver.ended <= wait.ended <= step.began < step.ended
+
+
+def test_mfu_is_told_of_teacher_and_students(
+    family: tuple[Checked, FamilyResult, list[Status]],
+) -> None:
+    _, result, _ = family
+    assert result.stats.pool.mfu is not None
+    assert 0 < result.stats.pool.mfu < 1
+    for point in result.points:
+        # By the peak that the environment gives.
+        flops = 6 * result.students[point.student].parameters * point.metrics["tokens_per_second"]
+        share = point.metrics["mfu"] * 1e12 * STUDENTS[point.student]["ranks"] / flops
+        # It counts all tokens; a few of them carry no loss, and that speed is of those that do.
+        assert 1 < share < 1.2
 
 
 def test_every_student_came_closer_to_the_teacher(family: tuple[Checked, FamilyResult, list[Status]]) -> None:

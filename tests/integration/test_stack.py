@@ -99,7 +99,15 @@ def family(stack: Stack, laptop: Laptop, tiny: Path, tmp_path_factory: pytest.Te
     tree.pop("store"), tree.pop("tracking", None)
     path.write_text(yaml.safe_dump(tree))
     # A CPU has no peak in the table.
-    done = laptop.type("submit", str(path), "--env", "STILLHOUSE_PEAK_FLOPS=1e12")
+    variables = {
+        "STILLHOUSE_PEAK_FLOPS": "1e12",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{stack.mlflow_url}/v1/traces",
+        "OTEL_EXPORTER_OTLP_HEADERS": "x-mlflow-experiment-id=0",
+        "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+        "OTEL_TRACES_SAMPLER_ARG": "0.05",
+    }
+    given = [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
+    done = laptop.type("submit", str(path), *given)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -120,6 +128,13 @@ def test_labels_models_and_runs_lie_where_they_should(stack: Stack, family: str)
     assert all(kept.values()), kept
     versions = mlflow.MlflowClient(stack.mlflow_url).search_model_versions("")
     assert {version.name for version in versions} == {"tiny-small", "tiny-large"}
+
+
+def test_mlflow_shows_the_traces_of_batches(stack: Stack, family: str) -> None:
+    found = mlflow.MlflowClient(stack.mlflow_url).search_traces(locations=["0"], max_results=5)
+    assert found
+    for trace in found:
+        assert {"fetch", "score", "deliver", "wait", "step"} <= {span.name for span in trace.data.spans}
 
 
 @contextlib.contextmanager
