@@ -20,6 +20,7 @@ class Ask:
         choices: how many answers; each is drawn by itself.
         streamed: the caller reads along; else all after the first piece may come at the end, in one message.
         sampled: send the token ids along at the end, for the teacher to score.
+        trace: the one that it is part of, see :mod:`cluster.tracing`.
     """
 
     sampling: Sampling
@@ -28,6 +29,7 @@ class Ask:
     choices: int = 1
     streamed: bool = True
     sampled: bool = False
+    trace: str = ""
 
     @property
     def param(self) -> str:

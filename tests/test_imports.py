@@ -63,11 +63,13 @@ def test_the_cluster_imports_nothing_downstream(downstream: str) -> None:
 
 
 def test_serving_takes_little_from_the_cluster() -> None:
-    """Errors, the spec's words, YAML, the registry; the pool in one file, which scores a sample of answers."""
+    """Errors, the spec's words, YAML, traces, the registry; the pool in one file, which scores a sample of answers."""
     judge = ROOT / "serving/control/judge.py"
     others = [file for file in sources("serving") if file != judge]
     assert len(others) > 30
-    allowed = ("cluster.devices.", "cluster.errors.", "cluster.registry.", "cluster.spec.", "cluster.yaml_file.")
+    allowed = tuple(
+        f"cluster.{room}" for room in ("devices.", "errors.", "registry.", "spec.", "tracing", "yaml_file.")
+    )
     assert offenders(others, "cluster", allowed) + offenders(sources("serving"), "jobs") == []
     assert offenders([judge], "cluster", (*allowed, "cluster.corpus.", "cluster.labels.", "cluster.models.")) == [
         "serving/control/judge.py imports cluster.teacher.pool.TeacherPool"

@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 
+from cluster import tracing
 from cluster.errors import UserError
 from serving.ingress.arms import Arms
 from serving.ingress.protocol import BoundedProtocol
@@ -136,6 +137,7 @@ class Door:
         return spec is not None and spec.replicas.max > 1
 
     def _note(self, record: Record) -> None:
+        tracing.add(arm=record.arm, status=record.status)
         if len(self._records) < _MOST_RECORDS:
             self._records.append(record)
 

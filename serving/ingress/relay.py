@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from cluster import tracing
 from serving.api.errors import ApiError, try_again
 from serving.api.replies import DONE, Choice, Reply, sse
 from serving.api.requests import ChatRequest, CompletionRequest, Request
@@ -31,6 +32,7 @@ def ask_of(request: Request, sampled: bool = False) -> Ask:
         choices=request.choices,
         streamed=bool(request.stream),
         sampled=sampled,
+        trace=tracing.carried(),
     )
 
 

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from cluster import tracing
 from serving.api.errors import ApiError, try_again
 from serving.api.openapi import openapi
 from serving.api.replies import model_card, model_list
@@ -51,6 +52,11 @@ _ROLL = "/admin/arms/"
 
 logger = logging.getLogger("ray.serve")
 AskControl = Callable[[str, Any], Awaitable[tuple[int, Any]]]
+
+
+async def _traced(answer: Awaitable[None], parent: str, model: str) -> None:
+    with tracing.trace("request", parent, model=model):
+        await answer
 
 
 class App:
@@ -129,7 +135,10 @@ class App:
             self._shadow.copy(request, name)
         if self._spec.log_requests:
             logger.warning("request of %r: %s", name, raw.decode("utf-8", "replace"))
-        await while_connected(receive, self._relay.answer(ticket, send))
+        answer = self._relay.answer(ticket, send)
+        if tracing.on():
+            answer = _traced(answer, headers.get("traceparent", ""), request.model)
+        await while_connected(receive, answer)
         if self._spec.log_requests:
             logger.warning("answer to %r: %s", name, ["".join(choice.text) for choice in ticket.choices])
 

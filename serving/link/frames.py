@@ -76,6 +76,7 @@ def ask_out(ask: Ask) -> Any:
         ask.choices,
         ask.streamed,
         ask.sampled,
+        ask.trace,
     ]
 
 
@@ -86,9 +87,9 @@ def ask_in(content: Any) -> Ask:
         WireError: it is something else.
     """
     try:
-        (limit, temperature, top_p, stop, seed, logprobs), prompt, messages, choices, streamed, sampled = content
+        (limit, temperature, top_p, stop, seed, logprobs), prompt, messages, choices, streamed, sampled, trace = content
         sampling = Sampling(limit, temperature, top_p, tuple(stop), seed, logprobs)
-        return Ask(sampling, prompt, tuple(messages), choices, streamed, sampled)
+        return Ask(sampling, prompt, tuple(messages), choices, streamed, sampled, trace)
     except (TypeError, ValueError) as error:
         raise WireError("a request that is none") from error
 

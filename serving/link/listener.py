@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, cast
 
+from cluster import tracing
 from serving.asking import Ask, Item
 from serving.link.frames import BUSY, END, FAILED, MOST_BYTES, Frames, WireError, ask_in, items_out, packed
 from serving.link.gathered import Gathered
@@ -97,6 +99,7 @@ class _Connection(asyncio.Protocol):
         self._task = asyncio.get_running_loop().create_task(self._answer(ask_in(frame)))
 
     async def _answer(self, ask: Ask) -> None:
+        began_ns = time.time_ns()
         if self._listener.under_way >= self._listener.most:
             self._transport.write(packed(BUSY))
             return
@@ -112,6 +115,7 @@ class _Connection(asyncio.Protocol):
             logger.exception("a request failed")
             last = FAILED
         finally:
+            tracing.record("answer", ask.trace, began_ns)
             self._listener.under_way -= 1
         self._flush()
         self._transport.write(packed(last))

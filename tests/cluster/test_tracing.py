@@ -1,5 +1,6 @@
 """Traces within one process; how they go through a family is tested where one runs."""
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -100,3 +101,22 @@ def test_nonsense_begins_a_trace_of_its_own(nonsense: str, spans: InMemorySpanEx
     with tracing.trace("request", nonsense):
         pass
     assert ids(spans)["request"][1] is None
+
+
+def test_what_takes_the_spans_may_be_away(nowhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracing, "FLUSH_S", 0.1)
+    with tracing.trace("request"):
+        tracing.add(arm="a")
+    began = time.monotonic()
+    tracing.flush()
+    assert time.monotonic() - began < 5.0
+    tracing._provider().shutdown()
+
+
+def test_what_is_learnt_on_the_way_is_said_of_the_present_span(spans: InMemorySpanExporter) -> None:
+    tracing.add(lost=1)
+    with tracing.trace("request", model="m"):
+        tracing.add(arm="a", status=200)
+    (request,) = spans.get_finished_spans()
+    assert dict(request.attributes or {}) == {"model": "m", "arm": "a", "status": 200}

@@ -6,6 +6,7 @@ One endpoint for the whole file (it takes ~10 s to come up); each test leaves it
 import http.client
 import json
 import math
+import secrets
 import socket
 import threading
 import time
@@ -26,6 +27,7 @@ from serving.arms import Arm, parse_arms
 from serving.bench import run_bench
 from serving.deploy import Endpoint, deploy, endpoint_of
 from serving.ingress.relay import ARM_HEADER
+from tests.integration.otlp import Sink
 from tests.integration.tiny_model import CONTEXT, make_tiny_model
 
 pytestmark = pytest.mark.integration
@@ -107,6 +109,22 @@ def test_streamed_or_whole_a_chat_is_the_same(client: openai.OpenAI) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+
+
+def test_a_request_can_be_followed_from_the_caller_through_the_door_to_the_arm(
+    http_client: httpx.Client, traces: Sink
+) -> None:
+    trace, caller = secrets.token_hex(16), secrets.token_hex(8)
+    for taken in ("01", "00"):  # the caller's word counts
+        headers = {"traceparent": f"00-{trace}-{caller}-{taken}"}
+        body = {"model": "large", "prompt": "hello", "max_tokens": 5, "stream": True}
+        assert http_client.post("/v1/completions", json=body, headers=headers).status_code == 200
+    for name in ("request", "answer"):
+        traces.await_span(lambda span, name=name: (span.trace, span.name) == (trace, name))
+    request, answer = traces.traces(lambda span: span.trace == trace)[trace]
+    assert (request.name, request.parent, answer.name, answer.parent) == ("request", caller, "answer", request.id)
+    assert (request.facts, answer.facts) == ({"model": "large", "arm": "large", "status": 200}, {})
+    assert request.began < answer.began < answer.ended <= request.ended
 
 
 def test_the_arms_are_different_models(client: openai.OpenAI) -> None:
