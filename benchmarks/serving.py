@@ -142,6 +142,7 @@ def batching(endpoint: Endpoint, clients: int, rounds: int) -> dict[str, Any]:
             concurrency=concurrency,
             requests=requests,
             max_tokens=Length("fixed", (48.0,)),
+            api="completions",  # random weights have no chat template
         )
         return asyncio.run(measure(settings)).tokens_per_s
 
