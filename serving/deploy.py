@@ -28,7 +28,7 @@ from serving.launch import QUIET, application, arm_of, control_of, route_of, run
 from serving.spec import EndpointSpec, checked
 
 # Light processes, on the machine whose address is listened on.
-_ON_THE_HEAD: dict[str, Any] = {
+ON_THE_HEAD: dict[str, Any] = {
     "max_ongoing_requests": 1000,
     "ray_actor_options": {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
     "user_config": {},
@@ -98,7 +98,7 @@ class Endpoint:
         self.shutdown()
 
 
-def deploy(spec: EndpointSpec, tracking_uri: str | None = None) -> Endpoint:
+def deploy(spec: EndpointSpec, tracking_uri: str | None = None, grows: bool = False) -> Endpoint:
     """Serve the arms behind one endpoint; returns when it answers.
 
     ``ray.init`` has been done by the caller. Everything is checked, and every model fetched, before anything
@@ -106,37 +106,62 @@ def deploy(spec: EndpointSpec, tracking_uri: str | None = None) -> Endpoint:
 
     Args:
         tracking_uri: where the registry is; needed when a source is a ``models:/`` URI.
+        grows: the cluster adds nodes for what waits, so arms may need more than it has now.
 
     Raises:
         UserError: an arm, a name or the port cannot be used, or the cluster is too small. Nothing has been started.
         RunError: the arms were started and did not come up. Nothing is left running.
     """
-    _check_cluster(spec)
+    _check_name(spec)
+    if not grows:
+        _check_room(spec)
     sources = {name: pinned(arm.source, tracking_uri) for name, arm in spec.arms.items()}
     models = {name: locate(Arm(name, source), tracking_uri, spec.arms[name].engine) for name, source in sources.items()}
     temporary = None if spec.state else Path(tempfile.mkdtemp(prefix="still-"))
     arms = {name: arm.model_copy(update={"source": sources[name]}) for name, arm in spec.arms.items()}
     spec = spec.model_copy(update={"arms": arms, "port": _claim(spec), "state": spec.state or temporary})
-    shown = f"[{spec.host}]" if ":" in spec.host else spec.host
-    running = Endpoint(f"http://{shown}:{spec.port}", spec, _temporary=temporary)
+    endpoint = Endpoint(_url(spec), spec, _temporary=temporary)
     try:
         with _quiet():
             _start(spec, models, tracking_uri)
-            running._control = control_of(spec)
-            wait("the endpoint to answer", 30.0, lambda: _answers(running.url))
-            wait("the arms to be heard of", 30.0, lambda: all(running.ask("traffic")["processes"].values()))
+            endpoint._control = control_of(spec)
+            wait("the endpoint to answer", 30.0, lambda: _answers(endpoint.url))
+            wait("the arms to be let in", 30.0, lambda: _are_in(endpoint.ask("traffic")))
     except BaseException:  # Ctrl-C too: nothing is left behind
-        running.shutdown()
+        endpoint.shutdown()
         raise
-    return running
+    return endpoint
+
+
+def running(spec: EndpointSpec) -> Endpoint | None:
+    """The endpoint of this name that runs on the cluster, whoever has started it; None where there is none, or only
+    parts of one."""
+    applications = serve.status().applications
+    parts = [applications.get(f"{spec.name}-{part}") for part in ("control", "door")]
+    if not all(part is not None and part.status == "RUNNING" for part in parts):
+        return None
+    control = control_of(spec)
+    spec = control.spec.remote().result()
+    return Endpoint(_url(spec), spec, control)
+
+
+def clear(spec: EndpointSpec) -> None:
+    """End what there is on the cluster of an endpoint of this name, whole or in part."""
+    if any(_is_ours(spec, name) for name in serve.status().applications):
+        Endpoint(_url(spec), spec).shutdown()
+
+
+def _url(spec: EndpointSpec) -> str:
+    shown = f"[{spec.host}]" if ":" in spec.host else spec.host
+    return f"http://{shown}:{spec.port}"
 
 
 def _start(spec: EndpointSpec, models: Mapping[str, Path | None], tracking_uri: str | None) -> None:
     # Doors listen by themselves (see serving.ingress.door), so Serve's own proxy is not started.
     serve.start(ProxyLocation.Disabled, logging_config=QUIET)
     routes = {name: route_of(spec.name, name, 1) for name in spec.arms}
-    control = serve.deployment(Control).options(name="control", **_ON_THE_HEAD)
-    door = serve.deployment(Door).options(name="door", num_replicas=spec.doors, **_ON_THE_HEAD)
+    control = serve.deployment(Control).options(name="control", **ON_THE_HEAD)
+    door = serve.deployment(Door).options(name="door", num_replicas=spec.doors, **ON_THE_HEAD)
     secret = secrets.token_hex(32)
     # Doors and arms wait for the control by themselves, so all can start at the same time.
     applications = {route: application(spec, name, route, models[name], secret) for name, route in routes.items()} | {
@@ -159,11 +184,14 @@ def endpoint_of(arms: Sequence[Arm], **settings: Any) -> EndpointSpec:
     return checked(arms={arm.name: {"source": arm.source, "weight": arm.weight, **own} for arm in arms}, **settings)
 
 
-def _check_cluster(spec: EndpointSpec) -> None:
+def _check_name(spec: EndpointSpec) -> None:
     if any(_is_ours(spec, name) for name in serve.status().applications):
         raise UserError(
             f"an endpoint {spec.name!r} already runs on this cluster; end it first, or give this one another name."
         )
+
+
+def _check_room(spec: EndpointSpec) -> None:
     have = ray.cluster_resources()
     for what, field in (("CPU", "cpus"), ("GPU", "gpus")):
         needed = sum(getattr(arm, field) * arm.replicas.min for arm in spec.arms.values())
@@ -200,6 +228,11 @@ def _answers(url: str) -> bool:
         return httpx.get(f"{url}/healthz", timeout=5.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def _are_in(traffic: Mapping[str, Any]) -> bool:
+    """Whether each arm has said where it is; one that came late was taken out, and is let in when it answers."""
+    return all(traffic["processes"].values()) and not traffic["out"]
 
 
 def _is_ours(spec: EndpointSpec, application: str) -> bool:

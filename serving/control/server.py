@@ -83,6 +83,10 @@ class Control:
             if loop.done():
                 raise RuntimeError("the control's clock has stopped") from loop.exception()
 
+    async def spec(self) -> EndpointSpec:
+        """The endpoint as it was started, with models by their versions."""
+        return self._spec
+
     # ---- for the doors ----
 
     async def plan_after(self, door: str, version: int) -> Plan:

@@ -49,6 +49,8 @@ _ADMIN = {
     ("GET", "/admin/experiment/report"): "ab_report",
 }
 _ROLL = "/admin/arms/"
+# What KubeRay asks Serve's proxy; where it is off, the door answers in its place, in the proxy's word.
+_KUBERAY = "/-/healthz"
 
 logger = logging.getLogger("ray.serve")
 AskControl = Callable[[str, Any], Awaitable[tuple[int, Any]]]
@@ -211,8 +213,8 @@ class App:
     async def _tell(self, path: str, headers: Headers, send: Send) -> None:
         if path == "/healthz":
             return await send_json(send, 200, {"status": "ok", "endpoint": self._spec.name}, {})
-        if path == "/readyz":
-            return await self._readyz(send)
+        if path in ("/readyz", _KUBERAY):
+            return await self._readyz(path, send)
         if path == "/openapi.json":
             return await send_json(send, 200, openapi(self._spec.name), {})
         if path == "/metrics":
@@ -229,10 +231,13 @@ class App:
             return await send_json(send, 200, model_card(name, self._created), {})
         raise ApiError(404, f"There is nothing at {path[:80]!r}.")
 
-    async def _readyz(self, send: Send) -> None:
+    async def _readyz(self, path: str, send: Send) -> None:
         """Whether the split has an arm that can answer."""
         ready = self._arms.draw("", ()) is not None
-        await send_json(send, 200 if ready else 503, {"ready": ready}, {})
+        status = 200 if ready else 503
+        if path == _KUBERAY:
+            return await send_text(send, status, "text/plain; charset=utf-8", "success" if ready else "no arm answers")
+        await send_json(send, status, {"ready": ready}, {})
 
     async def _administer(self, method: str, path: str, headers: Headers, receive: Receive, send: Send) -> None:
         self._admit_admin(headers)

@@ -275,6 +275,17 @@ def test_readiness_is_an_arm_that_can_answer() -> None:
     assert (answer.status_code, answer.json()) == (503, {"ready": False})
 
 
+def test_kuberay_s_question_for_serve_s_proxy_is_answered_by_whether_an_arm_can(tmp_path: Path) -> None:
+    add_key(tmp_path / "keys.yaml", "app")
+    door = Door(keys=tmp_path / "keys.yaml")
+    question = ("GET", "/-/healthz", {})
+    (answer,) = door.ask(question, host="10.0.0.1:8000")
+    assert (answer.status_code, answer.text) == (200, "success")
+    door.arms.plan = door.arms.plan.next(out={"x": "died", "y": "died"})
+    (answer,) = door.ask(question, host="10.0.0.1:8000")
+    assert answer.status_code == 503 and "success" not in answer.text
+
+
 def test_the_openapi_document_holds_the_parameters() -> None:
     document = Door().ask(("GET", "/openapi.json", {}))[0].json()
     schema = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

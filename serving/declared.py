@@ -1,0 +1,121 @@
+"""An endpoint by declaration: a Serve application that has one running as its configuration says.
+
+For who deploys by Serve's configuration file or REST API, as KubeRay's RayService does. The application is one small
+process beside the doors, the keeper; the endpoint itself is the same as that of ``stillhouse serve``, and its arms can
+be rolled and its traffic changed as there. The endpoint's spec is the keeper's ``user_config``:
+
+.. code-block:: yaml
+
+    proxy_location: Disabled
+    applications:
+      - name: endpoint
+        import_path: serving.declared:application
+        route_prefix: null
+        deployments:
+          - name: keeper
+            user_config: { endpoint: { arms: { ... } }, tracking_uri: ... }
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from pydantic import ValidationError
+from ray import serve
+
+from cluster.errors import UserError
+from cluster.spec.base import Section
+from serving.deploy import ON_THE_HEAD, Endpoint, clear, deploy, running
+from serving.keys import KeyRing
+from serving.spec import EndpointSpec, checked
+
+
+class Declared(Section):
+    """The keeper's ``user_config``."""
+
+    endpoint: dict[str, Any]
+    """As in the file of ``stillhouse serve``, with absolute paths, a port, and a folder for ``state``."""
+    tracking_uri: str | None = None
+    """Where the registry is; needed when a source is a ``models:/`` URI."""
+
+
+class Keeper:
+    """Has the endpoint running while its application does. The application is RUNNING once the endpoint answers.
+
+    A keeper that takes another's place finds the endpoint and leaves it alone if it is as declared. One that is told of
+    another spec checks it first, then ends the endpoint and starts it anew.
+    """
+
+    def __init__(self) -> None:
+        self._endpoint: Endpoint | None = None
+
+    async def reconfigure(self, config: dict[str, Any]) -> None:
+        """Serve calls this with the ``user_config``, once the keeper is made and again when it has changed.
+
+        Raises:
+            UserError: it cannot be used. An endpoint that runs goes on.
+            RunError: the endpoint did not start. Nothing of it is left.
+        """
+        declared, tracking_uri = _read(config)
+        await asyncio.to_thread(self._have, declared, tracking_uri)
+
+    def _have(self, declared: EndpointSpec, tracking_uri: str | None) -> None:
+        if (before := self._endpoint or running(declared)) is not None:
+            if _is_as(before.spec, declared):
+                self._endpoint = before
+                return
+            before.shutdown()
+        self._endpoint = None
+        clear(declared)
+        self._endpoint = deploy(declared, tracking_uri, grows=True)
+
+    async def close(self) -> None:
+        """End the endpoint, if its application is to go and not only this process."""
+        if self._endpoint is not None and await asyncio.to_thread(_is_to_go):
+            await asyncio.to_thread(self._endpoint.shutdown)
+
+    def __del__(self) -> Any:
+        """Serve calls this when it ends a replica, and awaits what it returns."""
+        return self.close() if getattr(self, "_endpoint", None) is not None else None
+
+
+def _read(config: dict[str, Any]) -> tuple[EndpointSpec, str | None]:
+    try:
+        declared = Declared.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise UserError(f"user_config.{where}: {first['msg']}; allowed: endpoint, tracking_uri.") from error
+    spec = checked(**declared.endpoint)
+    if spec.port == 0:
+        raise UserError("port is 0; a declared endpoint needs one that others know.")
+    if spec.state is None:
+        raise UserError("state is missing; give a folder that is there after a restart.")
+    for name, path in (("keys", spec.keys), ("state", spec.state)):
+        if path is not None and not path.is_absolute():
+            raise UserError(f"{name} is {str(path)!r}; give an absolute path, for there is no file to be relative to.")
+    KeyRing(spec.keys)
+    return spec, declared.tracking_uri
+
+
+def _is_as(here: EndpointSpec, declared: EndpointSpec) -> bool:
+    """Whether an endpoint is the declared one. An alias stands for the version that it was started with."""
+    arms = {
+        name: arm.model_copy(update={"source": here.arms[name].source})
+        if "@" in arm.source and name in here.arms
+        else arm
+        for name, arm in declared.arms.items()
+    }
+    return declared.model_copy(update={"arms": arms}) == here
+
+
+def _is_to_go() -> bool:
+    application = serve.status().applications.get(serve.get_replica_context().app_name)
+    return application is None or application.status == "DELETING"
+
+
+application = (
+    serve.deployment(Keeper).options(**ON_THE_HEAD | {"name": "keeper", "graceful_shutdown_timeout_s": 600}).bind()
+)
+"""What ``import_path`` names."""
