@@ -2,11 +2,11 @@
 #   docker build -f infra/images/cpu.Dockerfile -t stillhouse/cpu:0.1.0 .
 FROM debian:12.12-slim
 
-# The compiler is DeepSpeed's: it builds one operator when a student first starts. Versions are the release's own; a mirror
-# drops each one when its security update comes.
+# The compiler is DeepSpeed's: it builds one operator when a student first starts. wget is for KubeRay's probes. Versions
+# are the release's own; a mirror drops each one when its security update comes.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build python3 python3-dev python3-venv \
+    && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build python3 python3-dev python3-venv wget \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin stillhouse
 RUN python3 -m venv /opt/venv && chown --recursive stillhouse /opt/venv

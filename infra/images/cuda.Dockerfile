@@ -4,7 +4,7 @@ FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build python3 python3-dev python3-venv \
+    && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build python3 python3-dev python3-venv wget \
     && rm -rf /var/lib/apt/lists/*
 # Ubuntu's image has a user 1000 already.
 RUN usermod --login stillhouse --home /home/stillhouse --move-home ubuntu
