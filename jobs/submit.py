@@ -78,12 +78,12 @@ def submit(
         start_job(
             client,
             job=job,
-            command=_command(resume, ds),
+            command=command(resume, ds),
             folder=folder,
             family=spec.name,
             user=getpass.getuser(),
             variables=variables,
-            metadata=_begun(resume, ds),
+            metadata=begun(resume, ds),
         )
     say(f"submitted {job} ({size / 1024:.0f} KiB shipped)")
     say(f"dashboard {context.address}/#/jobs/{job}")
@@ -96,12 +96,14 @@ def submit(
     return follow(client, job)
 
 
-def _command(resume: bool, ds: date | None) -> str:
+def command(resume: bool, ds: date | None) -> str:
+    """What a job runs, behind `stillhouse`."""
     # The date goes along, for the run to remember: its paths have no macros any more.
     return f"run {SPEC_FILE}{' --resume' if resume else ''}{f' --ds {ds}' if ds else ''}"
 
 
-def _begun(resume: bool, ds: date | None) -> dict[str, str]:
+def begun(resume: bool, ds: date | None) -> dict[str, str]:
+    """The date of the run that a job begins, as part of what it says of itself."""
     # A job that goes on with a run may have been given a wrong date, and its run keeps its own.
     return {DS: ds.isoformat()} if ds and not resume else {}
 

@@ -120,16 +120,38 @@ def submit(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run there.")] = False,
     ds: Ds = None,
-    follow: Annotated[bool, typer.Option(help="Show its log and end with its outcome.")] = True,
+    follow: Annotated[bool | None, typer.Option(help="Show its log and end with its outcome. Default: yes.")] = None,
+    kubernetes: Annotated[
+        bool, typer.Option("--kubernetes", help="Have KubeRay run it, on the cluster that kubectl points to.")
+    ] = False,
+    image: Annotated[str | None, typer.Option(help="For --kubernetes: a container image that has Stillhouse.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="For --kubernetes. Default: stillhouse.")] = None,
+    cluster: Annotated[str | None, typer.Option(help="For --kubernetes: the RayCluster. Default: stillhouse.")] = None,
+    token_secret: Annotated[
+        str | None,
+        typer.Option(
+            help="For --kubernetes: Secret whose key auth_token holds its token. Default: the cluster's name."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool | None, typer.Option("--dry-run", help="For --kubernetes: print the objects, create nothing.")
+    ] = None,
 ) -> None:
     """Run a family as a Ray job on a running cluster."""
     from cluster.dates import date_of
+    from jobs import kubernetes as kube
     from jobs.contexts import context_for
     from jobs.submit import submit as submit_family
 
     day = date_of(ds) if ds is not None else None
-    where = context_for(context, address)
-    raise typer.Exit(submit_family(spec, overrides or [], where, name, env or [], resume, follow, day))
+    own = {"image": image, "namespace": namespace, "cluster": cluster, "token_secret": token_secret}
+    place = kube.place_of(kubernetes, {"address": address, "env": env, "follow": follow}, dry_run=dry_run, **own)
+    if place is None:
+        where = context_for(context, address)
+        on = follow is not False
+        raise typer.Exit(submit_family(spec, overrides or [], where, name, env or [], resume, on, day))
+    named = context_for(context, None) if context is not None else None
+    kube.submit(spec, overrides or [], named, place, name=name, resume=resume, ds=day, dry_run=bool(dry_run))
 
 
 @app.command()

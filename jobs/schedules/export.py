@@ -12,14 +12,12 @@ import yaml
 from cluster.errors import UserError
 from cluster.specfile import load_spec
 from jobs.contexts import Context
+from jobs.kubernetes import FOLDER, LARGEST, submitter
 from jobs.schedules.plan import LATE_S, schedule_of
 from jobs.submit import SPEC_FILE, pack
 
 # A day: one missed night is caught up, an older one is not.
 CATCH_UP_S = 86_400
-# What a ConfigMap may hold.
-LARGEST = 1024**2
-MOUNT = "/family"
 # Kubernetes puts the name of the night's job on its pods.
 JOB_NAME_LABEL = "metadata.labels['batch.kubernetes.io/job-name']"
 
@@ -58,6 +56,7 @@ def manifests(
     labels = {"app.kubernetes.io/name": "stillhouse", "stillhouse/family": spec.name}
     metadata = {"name": f"stillhouse-{schedule.name}", "namespace": namespace, "labels": labels}
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {SPEC_FILE: text}}
+    submit = ["stillhouse", "submit", f"{FOLDER}/{SPEC_FILE}"]
     cron = {
         "apiVersion": "batch/v1",
         "kind": "CronJob",
@@ -75,33 +74,16 @@ def manifests(
                     "backoffLimit": 0,
                     "template": {
                         "metadata": {"labels": labels},
-                        "spec": _pod(context.address, image, metadata["name"], token_secret),
+                        "spec": submitter(
+                            image,
+                            token_secret,
+                            {"name": metadata["name"]},
+                            command=[*submit, "--address", context.address, "--name", "$(NIGHT)"],
+                            env=[{"name": "NIGHT", "valueFrom": {"fieldRef": {"fieldPath": JOB_NAME_LABEL}}}],
+                        ),
                     },
                 }
             },
         },
     }
     return yaml.safe_dump_all([config, cron], sort_keys=False)
-
-
-def _pod(address: str, image: str, config: Any, token_secret: str) -> dict[str, Any]:
-    token = {"secretKeyRef": {"name": token_secret, "key": "auth_token"}}
-    container = {
-        "name": "submit",
-        "image": image,
-        "command": ["stillhouse", "submit", f"{MOUNT}/{SPEC_FILE}", "--address", address, "--name", "$(NIGHT)"],
-        "env": [
-            {"name": "NIGHT", "valueFrom": {"fieldRef": {"fieldPath": JOB_NAME_LABEL}}},
-            {"name": "RAY_AUTH_MODE", "value": "token"},
-            {"name": "RAY_AUTH_TOKEN", "valueFrom": token},
-        ],
-        "volumeMounts": [{"name": "family", "mountPath": MOUNT, "readOnly": True}],
-        "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "512Mi"}},
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-    }
-    return {
-        "restartPolicy": "Never",
-        "securityContext": {"runAsNonRoot": True, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
-        "containers": [container],
-        "volumes": [{"name": "family", "configMap": {"name": config}}],
-    }

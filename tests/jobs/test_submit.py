@@ -59,8 +59,8 @@ def test_what_travels_is_the_corpus_of_one_date(spec_path: Path, tmp_path: Path)
 
 
 def test_the_job_is_told_the_date_and_a_resumed_one_goes_on_with_that_of_its_run() -> None:
-    assert submit._command(False, date(2026, 11, 24)) == "run family.yaml --ds 2026-11-24"
-    assert submit._command(True, None) == "run family.yaml --resume"
+    assert submit.command(False, date(2026, 11, 24)) == "run family.yaml --ds 2026-11-24"
+    assert submit.command(True, None) == "run family.yaml --resume"
     begun = [
         ("tiny", date(2026, 11, 23), False),
         ("tiny", date(2026, 11, 24), False),
@@ -68,7 +68,7 @@ def test_the_job_is_told_the_date_and_a_resumed_one_goes_on_with_that_of_its_run
         ("other", date(2026, 11, 26), False),
     ]
     jobs = [
-        SimpleNamespace(metadata={submit.FAMILY: family, **submit._begun(resume, ds)}, start_time=number)
+        SimpleNamespace(metadata={submit.FAMILY: family, **submit.begun(resume, ds)}, start_time=number)
         for number, (family, ds, resume) in enumerate(begun)
     ]
     client = SimpleNamespace(list_jobs=lambda: [SimpleNamespace(metadata=None, start_time=None), *reversed(jobs)])
