@@ -1,11 +1,14 @@
-"""Every overlay, rendered: valid by the schemas of Kubernetes and KubeRay, and by the rules that the guide promises."""
+"""Every overlay, the endpoint, and what `submit --kubernetes` makes: valid by the schemas of Kubernetes and KubeRay,
+and by the rules that the guide promises."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import operator
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,32 +17,56 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray._common.utils import import_attr
+from ray.serve.schema import ServeDeploySchema
 
 from cluster.specfile import load_spec
+from jobs.kubernetes import Place, manifests
+from serving.declared import Declared
+from serving.spec import checked
+from tests.tiny import tiny_family
 
 KUBERNETES = Path(__file__).parents[2] / "infra/kubernetes"
 CRDS = Path(__file__).parents[3] / "shared/assets/kuberay-crds"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
+# Stands for what `stillhouse submit --kubernetes` makes of a small family.
+SUBMITTED = "submitted"
+ALL = [*OVERLAYS, "endpoint", SUBMITTED]
 Object = dict[str, Any]
 
 
 @functools.cache
-def rendered(overlay: str) -> tuple[Object, ...]:
+def rendered(what: str) -> tuple[Object, ...]:
+    if what == SUBMITTED:
+        return submitted()
     kubectl = Path(sys.executable).parent / "kubectl"
-    command = [str(kubectl), "kustomize", str(KUBERNETES / "overlays" / overlay)]
+    command = [str(kubectl), "kustomize", str(KUBERNETES / ("overlays" if what in OVERLAYS else "") / what)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return tuple(yaml.safe_load_all(done.stdout))
+
+
+def submitted() -> tuple[Object, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.jsonl"
+        corpus.write_text('{"text": "one"}\n')
+        path = Path(folder) / "family.yaml"
+        path.write_text(yaml.safe_dump(tiny_family("hf://org/teacher", corpus)))
+        _, objects, _ = manifests(path, [], None, Place("registry.example.com/stillhouse/cpu:0.1.0"), name="tiny")
+    return tuple(objects)
 
 
 def pods(objects: tuple[Object, ...]) -> Iterator[tuple[str, Object]]:
     """Every pod's spec, by where it stands."""
     for each in objects:
         name, spec = f"{each['kind']} {each['metadata']['name']}", each.get("spec", {})
-        if each["kind"] == "RayCluster":
-            yield f"{name} head", spec["headGroupSpec"]["template"]["spec"]
-            for group in spec["workerGroupSpecs"]:
+        if each["kind"] in ("RayCluster", "RayService"):
+            cluster = spec.get("rayClusterConfig", spec)
+            yield f"{name} head", cluster["headGroupSpec"]["template"]["spec"]
+            for group in cluster["workerGroupSpecs"]:
                 yield f"{name} {group['groupName']}", group["template"]["spec"]
+        elif each["kind"] == "RayJob":
+            yield name, spec["submitterPodTemplate"]["spec"]
         elif each["kind"] == "CronJob":
             yield name, spec["jobTemplate"]["spec"]["template"]["spec"]
         elif "template" in spec:
@@ -81,37 +108,46 @@ def closed(schema: Object) -> Object:
     return schema
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_objects_of_kubernetes_are_valid(overlay: str) -> None:
-    for each in rendered(overlay):
+@pytest.mark.parametrize("what", ALL)
+def test_objects_of_kubernetes_are_valid(what: str) -> None:
+    for each in rendered(what):
         if not each["apiVersion"].startswith("ray.io/"):
             kubernetes_validate.validate(each, "1.37", strict=True)
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_objects_of_kuberay_are_valid(overlay: str) -> None:
-    found = [each for each in rendered(overlay) if each["apiVersion"] == "ray.io/v1"]
+@pytest.mark.parametrize("what", ALL)
+def test_objects_of_kuberay_are_valid(what: str) -> None:
+    found = [each for each in rendered(what) if each["apiVersion"] == "ray.io/v1"]
     assert found
     for each in found:
         jsonschema.validate(each, crd(each["kind"]))
 
 
-def test_a_field_that_kuberay_does_not_know_is_refused() -> None:
-    (cluster,) = (copy.deepcopy(each) for each in rendered("one-gpu") if each["kind"] == "RayCluster")
-    cluster["spec"]["workerGroupSpecs"][0]["maxReplica"] = 3
+@pytest.mark.parametrize(
+    ("what", "kind", "path"),
+    [
+        ("one-gpu", "RayCluster", ["spec", "workerGroupSpecs", 0]),
+        ("endpoint", "RayService", ["spec", "rayClusterConfig", "headGroupSpec"]),
+        (SUBMITTED, "RayJob", ["spec", "submitterPodTemplate", "spec"]),
+    ],
+)
+def test_a_field_that_kuberay_does_not_know_is_refused(what: str, kind: str, path: list[Any]) -> None:
+    (wanted,) = (copy.deepcopy(each) for each in rendered(what) if each["kind"] == kind)
+    jsonschema.validate(wanted, crd(kind))
+    functools.reduce(operator.getitem, path, wanted)["maxReplica"] = 3
     with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
-        jsonschema.validate(cluster, crd("RayCluster"))
+        jsonschema.validate(wanted, crd(kind))
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_pods_are_contained_and_ask_for_what_they_need(overlay: str) -> None:
-    seen = dict(pods(rendered(overlay)))
-    assert len(seen) >= 5
+@pytest.mark.parametrize("what", ALL)
+def test_pods_are_contained_and_ask_for_what_they_need(what: str) -> None:
+    seen = dict(pods(rendered(what)))
+    assert len(seen) >= (5 if what in OVERLAYS else 1)
     for where, pod in seen.items():
         assert pod["securityContext"]["runAsNonRoot"] is True, where
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, where
         for container in pod["containers"]:
-            _, _, tag = container["image"].partition(":")
+            _, _, tag = container["image"].rpartition(":")
             assert tag and tag != "latest", f"{where}: {container['image']}"
             assert {"cpu", "memory"} <= set(container["resources"]["requests"]), where
             assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"], where
@@ -119,9 +155,9 @@ def test_pods_are_contained_and_ask_for_what_they_need(overlay: str) -> None:
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}, where
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_no_secret_is_written_down(overlay: str) -> None:
-    objects = rendered(overlay)
+@pytest.mark.parametrize("what", ALL)
+def test_no_secret_is_written_down(what: str) -> None:
+    objects = rendered(what)
     assert not [each for each in objects if each["kind"] == "Secret"]
     for where, pod in pods(objects):
         for container in pod["containers"]:
@@ -154,6 +190,8 @@ def test_the_night_s_family_is_one_that_can_be_read_and_fits(overlay: str, tmp_p
     path = tmp_path / "nightly.yaml"
     path.write_text(families["data"]["nightly.yaml"])
     spec = load_spec(path)
+    # Without it runs and models would go into a file on the head.
+    assert spec.tracking.uri == "http://mlflow:5000"
     (cluster,) = (each["spec"] for each in objects if each["kind"] == "RayCluster")
     gpus = sum(
         group["maxReplicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
@@ -169,3 +207,64 @@ def test_two_nights_never_overlap() -> None:
     (night,) = (each["spec"] for each in rendered("one-gpu") if each["kind"] == "CronJob")
     assert night["concurrencyPolicy"] == "Forbid"
     assert night["jobTemplate"]["spec"]["backoffLimit"] == 0
+
+
+def of_kind(what: str, kind: str) -> Object:
+    (found,) = (each for each in rendered(what) if each["kind"] == kind)
+    return found
+
+
+def test_the_endpoint_is_open_to_others_only_with_keys_and_where_kuberay_looks() -> None:
+    service = of_kind("endpoint", "RayService")["spec"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+    # The door has the port, so Serve's proxy must not.
+    assert config.proxy_location == "Disabled"
+    (application,) = config.applications
+    assert import_attr(application.import_path)
+    (keeper,) = application.deployments
+    assert isinstance(keeper.user_config, dict)
+    declared = Declared.model_validate(keeper.user_config)
+    spec = checked(**declared.endpoint)
+    assert (spec.host, declared.tracking_uri) == ("0.0.0.0", "http://mlflow:5000")
+    head = service["rayClusterConfig"]["headGroupSpec"]["template"]
+    (container,) = head["spec"]["containers"]
+    assert {"name": "serve", "containerPort": spec.port} in container["ports"]
+    volumes = {each["name"]: each for each in head["spec"]["volumes"]}
+    mounts = {each["mountPath"]: volumes[each["name"]] for each in container["volumeMounts"]}
+    assert spec.keys is not None and "secret" in mounts[str(spec.keys.parent)]
+    assert spec.state is not None and any(spec.state.is_relative_to(path) for path in mounts)
+    # Nobody listens on an arm's node, so it is no part of the service, and ready without Serve's proxy.
+    clients = of_kind("endpoint", "Service")["spec"]
+    assert clients["selector"] == {
+        "stillhouse/role": head["metadata"]["labels"]["stillhouse/role"],
+        "ray.io/serve": "true",
+    }
+    assert clients["ports"][0]["port"] == spec.port
+    for group in service["rayClusterConfig"]["workerGroupSpecs"]:
+        assert group["template"]["metadata"]["labels"]["stillhouse/role"] != clients["selector"]["stillhouse/role"]
+        assert group["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]["path"] == "/api/healthz"
+
+
+def test_the_endpoint_lets_in_who_may_ask_and_the_operator() -> None:
+    policies = {
+        each["metadata"]["name"]: each["spec"] for each in rendered("endpoint") if each["kind"] == "NetworkPolicy"
+    }
+    assert all(rule.get("from") for policy in policies.values() for rule in policy["ingress"])
+    clients, kuberay, _ = policies["endpoint-door"]["ingress"]
+    assert clients["ports"] == [{"port": 8000}] and {"port": 8000} in kuberay["ports"]
+    labels = of_kind("endpoint", "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]["metadata"][
+        "labels"
+    ]
+    for name in ("endpoint-door", "endpoint-nodes"):
+        assert policies[name]["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_a_submitter_is_let_in_by_the_head_and_finds_its_cluster() -> None:
+    job = of_kind(SUBMITTED, "RayJob")["spec"]
+    (head,) = (
+        each["spec"] for each in rendered("one-gpu") if each["metadata"]["name"] == "head" and "ingress" in each["spec"]
+    )
+    labels = job["submitterPodTemplate"]["metadata"]["labels"]
+    allowed = [each["podSelector"]["matchLabels"] for each in head["ingress"][0]["from"] if "podSelector" in each]
+    assert any(wanted.items() <= labels.items() for wanted in allowed)
+    assert job["clusterSelector"] == {"ray.io/cluster": of_kind("one-gpu", "RayCluster")["metadata"]["name"]}
