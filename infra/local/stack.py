@@ -3,7 +3,8 @@
     python -m infra.local.stack up [--free-ports] | down | status | backup FOLDER | restore FOLDER
 
 A Ray head with token authentication, the scheduler of nightly families, MLflow on PostgreSQL with its artifacts in an
-S3 server, and Prometheus. All listens on loopback. The processes are watched, and started again, by a supervisor.
+S3 server, and Prometheus. All listens on loopback but Ray's own processes, which take no orders without the token. The
+processes are watched, and started again, by a supervisor.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class Metrics:
         self._decisions = Counter(
             "stillhouse_experiment_decisions", "What experiments decided.", ["experiment", "outcome"], registry=on
         )
+        self._begun: set[str] = set()
         self._out = Gauge("stillhouse_arm_out", "1 while the arm has failed and is left out.", arm, registry=on)
 
     def count(self, records: Iterable[Record]) -> None:
@@ -52,6 +53,7 @@ class Metrics:
 
     def begun(self, experiment: str) -> None:
         """Count the decisions of an experiment from 0: one that appears with the first of them has not risen."""
+        self._begun.add(experiment)
         for outcome in get_args(Outcome):
             self._decisions.labels(experiment, outcome)
 
@@ -64,7 +66,7 @@ class Metrics:
         for arm in plan.routes:
             self._weight.labels(arm).set(plan.weights.get(arm, 0.0))
             self._out.labels(arm).set(arm in plan.out)
-        self._experiment.clear()
-        if plan.experiment:
-            self._experiment.labels(plan.experiment).set(1)
+        # One that is over is there still, for it may be over before anybody has asked.
+        for name in self._begun:
+            self._experiment.labels(name).set(name == plan.experiment)
         return generate_latest(self._registry).decode()

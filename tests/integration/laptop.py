@@ -27,8 +27,8 @@ class Laptop:
             shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
         for file in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copyfile(ROOT / file, source / file)
-        install = ["-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), str(source)]
-        subprocess.run([str(self.python), *install], check=True, timeout=500)
+        install = ["-m", "pip", "install", "--quiet", "--no-compile", "-c", str(ROOT / "constraints.txt")]
+        subprocess.run([str(self.python), *install, str(source)], check=True, timeout=500)
 
     def _environment(self, **more: str) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "STILLHOUSE_"))}

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import psutil
 import pytest
 import yaml
 
-from infra.local.parts import PORTS, RULES, Stack
+from infra.local.parts import RULES, TAKEN, Stack
 from infra.monitoring.boards import BOARDS
 from tests.integration.conftest import write_family
 from tests.integration.heads import ROOT, read_until
@@ -33,7 +32,6 @@ from tests.integration.laptop import Laptop
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
-    pytest.mark.nightly,
     pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="not installed: apt-get install prometheus"),
 ]
@@ -57,25 +55,55 @@ def stack() -> Iterator[Stack]:
         assert up.returncode == 0, up.stdout + up.stderr
         assert up.stdout.count("healthy") == 6, up.stdout
         yield stack
-        assert run("down", home).returncode == 0
-        assert_nothing_left(stack)
+        take_down(stack)
     finally:
         run("down", home)
         shutil.rmtree(home)
 
 
-def assert_nothing_left(stack: Stack) -> None:
-    mine = [
-        process.info["cmdline"]
-        for process in psutil.process_iter(["cmdline"])
-        if any(str(stack.folder) in part or str(stack.short) in part for part in process.info["cmdline"] or [])
-    ]
-    assert mine == []
-    for name in PORTS:
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", stack.ports[name])), f"{name} still listens"
+def processes_of(stack: Stack) -> list[psutil.Process]:
+    """All that the stack has started, also what has long left its parent."""
+    (supervisor,) = (process for process in psutil.process_iter() if str(stack.conf) in command_of(process))
+    known = {supervisor, *supervisor.children(recursive=True)}
+    return [*known, *(process for process in psutil.process_iter() if process not in known and is_of(stack, process))]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
+def is_of(stack: Stack, process: psutil.Process) -> bool:
+    try:
+        given = [*process.cmdline(), *process.environ().values()]
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone, or none of ours
+        return False
+    return any(str(folder) in each for folder in (stack.folder, stack.short) for each in given)
+
+
+def listening() -> list[tuple[int, int | None]]:
+    """Every TCP port that is listened on here, and by which process."""
+    found = psutil.net_connections("tcp")
+    return [(each.laddr.port, each.pid) for each in found if each.status == psutil.CONN_LISTEN]
+
+
+def take_down(stack: Stack) -> None:
+    """`make down`; nothing is left of it."""
+    before = processes_of(stack)
+    assert len(before) > len(stack.programs())
+    own = {each.pid for each in before}
+    ports = {port for port, pid in listening() if pid in own}
+    assert {stack.ports[name] for name in TAKEN} <= ports
+    down = run("down", stack.folder.parent)
+    assert down.returncode == 0, down.stdout + down.stderr
+    assert "is killed" not in down.stderr, down.stderr
+    assert [command_of(process) for process in before if process.is_running()] == []
+    assert [command_of(process) for process in psutil.process_iter() if is_of(stack, process)] == []
+    assert not ports & {port for port, _ in listening()}
     assert not stack.short.exists()
-    assert not [*Path("/tmp").glob(f"seaweedfs-*-{stack.ports['s3']}.sock")]
+    assert not [path for port in stack.ports.values() for path in Path("/tmp").glob(f"seaweedfs-*{port}.sock")]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +121,7 @@ def family(stack: Stack, laptop: Laptop, tiny: Path, tmp_path_factory: pytest.Te
     """A family of two, submitted from another directory; what the command said."""
     folder = tmp_path_factory.mktemp("family")
     students = {"small": STUDENT, "large": {**STUDENT, "init": {"source": "teacher", "layers": 2}}}
-    path = write_family(folder, tiny, students, corpus={"held_out": 0.2, "max_batches": 400, "epochs": 40})
+    path = write_family(folder, tiny, students, corpus={"held_out": 0.2, "max_batches": 200, "epochs": 20})
     tree = yaml.safe_load(path.read_text())
     # The context names both.
     tree.pop("store"), tree.pop("tracking", None)
@@ -201,11 +229,10 @@ def unanswered(stack: Stack) -> list[str]:
     return [query for query in sorted(set(queries)) if not ask(stack, query)]
 
 
+@pytest.mark.nightly
 def test_what_was_made_is_there_after_down_and_up(stack: Stack, family: str) -> None:
     home = stack.folder.parent
-    down = run("down", home)
-    assert down.returncode == 0, down.stdout + down.stderr
-    assert_nothing_left(stack)
+    take_down(stack)
     assert run("status", home).returncode == 1
     up = run("up", home)
     assert up.returncode == 0, up.stdout + up.stderr
@@ -214,6 +241,7 @@ def test_what_was_made_is_there_after_down_and_up(stack: Stack, family: str) -> 
     assert stack.s3_client().list_objects_v2(Bucket="labels")["KeyCount"] > 0
 
 
+@pytest.mark.nightly
 def test_what_was_lost_is_there_after_a_restore(stack: Stack, family: str, tmp_path: Path) -> None:
     home, folder = stack.folder.parent, tmp_path / "backup"
     registry = mlflow.MlflowClient(stack.mlflow_url)
