@@ -1,5 +1,5 @@
-"""A real head with a token, and what KubeRay does with our objects: the RayService's configuration is put to its API, and
-the RayJob is submitted by the command that KubeRay's pod would run. KubeRay itself is not here.
+"""A real head with a token, and what KubeRay does with our objects: it puts the RayService's configuration to its API,
+and submits the RayJob by the command that its pod would run. KubeRay itself is not here.
 """
 
 from __future__ import annotations
