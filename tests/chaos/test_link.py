@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,4 +46,18 @@ def test_the_wire_is_cut_and_mended(
                 time.sleep(CUT_S)
             output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output
-            assert_finished_as(undisturbed_pair, tmp_path, report)
+            audit = assert_finished_as(undisturbed_pair, tmp_path, report)
+    # Nobody was taken for dead: all went on where they were.
+    assert audit.count("in 1 lives") == len(PAIR), audit
+    report.took("the longest rest of a student, of it a cut of 30 s", longest_rest(tmp_path))
+
+
+def longest_rest(home: Path) -> float:
+    """Seconds between two steps of a student, at most."""
+    logs = (home / "stillhouse" / "runs" / "tiny").glob("*/audit/*.jsonl")
+    students = [log for log in logs if log.stem in PAIR]
+    return max(
+        later - earlier
+        for log in students
+        for earlier, later in pairwise(json.loads(line)["at"] for line in log.read_text().splitlines())
+    )
