@@ -61,7 +61,7 @@ def main() -> None:
             with deploy(endpoint_of([Arm("instant", ".")], engine="echo", port=0, slots=64)) as endpoint:
                 figures["door"] = door(endpoint, options.rate, options.seconds, options.rounds)
         if options.only != "door":
-            model = options.model or random_model(Path(directory), 17)
+            model = options.model or random_model(Path(directory), "demo", None)
             settings = {"cpus": 1.5, "dtype": "bfloat16", "slots": options.clients, "port": 0}
             with deploy(endpoint_of([Arm("student", str(model))], **settings)) as endpoint:
                 figures["batching"] = batching(endpoint, options.clients, options.rounds)
