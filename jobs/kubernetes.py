@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 import yaml
@@ -25,6 +25,7 @@ import yaml
 from cluster.dates import has_macros, rendered
 from cluster.errors import RunError, UserError
 from cluster.queue.user import VARIABLE
+from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
 from jobs.contexts import Context
 from jobs.follow import say
@@ -85,41 +86,33 @@ def place_of(
     return Place(**fields)
 
 
-def submit(
-    path: Path,
-    overrides: Sequence[str],
-    context: Context | None,
-    place: Place,
-    *,
-    name: str | None = None,
-    resume: bool = False,
-    ds: date | None = None,
-    dry_run: bool = False,
-) -> None:
-    """Validate a spec here and create its RayJob by ``kubectl``, or only print it.
+class Manifests(NamedTuple):
+    """A RayJob's name, the objects that it takes, and the bytes of files that they carry."""
 
-    Args:
-        context: says where runs and labels are kept, unless the spec does; its address is not used.
-        name: of the RayJob, its ConfigMap and the Ray job; none makes one from the family's name and the time.
-        resume: go on with the family's last run on the cluster.
-        ds: as for :func:`jobs.submit.submit`.
-        dry_run: print the objects as YAML and create nothing.
+    name: str
+    objects: list[dict[str, Any]]
+    size: int
+
+
+def submit(made: Manifests, place: Place, *, dry_run: bool = False) -> None:
+    """Create a family's RayJob by ``kubectl``, or only print it as YAML.
 
     Raises:
-        UserError: the spec, a file it names or the name cannot be used, or there is no ``kubectl``.
+        UserError: there is no ``kubectl``, or a job of that name already.
         RunError: ``kubectl`` or the cluster refuses; nothing was created.
     """
-    name, objects, size = manifests(path, overrides, context, place, name=name, resume=resume, ds=ds)
-    text = yaml.safe_dump_all(objects, sort_keys=False)
+    text = yaml.safe_dump_all(made.objects, sort_keys=False)
     if dry_run:
         typer.echo(text, nl=False)
         return
     # First asked, then done: a ConfigMap without its job would be left over.
-    _create(text, place.namespace, name, "--dry-run=server")
-    _create(text, place.namespace, name)
-    say(f"submitted {name} ({size / 1024:.0f} KiB in a ConfigMap)")
-    say(f"follow it with: kubectl -n {place.namespace} logs -f job/{name}")
-    say(f"stop it, or remove what is left of it, with: kubectl -n {place.namespace} delete rayjob,configmap {name}")
+    _create(text, place.namespace, made.name, "--dry-run=server")
+    _create(text, place.namespace, made.name)
+    say(f"submitted {made.name} ({made.size / 1024:.0f} KiB in a ConfigMap)")
+    say(f"follow it with: kubectl -n {place.namespace} logs -f job/{made.name}")
+    say(
+        f"stop it, or remove what is left of it, with: kubectl -n {place.namespace} delete rayjob,configmap {made.name}"
+    )
 
 
 def manifests(
@@ -131,8 +124,18 @@ def manifests(
     name: str | None = None,
     resume: bool = False,
     ds: date | None = None,
-) -> tuple[str, list[dict[str, Any]], int]:
-    """The RayJob's name, the objects, and the bytes that they carry. See :func:`submit`."""
+) -> Manifests:
+    """Validate a spec here and write its objects.
+
+    Args:
+        context: says where runs and labels are kept, unless the spec does; its address is not used.
+        name: of the RayJob, its ConfigMap and the Ray job; none makes one from the family's name and the time.
+        resume: go on with the family's last run on the cluster.
+        ds: as for :func:`jobs.submit.submit`.
+
+    Raises:
+        UserError: the spec, a file it names or the name cannot be used.
+    """
     spec = load_spec(path, overrides)
     name = _checked_name(name, spec.name)
     if resume and ds is None and has_macros(spec):
@@ -141,19 +144,7 @@ def manifests(
         ds = ds or date.today()
     if ds is not None:
         spec = rendered(spec, ds)
-    with tempfile.TemporaryDirectory(prefix="stillhouse-submit-") as folder:
-        pack(spec, Path(folder), context or Context(address=f"http://{place.cluster}-head-svc:8265"))
-        files = {
-            str(file.relative_to(folder)): file.read_bytes()
-            for file in sorted(Path(folder).rglob("*"))
-            if file.is_file()
-        }
-    size = sum(map(len, files.values()))
-    if size > LARGEST:
-        raise UserError(
-            f"corpus.paths: {size / 1024**2:.1f} MiB with the spec; a ConfigMap holds {LARGEST / 1024**2:g} MiB; "
-            "put the files into a bucket and name them s3://..., or submit without --kubernetes"
-        )
+    files = _files(spec, context or Context(address=f"http://{place.cluster}-head-svc:8265"))
     labels = {"app.kubernetes.io/name": "stillhouse", "stillhouse/family": spec.name}
     metadata = {"name": name, "namespace": place.namespace, "labels": labels}
     # Kubernetes allows no slash in a key, so files go by number and get their paths where they are mounted.
@@ -165,6 +156,8 @@ def manifests(
         "immutable": True,
         **_content({keys[file]: content for file, content in files.items()}),
     }
+    mounted = {"name": name, "items": [{"key": key, "path": file} for file, key in keys.items()]}
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:g}", VARIABLE: _user()}
     job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
@@ -175,24 +168,36 @@ def manifests(
             "jobId": name,
             "entrypoint": f"python -m jobs {command(resume, ds)}",
             "metadata": {FAMILY: spec.name, USER: _user(), **begun(resume, ds)},
-            "runtimeEnvYAML": yaml.safe_dump(
-                {
-                    "working_dir": FOLDER,
-                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{STOP_S:g}", VARIABLE: _user()},
-                }
-            ),
+            "runtimeEnvYAML": yaml.safe_dump({"working_dir": FOLDER, "env_vars": variables}),
             "submitterPodTemplate": {
                 # The cluster's head lets pods of this role in.
                 "metadata": {"labels": {**labels, "stillhouse/role": "submitter"}},
-                "spec": submitter(
-                    place.image,
-                    place.token_secret,
-                    {"name": name, "items": [{"key": key, "path": file} for file, key in keys.items()]},
-                ),
+                "spec": submitter(place.image, place.token_secret, mounted),
             },
         },
     }
-    return name, [config, job], size
+    return Manifests(name, [config, job], sum(map(len, files.values())))
+
+
+def _files(spec: FamilySpec, context: Context) -> dict[str, bytes]:
+    """What travels with a family, by relative path.
+
+    Raises:
+        UserError: a file cannot be read, or all are more than a ConfigMap holds.
+    """
+    with tempfile.TemporaryDirectory(prefix="stillhouse-submit-") as folder:
+        pack(spec, Path(folder), context)
+        files = {
+            str(file.relative_to(folder)): file.read_bytes()
+            for file in sorted(Path(folder).rglob("*"))
+            if file.is_file()
+        }
+    if (size := sum(map(len, files.values()))) > LARGEST:
+        raise UserError(
+            f"corpus.paths: {size / 1024**2:.1f} MiB with the spec; a ConfigMap holds {LARGEST / 1024**2:g} MiB; "
+            "put the files into a bucket and name them s3://..., or submit without --kubernetes"
+        )
+    return files
 
 
 def submitter(image: str, token_secret: str, config: Mapping[str, Any], **container: Any) -> dict[str, Any]:

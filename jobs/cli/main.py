@@ -151,7 +151,8 @@ def submit(
         on = follow is not False
         raise typer.Exit(submit_family(spec, overrides or [], where, name, env or [], resume, on, day))
     named = context_for(context, None) if context is not None else None
-    kube.submit(spec, overrides or [], named, place, name=name, resume=resume, ds=day, dry_run=bool(dry_run))
+    made = kube.manifests(spec, overrides or [], named, place, name=name, resume=resume, ds=day)
+    kube.submit(made, place, dry_run=bool(dry_run))
 
 
 @app.command()

@@ -56,7 +56,13 @@ def manifests(
     labels = {"app.kubernetes.io/name": "stillhouse", "stillhouse/family": spec.name}
     metadata = {"name": f"stillhouse-{schedule.name}", "namespace": namespace, "labels": labels}
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {SPEC_FILE: text}}
-    submit = ["stillhouse", "submit", f"{FOLDER}/{SPEC_FILE}"]
+    night = submitter(
+        image,
+        token_secret,
+        {"name": metadata["name"]},
+        command=["stillhouse", "submit", f"{FOLDER}/{SPEC_FILE}", "--address", context.address, "--name", "$(NIGHT)"],
+        env=[{"name": "NIGHT", "valueFrom": {"fieldRef": {"fieldPath": JOB_NAME_LABEL}}}],
+    )
     cron = {
         "apiVersion": "batch/v1",
         "kind": "CronJob",
@@ -68,21 +74,9 @@ def manifests(
             "startingDeadlineSeconds": CATCH_UP_S if schedule.missed == "once" else int(LATE_S),
             "successfulJobsHistoryLimit": 7,
             "failedJobsHistoryLimit": 7,
+            # The night's job has one name, and a pod that is lost leaves it running.
             "jobTemplate": {
-                "spec": {
-                    # The night's job has one name, and a pod that is lost leaves it running.
-                    "backoffLimit": 0,
-                    "template": {
-                        "metadata": {"labels": labels},
-                        "spec": submitter(
-                            image,
-                            token_secret,
-                            {"name": metadata["name"]},
-                            command=[*submit, "--address", context.address, "--name", "$(NIGHT)"],
-                            env=[{"name": "NIGHT", "valueFrom": {"fieldRef": {"fieldPath": JOB_NAME_LABEL}}}],
-                        ),
-                    },
-                }
+                "spec": {"backoffLimit": 0, "template": {"metadata": {"labels": labels}, "spec": night}},
             },
         },
     }
