@@ -81,6 +81,8 @@ def _process(rank: int, ranks: int, micro: int, folder: str) -> None:
         engine.destroy()
     if rank == 0:
         torch.save(_plain(ranks, micro), Path(folder) / "plain.pt")
+    # Together: gloo's threads in a rank whose peer has left first may end the process with it.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
