@@ -67,7 +67,7 @@ def up(stack: Stack, free_ports: bool) -> int:
     deadline = time.monotonic() + UP_S
     while (ill := _ill(stack)) and time.monotonic() < deadline:
         time.sleep(0.5)
-    status(stack)
+    _print(stack, ill)
     if ill:
         print(f"not healthy after {UP_S:.0f} s; the logs are in {stack.logs}", file=sys.stderr)
         return 1
@@ -104,12 +104,15 @@ def down(stack: Stack) -> int:
 
 def status(stack: Stack) -> int:
     """Say of every part where it is and whether it answers."""
-    supervisor = _supervisor(stack)
-    if supervisor is None:
+    if _supervisor(stack) is None:
         print("nothing runs; `make up` starts it")
         return 1
-    states = {each["name"]: each["statename"].lower() for each in supervisor.supervisor.getAllProcessInfo()}
     ill = _ill(stack)
+    _print(stack, ill)
+    return 1 if ill else 0
+
+
+def _print(stack: Stack, ill: dict[str, str]) -> None:
     urls = {
         "ray": f"http://127.0.0.1:{stack.ports['ray']}",
         "mlflow": stack.mlflow_url,
@@ -117,10 +120,8 @@ def status(stack: Stack) -> int:
         "s3": stack.s3_url,
         "prometheus": f"http://127.0.0.1:{stack.ports['prometheus']}",
     }
-    for name, state in states.items():
-        healthy = f"{state}, but {ill[name]}" if name in ill else "healthy"
-        print(f"{name:<11} {urls.get(name, ''):<52} {healthy}")
-    return 1 if ill else 0
+    for name in _CHECKS:
+        print(f"{name:<11} {urls.get(name, ''):<52} {ill.get(name, 'healthy')}")
 
 
 # ---- health ----
@@ -176,8 +177,12 @@ def _scheduler(stack: Stack) -> None:
 
 def _prometheus(stack: Stack) -> None:
     answer = json.loads(_get(f"http://127.0.0.1:{stack.ports['prometheus']}/api/v1/targets?state=active"))
-    down = [t for t in answer["data"]["activeTargets"] if t["labels"]["job"] == "ray" and t["health"] != "up"]
-    if down or not any(t["labels"]["job"] == "ray" for t in answer["data"]["activeTargets"]):
+    targets = [target for target in answer["data"]["activeTargets"] if target["labels"]["job"] == "ray"]
+    for target in targets:
+        if target["health"] == "down":
+            raise StackError(f"it could not scrape Ray: {target['lastError']}")
+    # A target that was found just now is "unknown" until it is scraped for the first time.
+    if not any(target["health"] == "up" for target in targets):
         raise StackError("it has not scraped Ray yet")
 
 
