@@ -263,9 +263,12 @@ class Stack:
         seaweed += ["-volume.preStopSeconds=0"]
         seaweed += [f"-s3.config={folder / 'secrets/s3.json'}"]
         seaweed += [f"-{name}.port={ports[port]}" for name, port in weed.items()]
-        mlflow = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={ports['mlflow']}"]
         driver = self.database.replace("postgresql://", "postgresql+psycopg2://")
-        mlflow += [f"--backend-store-uri={driver}", "--artifacts-destination=s3://models", "--workers=1"]
+        upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", driver]
+        server = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", f"--port={ports['mlflow']}"]
+        server += [f"--backend-store-uri={driver}", "--artifacts-destination=s3://models", "--workers=1"]
+        # A server refuses a database that an older one has made.
+        mlflow = ["sh", "-c", f"{shlex.join(upgrade)} && exec {shlex.join(server)}"]
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", listen, "--port=0"]
         ray += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports['ray']}", "--dashboard-agent-listen-port=0"]
         ray += [f"--temp-dir={self.short / 'ray'}", "--disable-usage-stats"]
