@@ -40,7 +40,9 @@ class Laptop:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, env=env, cwd=self.home, text=True, **pipes)  # type: ignore[call-overload]
 
-    def type(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def type(self, *arguments: str, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [str(self.python), "-m", "jobs", *arguments]
         env = self._environment(**environment)
-        return subprocess.run(command, env=env, cwd=self.home, capture_output=True, text=True, timeout=300, check=False)
+        return subprocess.run(
+            command, env=env, cwd=self.home, capture_output=True, text=True, timeout=timeout, check=False
+        )

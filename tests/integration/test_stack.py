@@ -1,4 +1,5 @@
-"""`make up` for real: a family from a laptop, an endpoint, every query of the boards and alerts, `make down`."""
+"""`make up` for real: the demo family from a laptop, its endpoint, every query of the boards and alerts, `make down`;
+then the moves of whoever looks after it: to a new version, and back to a backup."""
 
 from __future__ import annotations
 
@@ -14,28 +15,34 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import alembic.command
 import httpx
 import mlflow
+import openai
 import psutil
+import psycopg2
 import pytest
 import yaml
+from mlflow.store.db.utils import _get_alembic_config
 
 from infra.local.parts import RULES, TAKEN, Stack
 from infra.monitoring.boards import BOARDS
-from tests.integration.conftest import write_family
 from tests.integration.heads import ROOT, read_until
 from tests.integration.laptop import Laptop
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.nightly,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="not installed: apt-get install prometheus"),
 ]
-STUDENT = {"init": {"source": "teacher", "layers": 1}, "precision": "float32", "micro_batch": 2}
+FAMILY, ENDPOINT = ROOT / "examples/demo.yaml", ROOT / "examples/endpoint.yaml"
+STUDENTS = {"demo-small", "demo-large"}
 
 
 def run(what: str, home: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -117,33 +124,28 @@ def laptop(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Laptop:
 
 
 @pytest.fixture(scope="module")
-def family(stack: Stack, laptop: Laptop, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A family of two, submitted from another directory; what the command said."""
-    folder = tmp_path_factory.mktemp("family")
-    students = {"small": STUDENT, "large": {**STUDENT, "init": {"source": "teacher", "layers": 2}}}
-    path = write_family(folder, tiny, students, corpus={"held_out": 0.2, "max_batches": 200, "epochs": 20})
-    tree = yaml.safe_load(path.read_text())
-    # The context names both.
-    tree.pop("store"), tree.pop("tracking", None)
-    path.write_text(yaml.safe_dump(tree))
+def family(stack: Stack, laptop: Laptop) -> str:
+    """The demo family, submitted from another directory; what the command said."""
+    fetch = [sys.executable, "infra/local/fetch_demo.py", ".stillhouse/demo"]
+    subprocess.run(fetch, cwd=ROOT, check=True, timeout=600)
     # A CPU has no peak in the table.
     variables = {
         "STILLHOUSE_PEAK_FLOPS": "1e12",
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{stack.mlflow_url}/v1/traces",
         "OTEL_EXPORTER_OTLP_HEADERS": "x-mlflow-experiment-id=0",
         "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
-        "OTEL_TRACES_SAMPLER_ARG": "0.05",
+        "OTEL_TRACES_SAMPLER_ARG": "0.5",
     }
     given = [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
-    done = laptop.type("submit", str(path), *given)
+    done = laptop.type("submit", str(FAMILY), *given, timeout=2700)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def ask(stack: Stack, query: str) -> list[Any]:
-    """What Prometheus had to say to a query within the last quarter of an hour."""
+    """What Prometheus had to say to a query within the last hour."""
     now = time.time()
-    parameters = urllib.parse.urlencode({"query": query, "start": now - 900, "end": now, "step": 5})
+    parameters = urllib.parse.urlencode({"query": query, "start": now - 3600, "end": now, "step": 5})
     url = f"http://127.0.0.1:{stack.ports['prometheus']}/api/v1/query_range?{parameters}"
     answer = json.loads(urllib.request.urlopen(url, timeout=30).read())
     return list(answer["data"]["result"])
@@ -155,26 +157,26 @@ def test_labels_models_and_runs_lie_where_they_should(stack: Stack, family: str)
     kept = {bucket: client.list_objects_v2(Bucket=bucket).get("KeyCount", 0) for bucket in ("labels", "models")}
     assert all(kept.values()), kept
     versions = mlflow.MlflowClient(stack.mlflow_url).search_model_versions("")
-    assert {version.name for version in versions} == {"tiny-small", "tiny-large"}
+    assert {version.name for version in versions} == STUDENTS
 
 
 def test_mlflow_shows_the_traces_of_batches(stack: Stack, family: str) -> None:
-    found = mlflow.MlflowClient(stack.mlflow_url).search_traces(locations=["0"], max_results=5)
-    assert found
-    for trace in found:
-        assert {"fetch", "score", "deliver", "wait", "step"} <= {span.name for span in trace.data.spans}
+    found = mlflow.MlflowClient(stack.mlflow_url).search_traces(locations=["0"], max_results=500)
+    traces = [{span.name for span in trace.data.spans} for trace in found]
+    batches = [names for names in traces if "fetch" in names]  # the others are requests of the comparison
+    assert batches
+    assert all({"fetch", "score", "deliver", "wait", "step"} <= names for names in batches), batches
 
 
 @contextlib.contextmanager
-def serving(stack: Stack, *arms: str) -> Iterator[str]:
-    """`stillhouse serve` on the stack's cluster, under the name "both"."""
+def serving(stack: Stack, *what: str) -> Iterator[str]:
+    """`stillhouse serve` on the stack's cluster, where Prometheus looks for an endpoint."""
     port = stack.ports["endpoint"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     address = (stack.short / "ray/ray_current_cluster").read_text().strip()
-    command = [sys.executable, "-u", "-m", "jobs", "serve", "--name", "both", "--port", str(port)]
-    command += ["--tracking-uri", stack.mlflow_url, *(part for arm in arms for part in ("--arm", arm))]
+    command = [sys.executable, "-u", "-m", "jobs", "serve", *what, "--port", str(port)]
     process = subprocess.Popen(
-        command,
+        [*command, "--tracking-uri", stack.mlflow_url],
         env={**kept, **stack.environment, "RAY_ADDRESS": address},
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -189,26 +191,31 @@ def serving(stack: Stack, *arms: str) -> Iterator[str]:
         process.communicate(timeout=90)
 
 
+def ask_for(url: str, model: str, times: int = 1) -> None:
+    """So many short completions, each of which must be answered."""
+    body = {"model": model, "prompt": "The with statement", "max_tokens": 4}
+    with httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        for _ in range(times):
+            answer = client.post("/v1/completions", json=body)
+            assert answer.status_code == 200, answer.text
+
+
 @pytest.fixture
 def endpoint(stack: Stack, family: str) -> Iterator[str]:
-    with serving(stack, "models:/tiny-small@challenger", "models:/tiny-large@challenger") as url:
+    with serving(stack, str(ENDPOINT)) as url:
         yield url
 
 
-def test_prometheus_has_an_answer_to_every_query(stack: Stack, endpoint: str, tmp_path: Path) -> None:
-    experiment = {
-        "name": "e",
-        "control": "tiny-small",
-        "candidates": ["tiny-large"],
-        "min_requests": 20,
-        "max_requests": 60,
-    }
+def test_prometheus_has_an_answer_to_every_query(stack: Stack, endpoint: str) -> None:
+    http = httpx.Client(trust_env=False, timeout=60)
+    with openai.OpenAI(base_url=f"{endpoint}/v1", api_key="none", max_retries=0, http_client=http) as client:
+        question = {"role": "user", "content": "What does the with statement do?"}
+        chat = client.chat.completions.create(model="demo", messages=[question], max_tokens=16)
+    assert chat.choices[0].message.content
+    experiment = {"name": "e", "control": "small", "candidates": ["large"], "min_requests": 20, "max_requests": 60}
     started = httpx.post(f"{endpoint}/admin/experiment", json=experiment, trust_env=False, timeout=60)
     assert started.status_code == 200, started.text
-    body = {"model": "both", "prompt": "a b c", "max_tokens": 4}
-    with httpx.Client(base_url=endpoint, trust_env=False, timeout=60) as client:
-        for _ in range(150):
-            assert client.post("/v1/completions", json=body).status_code == 200
+    ask_for(endpoint, "demo", times=100)
     deadline = time.monotonic() + 120
     while (silent := unanswered(stack)) and time.monotonic() < deadline:
         time.sleep(2)
@@ -229,39 +236,110 @@ def unanswered(stack: Stack) -> list[str]:
     return [query for query in sorted(set(queries)) if not ask(stack, query)]
 
 
-@pytest.mark.nightly
-def test_what_was_made_is_there_after_down_and_up(stack: Stack, family: str) -> None:
+def test_a_new_version_goes_on_with_all_that_there_was(
+    stack: Stack, laptop: Laptop, family: str, tmp_path: Path
+) -> None:
+    """As infra/README.md has it under "Moving to a new version"."""
     home = stack.folder.parent
+    far = f"0 2 1 {(date.today().month + 5) % 12 + 1} *"
+    typed(laptop, "schedule", "add", str(FAMILY), "--name", "far", "--cron", far)
+    tree = {"name": "moving", "control": "small", "candidates": ["large"], "traffic": {"small": 3, "large": 1}}
+    experiment = tmp_path / "experiment.yaml"
+    experiment.write_text(yaml.safe_dump(tree))
+    with serving(stack, str(ENDPOINT)) as url:
+        typed(laptop, "ab", "start", url, str(experiment))
+        ask_for(url, "demo", times=20)
+        until_kept(stack, "moving", 20)
+        before = standing(laptop, url)
+    assert before["weights"] == {"small": 3, "large": 1} and sum(before["requests"].values()) == 20
+
+    backup = run("backup", home, str(tmp_path / "backup"))
+    assert backup.returncode == 0, backup.stdout + backup.stderr
+    newest = age_database(stack)
     take_down(stack)
     assert run("status", home).returncode == 1
     up = run("up", home)
     assert up.returncode == 0, up.stdout + up.stderr
-    version = mlflow.MlflowClient(stack.mlflow_url).get_model_version_by_alias("tiny-small", "challenger")
-    assert int(version.version) == 1
+
+    assert schema(stack) == newest
+    (schedule,) = json.loads(typed(laptop, "schedule", "ls", "--json"))
+    assert (schedule["name"], schedule["cron"], schedule["paused"]) == ("far", far, False)
+    registry = mlflow.MlflowClient(stack.mlflow_url)
+    assert [int(registry.get_model_version_by_alias(name, "challenger").version) for name in STUDENTS] == [1, 1]
     assert stack.s3_client().list_objects_v2(Bucket="labels")["KeyCount"] > 0
+    with serving(stack, str(ENDPOINT)) as url:
+        assert standing(laptop, url) == before
+        # It is under way, not only shown.
+        ask_for(url, "demo")
+        until_kept(stack, "moving", 21)
+        typed(laptop, "ab", "stop", url)
+        assert standing(laptop, url)["weights"] == {"small": 4, "large": 0}
 
 
-@pytest.mark.nightly
+def typed(laptop: Laptop, *words: str) -> str:
+    done = laptop.type(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def standing(laptop: Laptop, url: str) -> dict[str, Any]:
+    """What an endpoint goes by, and how far its experiment is."""
+    traffic = json.loads(typed(laptop, "traffic", url, "--json"))
+    experiment = json.loads(typed(laptop, "ab", "status", url, "--json"))
+    return {
+        "weights": traffic["weights"],
+        "experiment": traffic["experiment"],
+        "started": experiment["started"],
+        "requests": {arm: facts["requests"] for arm, facts in experiment["arms"].items()},
+    }
+
+
+def until_kept(stack: Stack, experiment: str, requests: int) -> None:
+    """Wait until the endpoint has put down so many requests of an experiment; it does so every few seconds."""
+    path = stack.folder / f"home/endpoints/demo/experiment-{experiment}.json"
+    deadline = time.monotonic() + 60
+    while sum(arm["requests"] for arm in json.loads(path.read_text())["arms"].values()) < requests:
+        assert time.monotonic() < deadline, path.read_text()
+        time.sleep(0.5)
+
+
+def age_database(stack: Stack) -> str:
+    """Take MLflow's database a step back, to where an older MLflow leaves it; the schema that it had."""
+    driver = stack.database.replace("postgresql://", "postgresql+psycopg2://")
+    config = _get_alembic_config(f"{driver}?passfile={stack.environment['PGPASSFILE']}")
+    before = schema(stack)
+    alembic.command.downgrade(config, "-1")
+    assert schema(stack) != before
+    return before
+
+
+def schema(stack: Stack) -> str:
+    """The version that MLflow's database says it is of."""
+    with contextlib.closing(psycopg2.connect(stack.database, passfile=stack.environment["PGPASSFILE"])) as talk:
+        cursor = talk.cursor()
+        cursor.execute("SELECT version_num FROM alembic_version")
+        ((version,),) = cursor.fetchall()
+    return str(version)
+
+
 def test_what_was_lost_is_there_after_a_restore(stack: Stack, family: str, tmp_path: Path) -> None:
     home, folder = stack.folder.parent, tmp_path / "backup"
     registry = mlflow.MlflowClient(stack.mlflow_url)
-    registry.set_registered_model_alias("tiny-small", "champion", "1")
+    registry.set_registered_model_alias("demo-small", "champion", "1")
     made = run("backup", home, str(folder))
     assert made.returncode == 0, made.stdout + made.stderr
     assert run("backup", home, str(folder)).returncode == 2  # never over another
 
-    registry.delete_registered_model("tiny-small")
+    registry.delete_registered_model("demo-small")
     client = stack.s3_client()
     for bucket in ("labels", "models"):
         for each in client.list_objects_v2(Bucket=bucket)["Contents"]:
             client.delete_object(Bucket=bucket, Key=each["Key"])
         client.delete_bucket(Bucket=bucket)
     with pytest.raises(mlflow.MlflowException):
-        registry.get_model_version_by_alias("tiny-small", "champion")
+        registry.get_model_version_by_alias("demo-small", "champion")
 
     done = run("restore", home, str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
-    with serving(stack, "models:/tiny-small@champion") as url:
-        body = {"model": "both", "prompt": "a b c", "max_tokens": 4}
-        answer = httpx.post(f"{url}/v1/completions", json=body, trust_env=False, timeout=60)
-    assert answer.status_code == 200, answer.text
+    with serving(stack, "--arm", "models:/demo-small@champion", "--name", "restored") as url:
+        ask_for(url, "restored")
