@@ -2,8 +2,8 @@
 
 * **The door**: the same requests at the same moments (Poisson, 50/s) to a near-instant engine, called directly in
   this process, and through the endpoint with one arm: client, door, arm and back over HTTP. The difference of the
-  quantiles is what the way adds. How much of that is the load generator's own is seen at a bare socket in another
-  process, which says the same to everybody.
+  quantiles is what the way adds. The client is as bare as can be (`bare_client.py`); how much of it is still its own
+  and the network's is seen at a bare socket in another process, which says the same to everybody.
 * **Batching**: tokens/s of 8 clients at once over one client, both through the endpoint, in turn. With ``--model DIR``
   on that model, else on random weights of the demo student's size.
 """
@@ -13,12 +13,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+from bare_client import latencies
 from batching import random_model
 from common import arguments, hardware, write
 
@@ -72,8 +75,10 @@ def door(endpoint: Endpoint, rate: float, seconds: float, rounds: int) -> dict[s
     """Quantiles, in ms, of a request at the engine and through the door; whole answers and streams."""
     engine = open_engine("echo", None)
 
+    def moments(seed: int) -> list[float]:
+        return [each.at for each in itertools.islice(poisson(rate, seed), int(rate * seconds))]
+
     async def direct(seed: int) -> list[float]:
-        arrivals = [each.at for each in itertools.islice(poisson(rate, seed), int(rate * seconds))]
         started, took = time.perf_counter(), []
 
         async def one(at: float) -> None:
@@ -84,21 +89,13 @@ def door(endpoint: Endpoint, rate: float, seconds: float, rounds: int) -> dict[s
                 pass
             took.append((time.perf_counter() - begun) * 1000)
 
-        await asyncio.gather(*(one(at) for at in arrivals))
+        await asyncio.gather(*(one(at) for at in moments(seed)))
         return took
 
     async def through(url: str, seed: int) -> list[float]:
-        settings = Settings(
-            url,
-            rate=rate,
-            requests=int(rate * seconds),
-            warmup=20,
-            max_tokens=Length("fixed", (float(_TOKENS),)),
-            seed=seed,
-        )
-        result = await measure(settings, [_PROMPT])
-        assert not result.errors, result.errors
-        return [sample.latency_ms for sample in result.samples if sample.latency_ms is not None]
+        body = {"model": _model_at(url), "max_tokens": _TOKENS, "temperature": 0, "stream": True}
+        body |= {"stream_options": {"include_usage": True}, "messages": [{"role": "user", "content": _PROMPT}]}
+        return await latencies(url, moments(seed), body)
 
     at_engine, at_door, at_bare = [], [], []
     with _bare_endpoint() as bare:
@@ -120,6 +117,11 @@ def door(endpoint: Endpoint, rate: float, seconds: float, rounds: int) -> dict[s
             f"a bare socket {statistics.median(bare_ms):.2f} ms"
         )
     return {"rate": rate, "requests": int(rate * seconds), **figures}
+
+
+def _model_at(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
+        return str(json.loads(answer.read())["data"][0]["id"])
 
 
 @contextlib.contextmanager
