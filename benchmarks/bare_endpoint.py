@@ -15,10 +15,12 @@ TOKENS = 16
 
 
 def main() -> None:
+    """Serve until stdin ends."""
     asyncio.run(serve())
 
 
 async def serve() -> None:
+    """Listen on any free port of loopback."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Connection, "127.0.0.1", 0)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)

@@ -38,6 +38,7 @@ ROUND_LIMIT_S = 900.0
 
 
 def main() -> None:
+    """Measure with both, print and keep the figures."""
     parser = arguments(__doc__ or "", threads=False)
     parser.add_argument("url", nargs="?", help="the endpoint; none: a stub of this benchmark's own")
     parser.add_argument("--model", help="the model to ask for; none: the first that is listed")

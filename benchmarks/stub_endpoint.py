@@ -21,6 +21,7 @@ MODEL = "stub"
 
 
 def main() -> None:
+    """Serve until it is ended."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--first-ms", type=float, default=20.0)

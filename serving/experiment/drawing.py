@@ -218,6 +218,7 @@ class Clock:
 
     @property
     def label(self) -> str:
+        """What the time axis is called."""
         return f"{self.unit} since the start"
 
 

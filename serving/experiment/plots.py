@@ -13,6 +13,7 @@ from serving.experiment.drawing import (
     Clock,
     Plot,
     Snapshot,
+    Style,
     Styles,
     figure,
     interval,
@@ -155,26 +156,8 @@ def quality_and_latency(snapshot: Snapshot, styles: Styles) -> Plot:
         xs = [end for x, _, ends, _ in points.values() for end in (x, *ends) if math.isfinite(end)]
         ys = [end for _, y, _, ends in points.values() for end in (y, *ends) if math.isfinite(end)]
         ys += [limit] if math.isfinite(limit) else []
-        for arm, (x, y, across, along) in points.items():
-            colour = styles[arm].colour
-            # An unbounded end runs to the edge.
-            error = (
-                [[min(x - across[0], 1e9)], [min(across[1] - x, 1e9)]],
-                [[min(y - along[0], 1e9)], [min(along[1] - y, 1e9)]],
-            )
-            axes.errorbar(
-                [x],
-                [y],
-                xerr=error[0],
-                yerr=error[1],
-                color=colour,
-                fmt=styles[arm].marker,
-                markersize=9,
-                markeredgecolor="white",
-                elinewidth=1.6,
-                capsize=3,
-            )
-            axes.annotate(short(arm), (x, y), (7, 6), textcoords="offset points", fontsize=8.5)
+        for arm, point in points.items():
+            _draw_point(axes, arm, point, styles[arm])
         if math.isfinite(limit):
             axes.axhline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
             what = "most" if measure == "kl" else "least"
@@ -205,6 +188,27 @@ def quality_and_latency(snapshot: Snapshot, styles: Styles) -> Plot:
         told = "; ".join(f"{arm}: {milliseconds(x)} ms, {measure} {y:.3g}" for arm, (x, y, *_) in points.items())
         svg = to_svg(made, "quality", "Quality against latency", told)
     return Plot("quality", svg, arms=tuple(points), labelled=True, note=_undominated(points, measure))
+
+
+def _draw_point(axes: Any, arm: str, point: Point, style: Style) -> None:
+    x, y, across, along = point
+    # An unbounded end runs to the edge.
+    xerr, yerr = (
+        [[min(middle - low, 1e9)], [min(high - middle, 1e9)]] for middle, (low, high) in ((x, across), (y, along))
+    )
+    axes.errorbar(
+        [x],
+        [y],
+        xerr=xerr,
+        yerr=yerr,
+        color=style.colour,
+        fmt=style.marker,
+        markersize=9,
+        markeredgecolor="white",
+        elinewidth=1.6,
+        capsize=3,
+    )
+    axes.annotate(short(arm), (x, y), (7, 6), textcoords="offset points", fontsize=8.5)
 
 
 def traffic(snapshot: Snapshot, styles: Styles) -> Plot:

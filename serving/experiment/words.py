@@ -72,6 +72,7 @@ def plain(value: Any) -> str:
 
 
 def count(value: Any) -> str:
+    """A whole number with thousands marked."""
     found = number(value)
     return NOTHING if math.isnan(found) else f"{found:,.0f}"
 
