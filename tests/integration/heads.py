@@ -1,4 +1,4 @@
-"""A Ray cluster of another process with token authentication, as `make up` starts it."""
+"""A Ray cluster of another process with token authentication, as `infra/local/ray_head.sh` starts it."""
 
 from __future__ import annotations
 
