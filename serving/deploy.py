@@ -245,11 +245,11 @@ def _take_down(spec: EndpointSpec) -> None:
     with _quiet():
         there = list(serve.status().applications)
         ours = [name for name in there if _is_ours(spec, name)]
-        if len(ours) == len(there):
-            serve.shutdown()
-            return
-        # The doors first: what they have taken in is still answered.
+        # The doors first: what they have taken in is still answered, and the control hears of it.
         for name in sorted(ours, key=lambda name: not name.endswith("-door")):
+            if not name.endswith("-door") and len(ours) == len(there):
+                serve.shutdown()
+                return
             serve.delete(name)
 
 

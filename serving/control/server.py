@@ -83,6 +83,12 @@ class Control:
             if loop.done():
                 raise RuntimeError("the control's clock has stopped") from loop.exception()
 
+    def __del__(self) -> None:
+        """Serve calls this when it ends a replica: what came in since the last time is kept too."""
+        trial: Trial | None = getattr(self, "_trial", None)
+        if trial is not None and not trial.is_over:
+            self._keep_trial()
+
     async def spec(self) -> EndpointSpec:
         """The endpoint as it was started, with models by their versions."""
         return self._spec

@@ -45,17 +45,18 @@ def final_weights(home: Path) -> dict[str, dict[str, Any]]:
     return {path.parents[2].name: load_file(path) for path in models}
 
 
-def test_ctrl_c_leaves_nothing_and_resume_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_path: Path) -> None:
-    path = write_family(
-        tmp_path, tiny, STUDENTS, corpus={"held_out": 0.2, "max_batches": 60}, checkpoints={"every": 10}
-    )
-    homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
-    for home in homes:
-        home.mkdir()
+def write_sixty_batches(folder: Path, tiny: Path) -> Path:
+    corpus, checkpoints = {"held_out": 0.2, "max_batches": 60}, {"every": 10}
+    return write_family(folder, tiny, STUDENTS, corpus=corpus, checkpoints=checkpoints)
+
+
+def run_until_ctrl_c(path: Path, home: Path) -> None:
+    """Start a family and press Ctrl-C once every student has a checkpoint; nothing of it is left."""
+    home.mkdir()
     before = own_files()
-    process = start("run", str(path), env=environment(homes[0]))
+    process = start("run", str(path), env=environment(home))
     read_until(process, r"run tiny-")
-    assert wait_for_checkpoints(homes[0], process) >= len(STUDENTS)
+    assert wait_for_checkpoints(home, process) >= len(STUDENTS)
     family = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in p.name() for p in family)
     process.send_signal(signal.SIGINT)
@@ -64,6 +65,18 @@ def test_ctrl_c_leaves_nothing_and_resume_ends_where_an_undisturbed_run_ends(tin
     assert "--resume" in output
     assert "Traceback" not in output
     assert left_behind(family, before) == []
+
+
+def test_ctrl_c_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
+    run_until_ctrl_c(write_sixty_batches(tmp_path, tiny), tmp_path / "home")
+
+
+@pytest.mark.nightly
+def test_resume_after_ctrl_c_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_path: Path) -> None:
+    path = write_sixty_batches(tmp_path, tiny)
+    homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
+    homes[1].mkdir()
+    run_until_ctrl_c(path, homes[0])
     (run,) = (homes[0] / "stillhouse" / "runs" / "tiny").iterdir()
     learnt = {name: len(steps_of(run, name)[0]) for name in STUDENTS}
 

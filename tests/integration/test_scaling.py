@@ -14,7 +14,7 @@ from tests.chaos.nodes import Nodes
 from tests.integration.heads import environment, read_until, start
 from tests.integration.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.nightly]
 NAME = "scaled"
 
 
