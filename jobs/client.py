@@ -11,6 +11,11 @@ from typing import Any
 from cluster.errors import RunError, UserError
 from jobs.contexts import Context
 
+# What a node for the drivers of families offers.
+DRIVER = "driver"
+# As many as Ray lists at most.
+MOST_NODES = 10_000
+
 
 def _use_token(context: Context) -> None:
     """Have Ray send the token that is to be found. It reads where from when it is imported, so this comes before."""
@@ -76,6 +81,22 @@ def job_of(client: Any, job: str) -> Any:
 def has_forgotten(error: RuntimeError) -> bool:
     """Whether the job server says that it knows no such job."""
     return "404" in str(error) or "does not exist" in str(error)
+
+
+def has_nodes_for_drivers(client: Any) -> bool:
+    """Whether a cluster has nodes that are there for the drivers of families: they offer the resource ``driver``.
+
+    Raises:
+        ConnectionError: nobody answers, such as while a head is started again; submitting a job would raise it too.
+    """
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        nodes = list_nodes(address=client.get_address(), filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
+    except RayStateApiException as error:
+        raise ConnectionError(f"{client.get_address()}: {str(error).splitlines()[0]}") from error
+    return any(DRIVER in node.resources_total for node in nodes)
 
 
 def state_of(info: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import getpass
+import json
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from cluster.errors import RunError, UserError
 from cluster.queue.user import VARIABLE
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
+from jobs.client import DRIVER
 from jobs.contexts import Context
 from jobs.follow import say
 from jobs.submit import FAMILY, STOP_S, USER, begun, command, pack
@@ -167,6 +169,8 @@ def manifests(
             "submissionMode": "K8sJobMode",
             "jobId": name,
             "entrypoint": f"python -m jobs {command(resume, ds)}",
+            # The cluster of `infra/kubernetes` has nodes that offer it.
+            "entrypointResources": json.dumps({DRIVER: 1}),
             "metadata": {FAMILY: spec.name, USER: _user(), **begun(resume, ds)},
             "runtimeEnvYAML": yaml.safe_dump({"working_dir": FOLDER, "env_vars": variables}),
             "submitterPodTemplate": {

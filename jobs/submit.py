@@ -21,7 +21,7 @@ from cluster.limits import MAX_CPUS, MAX_GPUS
 from cluster.queue.user import VARIABLE
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
-from jobs.client import connect
+from jobs.client import DRIVER, connect, has_nodes_for_drivers
 from jobs.contexts import Context
 from jobs.follow import follow, say
 
@@ -167,6 +167,9 @@ def start_job(
 ) -> None:
     """Start a `stillhouse` command as a job of its own.
 
+    Its driver goes to one of the cluster's nodes for drivers, where there are any, and outlives the head there. Else it
+    goes to the head, as Ray has it.
+
     Args:
         job: its id.
         folder: what travels with it; it is the job's working directory.
@@ -176,10 +179,12 @@ def start_job(
     Raises:
         UserError: there is a job of this name.
         RunError: the cluster refuses the job.
+        ConnectionError: nobody answers.
     """
     submit_patiently(
         client,
         submission_id=job,
+        entrypoint_resources={DRIVER: 1.0} if has_nodes_for_drivers(client) else None,
         entrypoint=f"python -m jobs {command}",
         runtime_env={
             **({} if folder is None else {"working_dir": folder}),

@@ -6,9 +6,10 @@ import time
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.queue.order import SETTLE_S, Entry, Order, Place
-from cluster.session import alive_nodes
+from cluster.session import alive_nodes, here
 
 NAME, NAMESPACE = "queue", "stillhouse"
 
@@ -35,6 +36,12 @@ class FamilyQueue:
 
 
 def queue_actor(again: bool) -> ActorHandle:
-    """The cluster's queue; whoever comes first starts it."""
+    """The cluster's queue; whoever comes first starts it, and has it beside itself while that node is there.
+
+    Ray of itself takes any node for what needs no CPU: one that is about to be taken away, or the head, with which the
+    queue would die.
+    """
+    placed = NodeAffinitySchedulingStrategy(here(), soft=True)
     options = {"name": NAME, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    return ray.remote(FamilyQueue).options(num_cpus=0, max_restarts=-1, **options).remote(again)
+    actor = ray.remote(FamilyQueue).options(num_cpus=0, max_restarts=-1, scheduling_strategy=placed, **options)
+    return actor.remote(again)

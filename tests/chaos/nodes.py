@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import secrets
 import shutil
 import signal
@@ -14,15 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.chaos.hosts import Hosts
+from tests.chaos.redis import Redis
 from tests.integration.heads import ROOT, environment
+from tests.integration.seaweed import free_port
 
 # Ray sees that a node is dead after a minute by default. One that is killed refuses at once; one that is only slow, on
 # a machine with too much to do, must not be taken for dead.
 HEALTH = {"initial_delay_ms": "1000", "period_ms": "1000", "timeout_ms": "15000", "failure_threshold": "4"}
 # No label is small enough to travel inside a message: all of them lie where they were made, and die there.
 NOT_INLINED = {"RAY_max_direct_call_object_size": "1", "RAY_task_rpc_inlined_bytes_limit": "1"}
+# What runs behind it sees no process but its own. Ray has a driver join the head wherever it sees the head's processes.
+POD = ["unshare", "--pid", "--fork", "--mount-proc"]
 JOINED = """
 import ray, sys, time
 ray.init()
@@ -40,6 +46,12 @@ class Nodes:
         hosts: where the nodes are: the head on the first, all others on the second. None means on this one.
         health: how soon Ray sees that a node is dead; None leaves it to Ray.
         inlined: small objects travel in messages, as they do everywhere else. Serve's processes die otherwise.
+        redis: where the head keeps what :meth:`restart_head` needs. Then there is a job server too, and each other node
+            is a pod: what runs on it sees no process of the head. That takes root.
+
+    Attributes:
+        head: as :meth:`kill` takes it.
+        job_server: its address, where there is one.
     """
 
     def __init__(
@@ -49,8 +61,11 @@ class Nodes:
         hosts: Hosts | None = None,
         health: dict[str, str] | None = HEALTH,
         inlined: bool = False,
+        redis: Redis | None = None,
     ) -> None:
-        self._hosts = hosts
+        if redis is not None and subprocess.run([*POD, "true"], capture_output=True, check=False).returncode:
+            pytest.skip("pods take root and `unshare`, and where neither is forbidden")
+        self._hosts, self._redis, self._head_cpus = hosts, redis, head_cpus
         self._folder = Path(tempfile.mkdtemp(prefix="nodes-", dir="/tmp"))
         more = {f"RAY_health_check_{name}": value for name, value in (health or {}).items()} | (
             {} if inlined else NOT_INLINED
@@ -58,22 +73,41 @@ class Nodes:
         more |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
         self._env = environment(home, PYTHONPATH=str(ROOT), **more)
         self._nodes: list[subprocess.Popen[bytes]] = []
-        port_file = self._folder / "ray_current_cluster"
-        self._start("--head", "--port=0", "--include-dashboard=false", f"--temp-dir={self._folder}", cpus=head_cpus)
-        self._wait(port_file.exists)
-        self.address = port_file.read_text().strip()
+        self._port_file, self.job_server = self._folder / "ray_current_cluster", ""
+        if redis is None:
+            self._head_options = ["--include-dashboard=false"]
+        else:
+            self._env |= {"PATH": f"{Path(sys.executable).parent}:{self._env['PATH']}"}  # a job runs `python`
+            port = free_port()
+            self.job_server = f"http://127.0.0.1:{port}"
+            self._head_options = [f"--dashboard-port={port}", redis.option]
+        self._start_head(0)
+        self.address = self._port_file.read_text().strip()
         self.client = {"RAY_ADDRESS": self.address, **{k: self._env[k] for k in self._env if k.startswith("RAY_")}}
+
+    def _start_head(self, port: int) -> None:
+        options = ["--head", f"--port={port}", f"--temp-dir={self._folder}", *self._head_options]
+        self.head = self._start(*options, cpus=self._head_cpus)
+        self._wait(self._port_file.exists)
+
+    def restart_head(self) -> None:
+        """Start a head in the place of the one that was killed."""
+        # Ray would take it for a cluster that runs.
+        self._port_file.unlink()
+        self._start_head(int(self.address.rpartition(":")[2]))
 
     def _start(self, *options: str, cpus: int) -> subprocess.Popen[bytes]:
         which = int("--head" not in options)
         address = self._hosts.addresses[which] if self._hosts else "127.0.0.1"
         command = self._hosts.on(which) if self._hosts else []
+        command += POD if self._redis and which else []
+        env = {**self._env, **(self._redis.env if self._redis and not which else {})}
         command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options, f"--num-cpus={cpus}"]
         command += [f"--node-ip-address={address}", "--object-store-memory=200000000", "--disable-usage-stats"]
         # Two nodes on one machine must not share the ports that each would take.
         command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         with (self._folder / "start.log").open("ab") as log:
-            process = subprocess.Popen(command, env=self._env, cwd=ROOT, stdout=log, stderr=log)
+            process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=log)
         self._nodes.append(process)
         return process
 
@@ -83,9 +117,13 @@ class Nodes:
             assert time.monotonic() < deadline, (self._folder / "start.log").read_text()[-2000:]
             time.sleep(0.2)
 
-    def add(self, cpus: int) -> subprocess.Popen[bytes]:
-        """Add a node and wait until it has joined."""
-        node = self._start(f"--address={self.address}", cpus=cpus)
+    def add(self, cpus: int, **resources: int) -> subprocess.Popen[bytes]:
+        """Add a node and wait until it has joined.
+
+        Args:
+            resources: what it offers beside CPUs.
+        """
+        node = self._start(f"--address={self.address}", f"--resources={json.dumps(resources)}", cpus=cpus)
         command = self._hosts.on(0) if self._hosts else []
         command += [sys.executable, "-c", JOINED, str(len(self._nodes))]
         subprocess.run(command, env={**self._env, **self.client}, check=True, capture_output=True, timeout=90)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import operator
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.specfile import load_spec
+from jobs.client import DRIVER
 from jobs.kubernetes import Place, manifests
 from serving.declared import Declared
 from serving.spec import checked
@@ -174,6 +176,11 @@ def test_the_cluster_asks_for_a_token_survives_its_head_and_grows(overlay: str) 
     assert cluster["enableInTreeAutoscaling"] is True
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     assert all(group["minReplicas"] < group["maxReplicas"] for group in cluster["workerGroupSpecs"])
+    # Families' drivers outlive the head where they are put: there is always a node, and nothing else runs on it.
+    (drivers,) = (group for group in cluster["workerGroupSpecs"] if group["groupName"] == "drivers")
+    assert drivers["minReplicas"] >= 1
+    assert drivers["rayStartParams"]["num-cpus"] == "0"
+    assert json.loads(json.loads(drivers["rayStartParams"]["resources"]))[DRIVER] >= 1
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -196,7 +203,7 @@ def test_the_night_s_family_is_one_that_can_be_read_and_fits(overlay: str, tmp_p
     gpus = sum(
         group["maxReplicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
         for group in cluster["workerGroupSpecs"]
-        if group["groupName"] != "serving"
+        if group["groupName"] not in ("serving", "drivers")
     )
     wanted = spec.teacher.max_replicas * spec.teacher.shards * spec.teacher.gpus_per_shard
     wanted += sum(student.ranks * student.gpus_per_rank for student in spec.students.values())

@@ -10,11 +10,15 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import ray.util.state
+from ray.util.state.exception import ServerUnavailable
 
 from cluster.errors import RunError, UserError
-from jobs.client import connect
+from jobs.client import connect, has_nodes_for_drivers
 from jobs.contexts import Context
 
 
@@ -92,3 +96,19 @@ def test_a_request_that_fails_never_shows_the_token(tmp_path: Path, capfd: pytes
         connect(Context(address=address, token_file=str(token)))
     out, err = capfd.readouterr()
     assert "s3cret-token" not in str(refused.value) + out + err
+
+
+def test_nodes_for_drivers_are_those_that_offer_the_resource(monkeypatch: pytest.MonkeyPatch) -> None:
+    client = SimpleNamespace(get_address=lambda: "http://127.0.0.1:8265")
+    nodes = [SimpleNamespace(resources_total={"CPU": 4.0})]
+    monkeypatch.setattr(ray.util.state, "list_nodes", lambda **_: nodes)
+    assert not has_nodes_for_drivers(client)
+    nodes.append(SimpleNamespace(resources_total={"driver": 8.0}))
+    assert has_nodes_for_drivers(client)
+
+    def away(**_: Any) -> None:
+        raise ServerUnavailable("nobody answers\nfor this reason")
+
+    monkeypatch.setattr(ray.util.state, "list_nodes", away)
+    with pytest.raises(ConnectionError, match=r"^http://127.0.0.1:8265: nobody answers$"):
+        has_nodes_for_drivers(client)

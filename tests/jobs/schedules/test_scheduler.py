@@ -85,7 +85,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def cluster() -> Cluster:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    monkeypatch.setattr("jobs.submit.has_nodes_for_drivers", lambda _client: False)
     return Cluster()
 
 
