@@ -13,6 +13,9 @@ from cluster.spec import FamilySpec
 
 # Of the cluster, for every family on it; read where the driver runs.
 MAX_CPUS, MAX_GPUS = "STILLHOUSE_MAX_CPUS", "STILLHOUSE_MAX_GPUS"
+# What a node for the drivers of families offers, one for each; of one of them the queue takes what a driver leaves.
+DRIVER = "driver"
+DRIVER_SHARE, QUEUE_SHARE = 0.999, 0.001
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import RunError, UserError
+from cluster.limits import DRIVER
 from jobs.contexts import Context
 
-# What a node for the drivers of families offers.
-DRIVER = "driver"
 # As many as Ray lists at most.
 MOST_NODES = 10_000
 

@@ -25,10 +25,10 @@ import yaml
 
 from cluster.dates import has_macros, rendered
 from cluster.errors import RunError, UserError
+from cluster.limits import DRIVER, DRIVER_SHARE
 from cluster.queue.user import VARIABLE
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
-from jobs.client import DRIVER
 from jobs.contexts import Context
 from jobs.follow import say
 from jobs.submit import FAMILY, STOP_S, USER, begun, command, pack
@@ -170,7 +170,7 @@ def manifests(
             "jobId": name,
             "entrypoint": f"python -m jobs {command(resume, ds)}",
             # The cluster of `infra/kubernetes` has nodes that offer it.
-            "entrypointResources": json.dumps({DRIVER: 1}),
+            "entrypointResources": json.dumps({DRIVER: DRIVER_SHARE}),
             "metadata": {FAMILY: spec.name, USER: _user(), **begun(resume, ds)},
             "runtimeEnvYAML": yaml.safe_dump({"working_dir": FOLDER, "env_vars": variables}),
             "submitterPodTemplate": {

@@ -17,11 +17,11 @@ import yaml
 
 from cluster.dates import date_of, has_macros, rendered
 from cluster.errors import RunError, UserError
-from cluster.limits import MAX_CPUS, MAX_GPUS
+from cluster.limits import DRIVER, DRIVER_SHARE, MAX_CPUS, MAX_GPUS
 from cluster.queue.user import VARIABLE
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
-from jobs.client import DRIVER, connect, has_nodes_for_drivers
+from jobs.client import connect, has_nodes_for_drivers
 from jobs.contexts import Context
 from jobs.follow import follow, say
 
@@ -184,7 +184,7 @@ def start_job(
     submit_patiently(
         client,
         submission_id=job,
-        entrypoint_resources={DRIVER: 1.0} if has_nodes_for_drivers(client) else None,
+        entrypoint_resources={DRIVER: DRIVER_SHARE} if has_nodes_for_drivers(client) else None,
         entrypoint=f"python -m jobs {command}",
         runtime_env={
             **({} if folder is None else {"working_dir": folder}),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.limits import DRIVER, QUEUE_SHARE
 from cluster.queue.order import SETTLE_S, Entry, Order, Place
-from cluster.session import alive_nodes, here
+from cluster.session import alive_nodes
 
 NAME, NAMESPACE = "queue", "stillhouse"
 
@@ -36,12 +37,12 @@ class FamilyQueue:
 
 
 def queue_actor(again: bool) -> ActorHandle:
-    """The cluster's queue; whoever comes first starts it, and has it beside itself while that node is there.
+    """The cluster's queue; whoever comes first starts it.
 
-    Ray of itself takes any node for what needs no CPU: one that is about to be taken away, or the head, with which the
-    queue would die.
+    It lies on a node for drivers, where there are any. Ray of itself takes any node for what needs no CPU: one that is
+    about to be taken away, or the head, with which the queue would die.
     """
-    placed = NodeAffinitySchedulingStrategy(here(), soft=True)
-    options = {"name": NAME, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
-    actor = ray.remote(FamilyQueue).options(num_cpus=0, max_restarts=-1, scheduling_strategy=placed, **options)
-    return actor.remote(again)
+    options: dict[str, Any] = {"name": NAME, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+    if any(DRIVER in resources for resources in alive_nodes()):
+        options["resources"] = {DRIVER: QUEUE_SHARE}
+    return ray.remote(FamilyQueue).options(num_cpus=0, max_restarts=-1, **options).remote(again)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -100,8 +100,11 @@ class Nodes:
         which = int("--head" not in options)
         address = self._hosts.addresses[which] if self._hosts else "127.0.0.1"
         command = self._hosts.on(which) if self._hosts else []
-        command += POD if self._redis and which else []
         env = {**self._env, **(self._redis.env if self._redis and not which else {})}
+        if self._redis and which:
+            command += POD
+            # Of two nodes with one folder each would remove working directories that are in use on the other.
+            options = (*options, f"--temp-dir={self._folder / str(len(self._nodes))}")
         command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *options, f"--num-cpus={cpus}"]
         command += [f"--node-ip-address={address}", "--object-store-memory=200000000", "--disable-usage-stats"]
         # Two nodes on one machine must not share the ports that each would take.
@@ -131,8 +134,13 @@ class Nodes:
 
     def processes(self, node: subprocess.Popen[bytes], title: str = "") -> list[psutil.Process]:
         """The processes of a node that run what Ray titles so."""
-        found = psutil.Process(node.pid).children(recursive=True)
-        return [process for process in found if f"ray::{title}" in " ".join(process.cmdline()[:1])]
+        return [process for process, command in self.commands(node) if f"ray::{title}" in " ".join(command[:1])]
+
+    def commands(self, node: subprocess.Popen[bytes]) -> Iterator[tuple[psutil.Process, list[str]]]:
+        """All processes of a node, and what each was started as."""
+        for process in psutil.Process(node.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended since
+                yield process, process.cmdline()
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """``SIGKILL`` everything that belongs to a node."""

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import random
-import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from jobs.client import DRIVER
+from cluster.limits import DRIVER
 from jobs.schedules.ledger import Ledger
 from jobs.schedules.plan import OPEN, SUCCEEDED
 from tests.chaos.families import BATCHES, FAMILY, PAIR, STUDENTS, assert_finished_as, learnt
@@ -45,14 +44,19 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def drivers(self, node: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
-        """The drivers of families on a node, by their ids."""
-        found = {}
-        for process in psutil.Process(node.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if process.cmdline()[1:4] == ["-m", "jobs", "run"]:
-                    found[process.pid] = process
-        return found
+    def drivers(self, node: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """The drivers of families on a node."""
+        return [process for process, command in self._nodes.commands(node) if command[1:4] == ["-m", "jobs", "run"]]
+
+    @contextlib.contextmanager
+    def scheduler(self) -> Iterator[subprocess.Popen[str]]:
+        """Starts nights, outside of Ray."""
+        process = start("scheduler", "--address", self._nodes.job_server, env=self.env)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -71,33 +75,34 @@ def test_the_head_dies_and_another_comes(
     with Redis() as redis, Nodes(tmp_path, 0, redis=redis) as nodes:
         cluster = Cluster(nodes, tmp_path)
         node = nodes.add(CPUS, **{DRIVER: 2})
-        scheduler = start("scheduler", "--address", nodes.job_server, env=cluster.env)
-        cluster.type("schedule", "add", str(path), "--cron", "0 0 1 1 *")
-        cluster.type("schedule", "run-now", "tiny")
-        ledger = Ledger(f"sqlite:///{tmp_path / 'stillhouse' / 'schedules.db'}")
-        wait_for(lambda: any(night.run for night in ledger.nights("tiny")))
-        cluster.type("submit", str(waiting), "--no-follow", "--name", "waiting", "--env", f"STILLHOUSE_HOME={other}")
-        wait_for(lambda: "queued: place 1 of 1" in cluster.type("jobs", "logs", "waiting"))
-        when = dice.randrange(2, BATCHES)
-        wait_for(lambda: learnt(tmp_path) >= when)
-        drivers, (queue,) = cluster.drivers(node), nodes.processes(node, "FamilyQueue")
-        assert len(drivers) == 2
+        with cluster.scheduler() as scheduler:
+            cluster.type("schedule", "add", str(path), "--cron", "0 0 1 1 *")
+            cluster.type("schedule", "run-now", "tiny")
+            ledger = Ledger(f"sqlite:///{tmp_path / 'stillhouse' / 'schedules.db'}")
+            wait_for(lambda: any(night.run for night in ledger.nights("tiny")))
+            where = f"STILLHOUSE_HOME={other}"
+            cluster.type("submit", str(waiting), "--no-follow", "--name", "waiting", "--env", where)
+            wait_for(lambda: "queued: place 1 of 1" in cluster.type("jobs", "logs", "waiting"))
+            when = dice.randrange(2, BATCHES)
+            wait_for(lambda: learnt(tmp_path) >= when)
+            drivers, (queue,) = cluster.drivers(node), nodes.processes(node, "FamilyQueue")
+            assert len(drivers) == 2
 
-        with report.surviving("the head killed, and another one in its place"):
-            nodes.kill(nodes.head)
-            nodes.restart_head()
-            assert learnt(tmp_path) < len(PAIR) * BATCHES
-            assert cluster.drivers(node) == drivers
-            wait_for(lambda: not any(night.state in OPEN for night in ledger.nights("tiny")))
-            (night,) = ledger.nights("tiny")
-            assert (night.state, night.attempt) == (SUCCEEDED, 1), night
-            audit = assert_finished_as(undisturbed_pair, tmp_path, report)
-        assert audit.count("in 1 lives") == len(PAIR), audit
-        # It has its turn, and ends well.
-        said = cluster.type("jobs", "logs", "waiting", "--follow")
-        assert "queued: place 1 of 1" in said and "reading the corpus" in said
-        assert nodes.processes(node, "FamilyQueue") == [queue]
-        assert scheduler.poll() is None
-        scheduler.send_signal(signal.SIGTERM)
-        scheduler.communicate(timeout=60)
+            with report.surviving("the head killed, and another one in its place"):
+                nodes.kill(nodes.head)
+                before = learnt(tmp_path)
+                assert before < len(PAIR) * BATCHES
+                wait_for(lambda: learnt(tmp_path) > before)  # without a head
+                nodes.restart_head()
+                assert cluster.drivers(node) == drivers
+                wait_for(lambda: not any(night.state in OPEN for night in ledger.nights("tiny")))
+                (night,) = ledger.nights("tiny")
+                assert (night.state, night.attempt) == (SUCCEEDED, 1), night
+                audit = assert_finished_as(undisturbed_pair, tmp_path, report)
+            assert audit.count("in 1 lives") == len(PAIR), audit
+            # The other one has its turn, all of it under the new head.
+            said = cluster.type("jobs", "logs", "waiting", "--follow")
+            assert "queued: place 1 of 1" in said and "reading the corpus" in said
+            assert nodes.processes(node, "FamilyQueue") == [queue]
+            assert scheduler.poll() is None
         assert scheduler.returncode == 0

@@ -21,8 +21,8 @@ import yaml
 from ray._common.utils import import_attr
 from ray.serve.schema import ServeDeploySchema
 
+from cluster.limits import DRIVER
 from cluster.specfile import load_spec
-from jobs.client import DRIVER
 from jobs.kubernetes import Place, manifests
 from serving.declared import Declared
 from serving.spec import checked
