@@ -99,7 +99,8 @@ def theirs(settings: Settings, command: str) -> dict[str, float]:
         # It reads the file once, so there is a line for each request.
         lines = [PROMPTS[i % len(PROMPTS)] for i in range(settings.requests)]
         prompts.write_text("\n".join(lines) + "\n")
-        backend = f"kind=openai_http,target={settings.base},max_tokens={settings.max_tokens}"
+        # It would ask for /health first, a path of one kind of server.
+        backend = f"kind=openai_http,target={settings.base},max_tokens={settings.max_tokens},validate_backend=false"
         if settings.models:
             backend += f",model={settings.models[0]}"
         profile = (
