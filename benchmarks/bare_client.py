@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-_DONE, _LAST_CHUNK = b"data: [DONE]\n\n", b"0\r\n\r\n"
+_OK, _DONE, _LAST_CHUNK = b"HTTP/1.1 200 ", b"data: [DONE]\n\n", b"0\r\n\r\n"
 
 
 async def latencies(url: str, arrivals: Sequence[float], body: dict[str, Any], warmup: int = 20) -> list[float]:
@@ -43,7 +43,7 @@ async def latencies(url: str, arrivals: Sequence[float], body: dict[str, Any], w
             _, connection = await loop.create_connection(_Connection, address.hostname, address.port)
         begun = time.perf_counter()
         answer, ended = await connection.ask(request)
-        if not answer.startswith(b"HTTP/1.1 200 ") or counts not in answer:
+        if not answer.startswith(_OK) or counts not in answer:
             raise ValueError(f"not the answer that was asked for: {answer[:500]!r}")
         idle.append(connection)
         return (ended - begun) * 1000
@@ -79,7 +79,7 @@ class _Connection(asyncio.Protocol):
         if not self._ended and _DONE in self._come:
             self._ended = time.perf_counter()
         # An answer without a stream is an error, and would never end so.
-        if (self._ended and self._come.endswith((_LAST_CHUNK, _DONE))) or self._come.startswith(b"HTTP/1.1 4"):
+        if (self._ended and self._come.endswith((_LAST_CHUNK, _DONE))) or not self._come.startswith(_OK):
             self._answer.set_result((self._come, self._ended))
 
     def connection_lost(self, error: Exception | None) -> None:

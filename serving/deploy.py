@@ -245,12 +245,16 @@ def _take_down(spec: EndpointSpec) -> None:
     with _quiet():
         there = list(serve.status().applications)
         ours = [name for name in there if _is_ours(spec, name)]
+        doors = [name for name in ours if name.endswith("-door")]
         # The doors first: what they have taken in is still answered, and the control hears of it.
-        for name in sorted(ours, key=lambda name: not name.endswith("-door")):
-            if not name.endswith("-door") and len(ours) == len(there):
-                serve.shutdown()
-                return
+        for name in doors:
             serve.delete(name)
+        if len(ours) == len(there):
+            serve.shutdown()
+            return
+        for name in ours:
+            if name not in doors:
+                serve.delete(name)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,10 @@ class Plan:
         """The plan after a change."""
         return replace(self, version=self.version + 1, **changes)
 
+    def out_without(self, arm: str) -> dict[str, str]:
+        """The arms that are out, but for this one."""
+        return {name: reason for name, reason in self.out.items() if name != arm}
+
 
 @dataclass(frozen=True)
 class Ramp:

@@ -131,7 +131,7 @@ def _ill(stack: Stack) -> dict[str, str]:
     """The parts that do not answer as they should, and why."""
     supervisor = _supervisor(stack)
     if supervisor is None:
-        return {"supervisor": "it does not run"}
+        return dict.fromkeys(_CHECKS, "it does not run")
     states = {each["name"]: each["statename"] for each in supervisor.supervisor.getAllProcessInfo()}
     ill = {}
     for name in states:

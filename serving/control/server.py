@@ -52,6 +52,9 @@ class Control:
         works: starts and ends what a decision needs: arms, aliases, the judge.
     """
 
+    # Of the class, for `__del__` is also called where `__init__` has failed.
+    _trial: Trial | None = None
+
     def __init__(self, spec: EndpointSpec, routes: Mapping[str, str], works: Works) -> None:
         self._spec, self._works = spec, works
         self._state = State(spec.state)
@@ -61,7 +64,6 @@ class Control:
         self._addresses = Addresses()
         self._changed = asyncio.Event()
         self._ramp: Ramp | None = None
-        self._trial: Trial | None = None
         self._loops: list[asyncio.Task[Any]] = []
         self._probed: dict[str, asyncio.Task[None]] = {}
         self._kept_at = 0.0
@@ -85,8 +87,7 @@ class Control:
 
     def __del__(self) -> None:
         """Serve calls this when it ends a replica: what came in since the last time is kept too."""
-        trial: Trial | None = getattr(self, "_trial", None)
-        if trial is not None and not trial.is_over:
+        if self._trial is not None and not self._trial.is_over:
             self._keep_trial()
 
     async def spec(self) -> EndpointSpec:
@@ -218,7 +219,7 @@ class Control:
         # From here on every door sends to the new one; the old one goes when it has nothing left to do.
         routes = {**self._plan.routes, arm: new}
         addresses = self._addresses.of(routes.values())
-        await self._in_force(routes=routes, addresses=addresses, out=_without(self._plan.out, arm))
+        await self._in_force(routes=routes, addresses=addresses, out=self._plan.out_without(arm))
         self._breaker.forgive(arm)
         await self._works.end_arm(old)
         self._note("rolled", f"{arm} is {source} now")
@@ -334,7 +335,7 @@ class Control:
         await asyncio.sleep(self._spec.breaker.probe_s)
         if await self._works.answers(route) and self._plan.routes.get(arm) == route:
             self._breaker.forgive(arm)
-            self._set(out=_without(self._plan.out, arm))
+            self._set(out=self._plan.out_without(arm))
             self._note("arm_in", f"{arm} answers again")
 
     # ---- the plan ----
@@ -397,7 +398,3 @@ class Control:
                 self._trial = trial
                 self._metrics.begun(name)
                 self._plan = self._plan.next(experiment=name, sample=trial.spec.sample)
-
-
-def _without(out: Mapping[str, str], arm: str) -> dict[str, str]:
-    return {name: reason for name, reason in out.items() if name != arm}
