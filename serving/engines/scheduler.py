@@ -100,7 +100,8 @@ class Scheduler:
     @property
     def load(self) -> Load:
         """Requests that wait for a place and requests that have one."""
-        return Load(len(self._waiting), len(self._running) + (self._joining is not None))
+        with self._news:  # whoever moves from one to the other is counted once
+            return Load(len(self._waiting), len(self._running) + (self._joining is not None))
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -218,11 +219,14 @@ class Scheduler:
         logits_V = self._model.prefill(part, request.cache)
         if done + len(part) == len(request.ids):
             self._give([request], logits_V[None])
-            if not request.gone:
+            stays = not request.gone  # asked once: it may be cancelled at any time
+            if stays:
                 self._rows.add(request.cache)
-                self._running.append(request)
             request.cache = None
-            self._joining = None
+            with self._news:
+                self._joining = None
+                if stays:
+                    self._running.append(request)
         return len(part)
 
     def _generate(self) -> None:
@@ -247,8 +251,8 @@ class Scheduler:
         while self._running and not self._rows.fits(len(self._running), max(self._rows.length) + 1):
             row = max(range(len(self._running)), key=lambda at: self._running[at].serial)
             request = self._running[row]
-            self._leave(row)
             with self._news:
+                self._leave(row)
                 self._waiting.appendleft(request)
 
     def _leave(self, row: int) -> None:

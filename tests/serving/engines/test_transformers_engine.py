@@ -1,6 +1,7 @@
 """The engine with a real model: what it generates, alone and in a batch, when it stops, what it survives."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -214,6 +215,26 @@ def test_a_cancelled_reader_frees_its_place_also_while_it_waits_for_one(
 
     asyncio.run(crowd())
     assert idle(engine)
+
+
+def test_who_is_looked_for_while_it_joins_is_counted_once(
+    engine: TransformersEngine, prompt: list[int], ask: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Load] = []
+
+    class Watched(list[Any]):
+        """Somebody looks just when a request comes in among those running."""
+
+        def append(self, request: Any) -> None:
+            super().append(request)
+            look = threading.Thread(target=lambda: seen.append(engine.load))
+            look.start()
+            look.join(timeout=0.2)
+
+    monkeypatch.setattr(engine._scheduler, "_running", Watched())
+    ask(engine, (prompt, GREEDY))
+    assert idle(engine)
+    assert seen == [Load(0, 1)]
 
 
 def test_memory_is_bounded_and_who_does_not_fit_waits(tiny_model: Path, ask: Any) -> None:
