@@ -85,8 +85,8 @@ class LimitsSpec(Section):
     """Seconds in which a request's body has to arrive."""
     timeout_s: PositiveFloat = 300.0
     """Seconds that a whole answer may take, waiting included; then it ends with 504."""
-    connections: PositiveInt = 512
-    """Requests that one door takes in at the same time; the next is told 503."""
+    requests: PositiveInt = 512
+    """Completions that one door has under way at the same time, for all arms; the next is told 503."""
 
 
 class BreakerSpec(Section):

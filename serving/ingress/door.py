@@ -77,7 +77,6 @@ class Door:
             lifespan="off",
             server_header=False,
             date_header=False,
-            limit_concurrency=self._spec.limits.connections,
             timeout_graceful_shutdown=_CLOSING_S,
             timeout_keep_alive=30,
             proxy_headers=False,

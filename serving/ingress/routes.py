@@ -6,7 +6,8 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote
 
@@ -51,6 +52,8 @@ _ADMIN = {
 _ROLL = "/admin/arms/"
 # What KubeRay asks Serve's proxy; where it is off, the door answers in its place, in the proxy's word.
 _KUBERAY = "/-/healthz"
+# The second is what vLLM's servers call it, and what tools made for them ask first.
+_HEALTH = ("/healthz", "/health")
 
 logger = logging.getLogger("ray.serve")
 AskControl = Callable[[str, Any], Awaitable[tuple[int, Any]]]
@@ -74,6 +77,7 @@ class App:
         self._spec, self._keys, self._arms, self._relay, self._shadow = spec, keys, arms, relay, shadow
         self._ask_control = ask_control
         self._created = int(time.time())
+        self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -100,7 +104,8 @@ class App:
     ) -> None:
         if path in _KINDS:
             self._check_method(method, "POST", path)
-            await self._complete(_KINDS[path], headers, receive, send, begun)
+            with self._room():
+                await self._complete(_KINDS[path], headers, receive, send, begun)
         elif path.startswith("/admin/"):
             await self._administer(method, path, headers, receive, send)
         else:
@@ -113,6 +118,18 @@ class App:
             raise ApiError(405, f"{method} {path}: not allowed; use {allowed}.", headers={"Allow": allowed})
 
     # ---- completions ----
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """One of the requests that this door has room for. Who only asks how it is does not need it."""
+        most = self._spec.limits.requests
+        if self._under_way >= most:
+            raise try_again(503, f"This server has {most} requests under way, all it takes; try again.", "overloaded")
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
 
     async def _complete(
         self, kind: type[Request], headers: Headers, receive: Receive, send: Send, begun: float
@@ -211,7 +228,7 @@ class App:
     # ---- the rest ----
 
     async def _tell(self, path: str, headers: Headers, send: Send) -> None:
-        if path == "/healthz":
+        if path in _HEALTH:
             return await send_json(send, 200, {"status": "ok", "endpoint": self._spec.name}, {})
         if path in ("/readyz", _KUBERAY):
             return await self._readyz(path, send)

@@ -31,6 +31,14 @@ class Echo(Handle):
         return Script([[Accepted(1), Piece(0, Delta("word", 1, "stop"))]])
 
 
+class Held(Handle):
+    """An arm that has taken a request in and says no more."""
+
+    def remote(self, ask: Any) -> Script:
+        self.asked.append(ask)
+        return Script([[Accepted(1)]], silent=True)
+
+
 class Door:
     """An application with two such arms."""
 
@@ -84,6 +92,32 @@ def test_a_caller_stays_on_one_arm_by_session_user_or_key(tmp_path: Path) -> Non
     headers = {"Authorization": f"Bearer {add_key(keys, 'app')}"}
     assert len(arms_of(Door(keys=keys, sticky=["key"]).complete(10, headers))) == 1
     assert len(arms_of(Door(keys=keys, sticky=[]).complete(40, headers, user="a"))) == 2
+
+
+def test_a_door_that_has_its_hands_full_says_so_and_still_says_how_it_is() -> None:
+    door = Door(limits={"requests": 2})
+    door.handles["x"] = held = Held()
+    codes: list[str | None] = []
+
+    async def crowd() -> None:
+        transport = httpx.ASGITransport(app=door.app)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            body = {**COMPLETION, "model": "x"}
+            two = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(2)]
+            while len(held.asked) < 2:
+                await asyncio.sleep(0.001)
+            third = await client.post("/v1/chat/completions", json={})
+            assert (third.status_code, third.json()["error"]["code"]) == (503, "overloaded")
+            assert third.headers["retry-after"] == "1"
+            assert [(await client.get(path)).status_code for path in ("/healthz", "/health", "/readyz")] == [200] * 3
+            door.arms._pool.forget("x")
+            fourth = client.post("/v1/completions", json={**body, "model": "y"})
+            codes.extend(
+                answer.json().get("error", {}).get("code") for answer in (*await asyncio.gather(*two), await fourth)
+            )
+
+    asyncio.run(crowd())
+    assert codes == ["arm_unavailable", "arm_unavailable", None]  # and the places are free again
 
 
 def test_every_door_comes_to_the_same_arm() -> None:
