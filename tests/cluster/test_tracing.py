@@ -1,5 +1,6 @@
 """Traces within one process; how they go through a family is tested where one runs."""
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -16,6 +17,8 @@ CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @pytest.fixture
 def spans(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemorySpanExporter]:
     """All that this process sends, before it is sent."""
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)  # others' tests send a part of what they trace
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     tracing._provider.cache_clear()
     provider: TracerProvider = tracing._provider()
