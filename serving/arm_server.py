@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cluster.devices import see_no_gpu
+from cluster.registry import on_this_node
 from serving.asking import Ask, Item, Piece
 from serving.engines import open_engine
 from serving.engines.base import Accepted, Refused, Sampling, budget
@@ -50,7 +51,7 @@ class ArmServer:
         """
         if not gpu:
             see_no_gpu()
-        self._engine = open_engine(engine, model_dir, dtype, threads, slots)
+        self._engine = open_engine(engine, model_dir and on_this_node(model_dir), dtype, threads, slots)
         self._prompt_limit, self._answer_limit = prompt_limit, answer_limit
         self._suspect = False
         self._post = post

@@ -2,6 +2,7 @@
 
 from cluster.registry.client import CHALLENGER, CHAMPION, shown
 from cluster.registry.family import Registry, attach_report, code_version
+from cluster.registry.files import fetch_model, on_this_node
 from cluster.registry.models import (
     CHAMPIONS,
     PROMOTION,
@@ -10,7 +11,6 @@ from cluster.registry.models import (
     Models,
     Standing,
     champion_of,
-    fetch_model,
 )
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "champion_of",
     "code_version",
     "fetch_model",
+    "on_this_node",
     "shown",
 ]

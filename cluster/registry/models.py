@@ -244,33 +244,3 @@ def champion_of(name: str, tracking_uri: str) -> int | None:
         reason = (str(error).splitlines() or [type(error).__name__])[0].replace(tracking_uri, where)
         raise RunError(f"the registry {where} does not say which {name} is the champion: {reason}") from error
     return None if version is None else int(version)
-
-
-def fetch_model(uri: str, tracking_uri: str, put: Path | None = None, patience_s: float = 0.0) -> Path:
-    """Local Hugging Face directory of a registered model.
-
-    Args:
-        uri: ``models:/name@alias`` or ``models:/name/version``.
-        put: an empty folder for its files; without it they stay where MLflow has them, or where it puts downloads.
-        patience_s: how long MLflow may be away.
-
-    Raises:
-        UserError: no such model, version or alias.
-        RunError: the registry knows it, but it holds no transformers model, or its files are gone.
-    """
-    client_of(tracking_uri)
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    try:
-        download = partial(mlflow.artifacts.download_artifacts, artifact_uri=uri, dst_path=put and str(put))
-        folder = Path(patiently(download, patience_s))
-    except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{uri}: not in the registry {shown(tracking_uri)}: {reason}") from None
-    for candidate in (folder / "model", folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    if not any(folder.iterdir()):
-        raise RunError(f"{uri}: registered, but its files are gone")
-    raise RunError(f"{uri}: registered, but it is not a transformers model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -85,8 +86,8 @@ def _cut_layers(teacher: PreTrainedModel, layers: list[int], dtype: torch.dtype)
 def initial_student(
     init: TeacherLayers | Pretrained | Scratch,
     *,
-    teacher_dir: str,
-    student_dir: str | None,
+    teacher_dir: str | Path,
+    student_dir: str | Path | None,
     dtype: torch.dtype,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:

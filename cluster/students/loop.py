@@ -21,6 +21,7 @@ from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
 from cluster.flops import TRAINING, Work, parameters_of, peak_flops
 from cluster.memory import keep_memory
+from cluster.registry import on_this_node
 from cluster.space import NoRoomError
 from cluster.stream.figures import HeldError
 from cluster.stream.reader import Reader
@@ -60,8 +61,8 @@ class _Rank:
         dtype = torch.bfloat16 if self.spec.precision == "bfloat16" else torch.float32
         self.model = initial_student(
             self.spec.init,
-            teacher_dir=self.job.teacher.folder,
-            student_dir=self.job.student_dir,
+            teacher_dir=on_this_node(self.job.teacher.folder),
+            student_dir=self.job.student_dir and on_this_node(self.job.student_dir),
             dtype=dtype,
             trust_remote_code=self.job.family.teacher.trust_remote_code,
         ).to(self.device)

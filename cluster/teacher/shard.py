@@ -20,6 +20,7 @@ from cluster.labels.kinds import Labels, TopK
 from cluster.labels.wire import Stamp, encode
 from cluster.memory import keep_memory
 from cluster.models import TeacherModel
+from cluster.registry import on_this_node
 from cluster.spec import HiddenLabels, LabelsSpec, TeacherSpec, TopKLabels
 
 PROBE_TOKENS, PROBE_LIKELIEST = 32, 64
@@ -68,7 +69,7 @@ class Shard:
         else:
             options["device_map"] = self._device
         self._model = AutoModelForCausalLM.from_pretrained(
-            self._teacher.folder,
+            on_this_node(self._teacher.folder),
             dtype=getattr(torch, self._spec.dtype),
             use_safetensors=True,
             trust_remote_code=self._spec.trust_remote_code,

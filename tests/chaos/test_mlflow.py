@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlflow
-import psutil
 import pytest
 
 from cluster.family import run_family
@@ -23,55 +18,18 @@ from cluster.specfile import load_spec
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_learnt_once, assert_same_weights, weights
 from tests.chaos.faults import Fault, Faults
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import free_port, write_family
+from tests.integration.conftest import write_family
+from tests.integration.mlflow_server import Server, running
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 AWAY_S = 60.0
 ONE = {"alone": STUDENTS["alone"]}
 
 
-class Server:
-    """A real MLflow server on loopback that can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self._port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        with (self._folder / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).read()
-                return
-            except OSError:
-                assert time.monotonic() < deadline, (self._folder / "server.log").read_text()[-2000:]
-                time.sleep(0.5)
-
-    def kill(self) -> None:
-        if self._process is None or self._process.poll() is not None:
-            return
-        for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
-            process.kill()
-        self._process.wait()
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
-    folder = tmp_path / "mlflow"
-    folder.mkdir()
-    made = Server(folder)
-    made.start()
-    made.wait()
-    yield made
-    made.kill()
+    with running(tmp_path / "mlflow") as made:
+        yield made
 
 
 def test_mlflow_is_away_for_a_minute(

@@ -10,7 +10,16 @@ import pytest
 
 from cluster.errors import RunError, UserError
 from cluster.evaluate.gate import KEPT, PROMOTED, ROLLED_BACK, Verdict
-from cluster.registry import CHAMPIONS, PROMOTION, REASON, ChampionMovedError, Models, Standing, fetch_model
+from cluster.registry import (
+    CHAMPIONS,
+    PROMOTION,
+    REASON,
+    ChampionMovedError,
+    Models,
+    Standing,
+    fetch_model,
+    on_this_node,
+)
 from cluster.registry.models import WEIGHTS, weights_digest
 
 NAME = "demo-small"
@@ -257,3 +266,9 @@ def test_weights_are_held_against_the_hash_of_their_registration(registry: Regis
             registry.models.check_weights(uri, folder)
         (folder / name).unlink() if before is None else (folder / name).write_bytes(before)
     registry.models.check_weights(uri, folder)
+
+
+def test_a_folder_that_another_node_found_has_to_be_here_too(tiny_teacher: Path, tmp_path: Path) -> None:
+    assert on_this_node(str(tiny_teacher)) == tiny_teacher
+    with pytest.raises(RunError, match=r"there is not on the node .*: all nodes have to see .* HF_HOME"):
+        on_this_node(tmp_path / "there")

@@ -1,0 +1,94 @@
+"""The files of models, as a directory that every node sees."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.errors import RunError, UserError
+from cluster.registry.client import client_of, patiently, shown
+from cluster.registry.models import Models
+from cluster.specfile import home
+
+
+def fetch_model(uri: str, tracking_uri: str, put: Path | None = None, patience_s: float = 0.0) -> Path:
+    """Local Hugging Face directory of a registered model.
+
+    Args:
+        uri: ``models:/name@alias`` or ``models:/name/version``.
+        put: an empty folder for its files. Without it, what MLflow has in this file system stays there, and anything
+            else is fetched once per version to below the Stillhouse home, where every node of a cluster finds it.
+        patience_s: how long MLflow may be away.
+
+    Raises:
+        UserError: no such model, version or alias.
+        RunError: the registry knows it, but it holds no transformers model, or its files are gone.
+    """
+    client = client_of(tracking_uri)
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    def fetch() -> Path:
+        if put is None:
+            return _fetched_once(client, uri, tracking_uri)
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(put)))
+
+    try:
+        folder = patiently(fetch, patience_s)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{uri}: not in the registry {shown(tracking_uri)}: {reason}") from None
+    for candidate in (folder / "model", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if not any(folder.iterdir()):
+        raise RunError(f"{uri}: registered, but its files are gone")
+    raise RunError(f"{uri}: registered, but it is not a transformers model")
+
+
+def on_this_node(folder: str | Path) -> Path:
+    """A model's folder that another node has found, looked for here.
+
+    Raises:
+        RunError: it is not here; says what nodes have to share.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise RunError(
+            f"{path} is not on the node {socket.gethostname()}: all nodes have to see the Stillhouse home, HF_HOME and "
+            f"local models under the same paths"
+        )
+    return path
+
+
+def _fetched_once(client: Any, uri: str, tracking_uri: str) -> Path:
+    """Where a version's files lie for good. An alias may move meanwhile, so it is the version that is fetched."""
+    import mlflow
+
+    name, version = Models(tracking_uri, patience_s=0.0).resolve(uri)
+    exact = f"models:/{name}/{version}"
+    source = client.get_model_version_download_uri(name, str(version))
+    if urlsplit(source).scheme in ("", "file"):
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=exact))
+    # Another registry may have a model of this name, and so may this one when it was deleted and made anew.
+    digest = hashlib.sha256(f"{tracking_uri} {source}".encode()).hexdigest()[:12]
+    place = home() / "models" / f"{name}-{version}-{digest}"
+    if place.is_dir():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetching-", dir=place.parent) as half:
+        files = Path(half) / "files"
+        files.mkdir()
+        mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=str(files))
+        if not any(files.iterdir()):
+            raise RunError(f"{uri}: registered, but its files are gone")
+        try:
+            files.rename(place)
+        except OSError:
+            if not place.is_dir():  # nobody else has fetched it meanwhile
+                raise
+    return place
