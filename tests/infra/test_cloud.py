@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import ray.autoscaler
@@ -17,6 +18,34 @@ def test_the_cluster_file_is_one_for_ray() -> None:
 
 def test_every_node_that_is_started_asks_for_the_token() -> None:
     tree = yaml.safe_load(CLUSTER.read_text())
-    commands = tree["head_start_ray_commands"] + tree["worker_start_ray_commands"]
-    assert all("RAY_AUTH_MODE=token" in each for each in commands if "ray start" in each)
+    assert all("RAY_AUTH_MODE=token" in each for each in starts_of(tree))
     assert any(path.endswith(".ray/auth_token") for path in tree["file_mounts"])
+
+
+def test_no_node_takes_the_image_that_ray_would_choose() -> None:
+    for name, kind in yaml.safe_load(CLUSTER.read_text())["available_node_types"].items():
+        assert kind["node_config"].get("ImageId", "").lower() not in ("", "latest_dlami"), name
+
+
+def starts_of(tree: dict[str, Any]) -> list[str]:
+    commands = tree["head_start_ray_commands"] + tree["worker_start_ray_commands"]
+    return [each for each in commands if "ray start" in each]
+
+
+def test_a_node_s_own_python_can_make_the_environment_that_jobs_run_in() -> None:
+    tree = yaml.safe_load(CLUSTER.read_text())
+    steps = tree["setup_commands"]
+    (installs,) = (number for number, step in enumerate(steps) if "install --yes" in step and "python3-venv" in step)
+    assert installs < steps.index("python3 -m venv ~/venv")
+    starts = starts_of(tree)
+    assert len(starts) == 2
+    # A job runs `python`, which Ubuntu has not.
+    assert all(each.startswith("PATH=~/venv/bin:$PATH ") for each in starts)
+
+
+def test_models_lie_on_the_file_system_that_all_nodes_mount() -> None:
+    tree = yaml.safe_load(CLUSTER.read_text())
+    (mount,) = (step for step in tree["setup_commands"] if "mount -t nfs4" in step)
+    shared = mount.split()[-1]
+    starts = starts_of(tree)
+    assert all(f" HF_HOME={shared}/" in each for each in starts)

@@ -7,10 +7,6 @@ import copy
 import functools
 import json
 import operator
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +19,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.limits import DRIVER
 from cluster.specfile import load_spec
-from jobs.kubernetes import Place, manifests
 from serving.declared import Declared
 from serving.spec import checked
-from tests.tiny import tiny_family
-
-KUBERNETES = Path(__file__).parents[2] / "infra/kubernetes"
-CRDS = Path(__file__).parents[3] / "shared/assets/kuberay-crds"
-OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
-# Stands for what `stillhouse submit --kubernetes` makes of a small family.
-SUBMITTED = "submitted"
-ALL = [*OVERLAYS, "endpoint", SUBMITTED]
-Object = dict[str, Any]
-
-
-@functools.cache
-def rendered(what: str) -> tuple[Object, ...]:
-    if what == SUBMITTED:
-        return submitted()
-    kubectl = Path(sys.executable).parent / "kubectl"
-    command = [str(kubectl), "kustomize", str(KUBERNETES / ("overlays" if what in OVERLAYS else "") / what)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return tuple(yaml.safe_load_all(done.stdout))
-
-
-def submitted() -> tuple[Object, ...]:
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
-        path = Path(folder) / "family.yaml"
-        path.write_text(yaml.safe_dump(tiny_family("hf://org/teacher", corpus)))
-        _, objects, _ = manifests(path, [], None, Place("registry.example.com/stillhouse/cpu:0.1.0"), name="tiny")
-    return tuple(objects)
-
-
-def pods(objects: tuple[Object, ...]) -> Iterator[tuple[str, Object]]:
-    """Every pod's spec, by where it stands."""
-    for each in objects:
-        name, spec = f"{each['kind']} {each['metadata']['name']}", each.get("spec", {})
-        if each["kind"] in ("RayCluster", "RayService"):
-            cluster = spec.get("rayClusterConfig", spec)
-            yield f"{name} head", cluster["headGroupSpec"]["template"]["spec"]
-            for group in cluster["workerGroupSpecs"]:
-                yield f"{name} {group['groupName']}", group["template"]["spec"]
-        elif each["kind"] == "RayJob":
-            yield name, spec["submitterPodTemplate"]["spec"]
-        elif each["kind"] == "CronJob":
-            yield name, spec["jobTemplate"]["spec"]["template"]["spec"]
-        elif "template" in spec:
-            yield name, spec["template"]["spec"]
+from tests.infra.rendered import ALL, CRDS, OVERLAYS, SUBMITTED, Object, of_kind, pods, rendered
 
 
 @functools.cache
@@ -214,11 +163,6 @@ def test_two_nights_never_overlap() -> None:
     (night,) = (each["spec"] for each in rendered("one-gpu") if each["kind"] == "CronJob")
     assert night["concurrencyPolicy"] == "Forbid"
     assert night["jobTemplate"]["spec"]["backoffLimit"] == 0
-
-
-def of_kind(what: str, kind: str) -> Object:
-    (found,) = (each for each in rendered(what) if each["kind"] == kind)
-    return found
 
 
 def test_the_endpoint_is_open_to_others_only_with_keys_and_where_kuberay_looks() -> None:

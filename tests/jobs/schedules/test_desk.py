@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs.contexts import Context
 from jobs.schedules import desk
 from jobs.schedules.ledger import Ledger
 from jobs.schedules.scheduler import unpack
+from jobs.schedules.shown import say_scheduler
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +78,18 @@ def test_a_database_that_cannot_be_opened_is_named_without_its_password(monkeypa
     answer = ask("ls")
     assert "the schedules' database cannot be opened" in answer["error"]
     assert answer["exit_code"] == 1
+
+
+def test_a_scheduler_is_started_only_where_none_has_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Context] = []
+    monkeypatch.setattr("jobs.schedules.remote.begin_scheduler", lambda where: begun.append(where) or "job")
+    where, ledger, now = Context(address="http://head:8265"), Ledger(), datetime.now(UTC)
+    ledger.hold("deployment", now, now + timedelta(minutes=5))
+    say_scheduler(add(), where, begin=True)
+    assert not begun
+    # One that was started all the same waits.
+    assert not ledger.hold("job", now, now + timedelta(minutes=5))
+    ledger.release("deployment")
+    say_scheduler(add(), where, begin=True)
+    assert begun == [where]
+    assert ledger.hold("job", now, now + timedelta(minutes=5))
