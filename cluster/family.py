@@ -189,7 +189,7 @@ def _distil(
     actors.stream.start.remote()
     watch = Watch(actors.stream, actors.board, list(spec.students), spec.patience_s)
     unplaced = Unplaced(spec, places_pending, alive_nodes)
-    metrics = FamilyMetrics(spec)
+    metrics = FamilyMetrics(spec, run.name)
     jobs = _jobs(checked, run, actors, batches.count)
     tasks = {actors.trainers.run.remote(job): job.name for job in jobs}
     ends = _Ends(checked, run, actors, lineage, tasks, _champions(checked, run, actors.registry, jobs))

@@ -1,7 +1,7 @@
 """What a running family tells Prometheus, by way of the agent of the node that it is run from.
 
 Ray puts ``ray_`` in front of each name, and ``_total`` behind a counter's. Counters begin at 0 with every run and every
-resumed run.
+resumed run. Each metric has the run's name, for a family's runs of two nights are not one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class _Metric:
 _FAMILY: tuple[_Metric, ...] = (
     _Metric("family_batches", "Batches of the pass.", lambda stats: stats.total),
     _Metric("labelled_batches", "Batches that have labels.", lambda stats: len({*stats.scored, *stats.read})),
+    _Metric("teacher_started", "1 once labels were missing in the store.", lambda stats: float(stats.pool.started)),
     _Metric("replicas_ready", "Replicas of the teacher that serve.", lambda stats: stats.pool.ready),
     _Metric("window_used_batches", "Batches that the stream holds.", lambda stats: stats.window_used),
     _Metric("unsaved_batches", "Batches that the label store has not taken yet.", lambda stats: stats.unsaved),
@@ -58,10 +59,10 @@ _STUDENT: tuple[_Metric, ...] = (
 
 
 class FamilyMetrics:
-    """The metrics of one family; :meth:`publish` brings them up to date. Needs a Ray connection."""
+    """The metrics of one run of a family; :meth:`publish` brings them up to date. Needs a Ray connection."""
 
-    def __init__(self, spec: FamilySpec) -> None:
-        self._family = spec.name
+    def __init__(self, spec: FamilySpec, run: str) -> None:
+        self._of = {"family": spec.name, "run": run}
         self._tokens = spec.corpus.batch_sequences * spec.corpus.sequence_length
         self._window = spec.stream.window
         self._made: dict[str, Any] = {}
@@ -93,7 +94,7 @@ class FamilyMetrics:
     def _put(self, metric: _Metric, value: float | None, student: str = "") -> None:
         if value is None:
             return
-        tags = {"family": self._family, **({"student": student} if student else {})}
+        tags = {**self._of, **({"student": student} if student else {})}
         made = self._made.get(metric.name) or self._make(metric, tuple(tags))
         if not metric.counts:
             made.set(value, tags)

@@ -40,6 +40,8 @@ LARGEST = 1024**2
 LONGEST_NAME = 47
 NAME = rf"[a-z](?:[-a-z0-9]{{0,{LONGEST_NAME - 2}}}[a-z0-9])?"
 KUBECTL_S = 60.0
+# The cluster's head lets pods of this role in, and no others.
+SUBMITTER_ROLE = {"stillhouse/role": "submitter"}
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def manifests(
         ds = ds or date.today()
     if ds is not None:
         spec = rendered(spec, ds)
-    files = _files(spec, context or Context(address=f"http://{place.cluster}-head-svc:8265"))
+    files = _files(spec, context or Context(address=head_address(place.cluster)))
     labels = {"app.kubernetes.io/name": "stillhouse", "stillhouse/family": spec.name}
     metadata = {"name": name, "namespace": place.namespace, "labels": labels}
     # Kubernetes allows no slash in a key, so files go by number and get their paths where they are mounted.
@@ -174,13 +176,17 @@ def manifests(
             "metadata": {FAMILY: spec.name, USER: _user(), **begun(resume, ds)},
             "runtimeEnvYAML": yaml.safe_dump({"working_dir": FOLDER, "env_vars": variables}),
             "submitterPodTemplate": {
-                # The cluster's head lets pods of this role in.
-                "metadata": {"labels": {**labels, "stillhouse/role": "submitter"}},
+                "metadata": {"labels": {**labels, **SUBMITTER_ROLE}},
                 "spec": submitter(place.image, place.token_secret, mounted),
             },
         },
     }
     return Manifests(name, [config, job], sum(map(len, files.values())))
+
+
+def head_address(cluster: str) -> str:
+    """Where pods in the namespace of a RayCluster find its job server."""
+    return f"http://{cluster}-head-svc:8265"
 
 
 def _files(spec: FamilySpec, context: Context) -> dict[str, bytes]:

@@ -36,6 +36,7 @@ class PoolStats:
     """Counters of a pool. ``restarts`` are replicas started again; ``rescored`` are batches that died with one.
 
     Attributes:
+        started: whether there is a pool at all; none is started while the label store has all that is needed.
         elastic: whether the number of replicas may change with the students' need.
         growing: whether one more replica is being started.
         grown: replicas that were added; ``shrunk`` were not needed any more or in a student's place, ``lost`` died and
@@ -43,6 +44,7 @@ class PoolStats:
         mfu: of the replica that scored the last batch, see :mod:`cluster.flops`; none where it is not known.
     """
 
+    started: bool = False
     ready: int = 0
     elastic: bool = False
     growing: bool = False
@@ -92,7 +94,7 @@ class TeacherPool:
         self._starting: set[asyncio.Task[None]] = set()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.queued = 0
-        self.stats = PoolStats(elastic=spec.max_replicas > spec.min_replicas)
+        self.stats = PoolStats(started=True, elastic=spec.max_replicas > spec.min_replicas)
 
     @property
     def size(self) -> int:

@@ -28,7 +28,8 @@ import boto3
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-RULES = ROOT / "infra/monitoring/rules.yaml"
+# Endpoints come and go by hand here.
+RULES = [ROOT / "infra/monitoring" / name for name in ("rules.yaml", "endpoint_by_hand.yaml")]
 BUCKETS = ("labels", "models")
 # Of SeaweedFS each port takes the one 10,000 above it too.
 PORTS = {
@@ -239,7 +240,7 @@ class Stack:
         ]
         config = {
             "global": {"scrape_interval": "5s", "evaluation_interval": "5s"},
-            "rule_files": [str(RULES)],
+            "rule_files": list(map(str, RULES)),
             "scrape_configs": [{**own, **job} for job in jobs],
         }
         (self.folder / "prometheus.yaml").write_text(yaml.safe_dump(config, sort_keys=False))

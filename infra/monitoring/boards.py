@@ -42,7 +42,7 @@ _OF = '{family=~"$family"}'
 
 def _counted(counter: str) -> str:
     """A counter of Ray's, which is not there before it has counted something, and 0 until then."""
-    return f"{counter}{_OF} or on (family) 0 * ray_stillhouse_family_batches{_OF}"
+    return f"{counter}{_OF} or on (family, run) 0 * ray_stillhouse_family_batches{_OF}"
 
 
 BOARDS = [
@@ -60,7 +60,7 @@ BOARDS = [
                 "Progress",
                 "percentunit",
                 {
-                    "{{student}}": f"ray_stillhouse_student_batches{_OF} / on (family) group_left "
+                    "{{student}}": f"ray_stillhouse_student_batches{_OF} / on (family, run) group_left "
                     f"ray_stillhouse_family_batches{_OF}"
                 },
             ),

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import date
 from typing import Annotated
 
 import typer
 
-from cluster.errors import StillhouseError
+from cluster.errors import StillhouseError, UserError
 from jobs.cli.contexts import contexts
 from jobs.cli.endpoints import endpoints
 from jobs.cli.jobs import jobs
 from jobs.cli.labels import labels
 from jobs.cli.models import models
-from jobs.cli.options import Address, ContextName, Ds, Overrides, SpecPath
+from jobs.cli.options import Address, ContextName, Ds, DueBy, Overrides, SpecPath
 from jobs.cli.schedules import scheduler, schedules
 from jobs.cli.serving import serving
 
@@ -71,8 +72,6 @@ def run(
 @app.command()
 def check(spec: SpecPath, overrides: Overrides = None, ds: Ds = None) -> None:
     """Validate a spec, its models and its corpus files; start nothing."""
-    from datetime import date
-
     from cluster.dates import date_of, rendered
     from cluster.preflight import preflight
     from cluster.specfile import load_spec
@@ -103,6 +102,18 @@ def schema() -> None:
     typer.echo(json.dumps(FamilySpec.model_json_schema(), indent=2))
 
 
+def _day(ds: str | None, due_by: str | None) -> date | None:
+    """The date that a command names, or None."""
+    from cluster.dates import date_of
+    from jobs.schedules.plan import due_date
+
+    if ds is not None and due_by is not None:
+        raise UserError("--ds and --due-by name a date each; give one of them")
+    if due_by is not None:
+        return due_date(due_by)
+    return date_of(ds) if ds is not None else None
+
+
 @app.command()
 def submit(
     spec: SpecPath,
@@ -120,6 +131,7 @@ def submit(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run there.")] = False,
     ds: Ds = None,
+    due_by: DueBy = None,
     follow: Annotated[bool | None, typer.Option(help="Show its log and end with its outcome. Default: yes.")] = None,
     kubernetes: Annotated[
         bool, typer.Option("--kubernetes", help="Have KubeRay run it, on the cluster that kubectl points to.")
@@ -138,12 +150,11 @@ def submit(
     ] = None,
 ) -> None:
     """Run a family as a Ray job on a running cluster."""
-    from cluster.dates import date_of
     from jobs import kubernetes as kube
     from jobs.contexts import context_for
     from jobs.submit import submit as submit_family
 
-    day = date_of(ds) if ds is not None else None
+    day = _day(ds, due_by)
     own = {"image": image, "namespace": namespace, "cluster": cluster, "token_secret": token_secret}
     place = kube.place_of(kubernetes, {"address": address, "env": env, "follow": follow}, dry_run=dry_run, **own)
     if place is None:

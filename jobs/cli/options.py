@@ -25,4 +25,11 @@ Ds = Annotated[
     str | None,
     typer.Option("--ds", metavar="YYYY-MM-DD", help="The date for the macros in corpus.paths. Default: today's."),
 ]
+DueBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="'CRON ZONE'",
+        help="Instead of --ds: the date of the night that was last due by it, such as '0 2 * * * Europe/Berlin'.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -173,9 +173,9 @@ def schedule_export(
     namespace: Annotated[str, typer.Option(help="Of the Kubernetes objects.")] = "stillhouse",
     overlap: Overlap = "skip",
     missed: Missed = "once",
-    token_secret: Annotated[str, typer.Option(help="Secret whose key auth_token holds the cluster's token.")] = (
-        "ray-auth-token"
-    ),
+    token_secret: Annotated[
+        str, typer.Option(help="Secret whose key auth_token holds the cluster's token.")
+    ] = "stillhouse",
     overrides: Overrides = None,
     address: Address = None,
     context: ContextName = None,

@@ -6,14 +6,15 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
 from cluster.errors import UserError
 from cluster.specfile import load_spec
 from jobs.contexts import Context
-from jobs.kubernetes import FOLDER, LARGEST, submitter
-from jobs.schedules.plan import LATE_S, schedule_of
+from jobs.kubernetes import FOLDER, LARGEST, SUBMITTER_ROLE, Place, head_address, submitter
+from jobs.schedules.plan import LATE_S, Schedule, schedule_of
 from jobs.submit import SPEC_FILE, pack
 
 # A day: one missed night is caught up, an older one is not.
@@ -30,7 +31,7 @@ def manifests(
     *,
     image: str,
     namespace: str,
-    token_secret: str,
+    token_secret: str = Place.token_secret,
 ) -> str:
     """The manifests as YAML, to be given to ``kubectl apply -f -``.
 
@@ -54,15 +55,11 @@ def manifests(
     if len(text) > LARGEST:
         raise UserError(f"{spec_path}: {len(text)} bytes; a ConfigMap holds at most {LARGEST}")
     labels = {"app.kubernetes.io/name": "stillhouse", "stillhouse/family": spec.name}
-    metadata = {"name": f"stillhouse-{schedule.name}", "namespace": namespace, "labels": labels}
+    name = f"stillhouse-{schedule.name}"
+    metadata = {"name": name, "namespace": namespace, "labels": labels}
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {SPEC_FILE: text}}
-    night = submitter(
-        image,
-        token_secret,
-        {"name": metadata["name"]},
-        command=["stillhouse", "submit", f"{FOLDER}/{SPEC_FILE}", "--address", context.address, "--name", "$(NIGHT)"],
-        env=[{"name": "NIGHT", "valueFrom": {"fieldRef": {"fieldPath": JOB_NAME_LABEL}}}],
-    )
+    night = _night(schedule, context, image, token_secret, name)
+    pod = {"metadata": {"labels": {**labels, **SUBMITTER_ROLE}}, "spec": night}
     cron = {
         "apiVersion": "batch/v1",
         "kind": "CronJob",
@@ -75,9 +72,28 @@ def manifests(
             "successfulJobsHistoryLimit": 7,
             "failedJobsHistoryLimit": 7,
             # The night's job has one name, and a pod that is lost leaves it running.
-            "jobTemplate": {
-                "spec": {"backoffLimit": 0, "template": {"metadata": {"labels": labels}, "spec": night}},
-            },
+            "jobTemplate": {"spec": {"backoffLimit": 0, "template": pod}},
         },
     }
     return yaml.safe_dump_all([config, cron], sort_keys=False)
+
+
+def _night(schedule: Schedule, context: Context, image: str, token_secret: str, config: str) -> dict[str, Any]:
+    """The pod that submits a night and follows it.
+
+    Args:
+        config: the ConfigMap's name.
+    """
+    # Not the pod's own date: it has another clock than the schedule, and may start long after its night was due. The
+    # pod cannot see when that was, for Kubernetes notes it on the Job alone.
+    due_by = f"{schedule.cron} {schedule.timezone}"
+    command = ["stillhouse", "submit", f"{FOLDER}/{SPEC_FILE}", "--address", _address(context)]
+    command += ["--name", "$(NIGHT)", "--due-by", due_by]
+    env = [{"name": "NIGHT", "valueFrom": {"fieldRef": {"fieldPath": JOB_NAME_LABEL}}}]
+    return submitter(image, token_secret, {"name": config}, command=command, env=env)
+
+
+def _address(context: Context) -> str:
+    """The job server, as a pod reaches it: what is on loopback here, such as a forwarded port, is not so there."""
+    here = urlsplit(context.address).hostname in ("127.0.0.1", "localhost", "::1")
+    return head_address(Place.cluster) if here else context.address

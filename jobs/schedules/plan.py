@@ -6,7 +6,8 @@ A *night* is one firing of a schedule, whatever hour it falls on. It is named by
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
+from itertools import takewhile
 from typing import Annotated, Literal
 from zoneinfo import ZoneInfo
 
@@ -30,6 +31,8 @@ OPEN = (WAITING, RUNNING)
 LATE_S = 120.0
 # Of a schedule that was asleep for long, so many missed nights are written down.
 MOST_MISSED = 1000
+# How far back the last night is looked for: a day is soon searched by the minute, and no cron waits for fifty years.
+LOOK_BACK_DAYS = (1, 32, 366, 50 * 366)
 
 
 class Schedule(Section):
@@ -89,6 +92,15 @@ class Schedule(Section):
 
         yield from CronSim(self.cron, after.astimezone(ZoneInfo(self.timezone)))
 
+    def last_due(self, now: datetime) -> datetime | None:
+        """The latest moment up to ``now`` at which it was due; none where there never was one."""
+        now = now.astimezone(UTC)
+        for days in LOOK_BACK_DAYS:
+            # Forward: backward, an hour that a clock change repeats would hide what was due in its first half.
+            if due := list(takewhile(lambda moment: moment <= now, self.fires(now - timedelta(days=days)))):
+                return due[-1]
+        return None
+
     def date_of(self, due: datetime) -> date:
         """The date of a night where the schedule's clock hangs; what ``{{ ds }}`` stands for."""
         return due.astimezone(ZoneInfo(self.timezone)).date()
@@ -108,6 +120,28 @@ def schedule_of(**fields: object) -> Schedule:
         said = detail["msg"].removeprefix("Value error, ")
         given = "" if said.startswith("got ") else f"got {detail['input']!r}; "
         raise UserError(f"--{option}: {given}{said}") from None
+
+
+def due_date(given: str, now: datetime | None = None) -> date:
+    """The date of the night that was last due; for a process that starts some time after it, and knows only the rule.
+
+    Args:
+        given: a cron expression and then a time zone, as in ``0 22 * * * America/New_York``.
+        now: none means now.
+
+    Raises:
+        UserError: it is none, or it was never due.
+    """
+    *cron, zone = given.split() or [""]
+    try:
+        schedule = schedule_of(name="night", cron=" ".join(cron), timezone=zone)
+    except UserError as error:
+        why = str(error).partition(": ")[2]
+        raise UserError(f"--due-by: {why}; it takes CRON and then a time zone: '0 2 * * * Europe/Berlin'") from None
+    due = schedule.last_due(now or datetime.now(UTC))
+    if due is None:
+        raise UserError(f"--due-by: got {given!r}, which was never due")
+    return schedule.date_of(due)
 
 
 def due_nights(schedule: Schedule, after: datetime, now: datetime) -> list[tuple[datetime, str]]:

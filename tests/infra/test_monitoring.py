@@ -4,30 +4,55 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from infra.local.parts import RULES as LOADED
 from infra.monitoring.boards import BOARDS, FOLDER, text
 
 MONITORING = FOLDER.parent
-RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())
-ALERTS = [rule for group in RULES["groups"] for rule in group["rules"] if "alert" in rule]
+TESTS = sorted(MONITORING.glob("*_test.yaml"))
+RULES = [path.with_name(path.name.replace("_test", "")) for path in TESTS]
 
 
-@pytest.mark.parametrize("command", [["check", "rules", "rules.yaml"], ["test", "rules", "rules_test.yaml"]])
-def test_promtool_is_content(command: list[str]) -> None:
+def alerts_of(rules: Path) -> list[dict[str, Any]]:
+    groups = yaml.safe_load(rules.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"] if "alert" in rule]
+
+
+ALERTS = [alert for rules in RULES for alert in alerts_of(rules)]
+
+
+def test_every_file_of_rules_has_tests() -> None:
+    assert set(MONITORING.glob("*.yaml")) == {*TESTS, *RULES}
+
+
+@pytest.mark.parametrize("rules", RULES, ids=lambda path: str(path.stem))
+def test_promtool_is_content(rules: Path) -> None:
     if (promtool := shutil.which("promtool")) is None:
         pytest.skip("promtool is not installed: apt-get install prometheus")
-    done = subprocess.run([promtool, *command], cwd=MONITORING, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for command in (["check", "rules", rules.name], ["test", "rules", f"{rules.stem}_test.yaml"]):
+        done = subprocess.run([promtool, *command], cwd=MONITORING, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_is_tested() -> None:
-    tests = yaml.safe_load((MONITORING / "rules_test.yaml").read_text())["tests"]
-    fired = {case["alertname"] for test in tests for case in test["alert_rule_test"] if case["exp_alerts"]}
-    assert fired == {alert["alert"] for alert in ALERTS}
+@pytest.mark.parametrize(("rules", "tests"), list(zip(RULES, TESTS, strict=True)), ids=lambda path: str(path.stem))
+def test_every_alert_is_seen_to_fire_and_to_be_silent(rules: Path, tests: Path) -> None:
+    cases = [case for test in yaml.safe_load(tests.read_text())["tests"] for case in test["alert_rule_test"]]
+    for fires in (True, False):
+        seen = {case["alertname"] for case in cases if bool(case["exp_alerts"]) is fires}
+        assert seen == {alert["alert"] for alert in alerts_of(rules)}
+
+
+def test_an_endpoint_of_this_machine_may_be_ended_by_hand_and_one_of_a_platform_may_not() -> None:
+    by_hand, permanent = (MONITORING / f"endpoint_{kind}.yaml" for kind in ("by_hand", "permanent"))
+    assert [MONITORING / "rules.yaml", by_hand] == LOADED
+    # They stand in each other's place: both at once would page twice.
+    assert [alert["alert"] for alert in alerts_of(by_hand)] == [alert["alert"] for alert in alerts_of(permanent)]
+    assert "EndpointDown" not in {alert["alert"] for alert in alerts_of(MONITORING / "rules.yaml")}
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: str(alert["alert"]))

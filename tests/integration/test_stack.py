@@ -230,7 +230,8 @@ def unanswered(stack: Stack) -> list[str]:
         for query in panel.queries.values()
     ]
     # An alert is silent as long as all is well; what it looks at must be there.
-    rules = [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
+    groups = [group for file in RULES for group in yaml.safe_load(file.read_text())["groups"]]
+    rules = [rule for group in groups for rule in group["rules"]]
     queries += [name for rule in rules for name in re.findall(r"\b(?:ray_)?stillhouse[a-z0-9_:]+", rule["expr"])]
     queries += [rule["record"] for rule in rules if "record" in rule]
     return [query for query in sorted(set(queries)) if not ask(stack, query)]

@@ -134,6 +134,18 @@ def test_what_is_no_date_costs_one_line(command: str, run: Callable[..., tuple[i
     assert "--ds: got '2027-02-29'" in err and "YYYY-MM-DD" in err
 
 
+def test_a_rule_for_the_date_stands_alone_and_costs_one_line_where_it_is_none(
+    run: Callable[..., tuple[int, str, str]], spec: Path
+) -> None:
+    for more, says in (
+        (["0 2 * * *"], "--due-by: got '0 2 * *'"),
+        (["0 2 * * * UTC", "--ds", "2026-11-24"], "--ds and --due-by name a date each"),
+    ):
+        code, _, err = run("submit", str(spec), "--due-by", *more)
+        assert (code, err.count("\n")) == (2, 1)
+        assert says in err
+
+
 def test_resume_without_a_run_says_so(
     run: Callable[..., tuple[int, str, str]], spec: Path, stillhouse_home: Path
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.audit import ScoringLog
@@ -75,6 +76,26 @@ def test_a_batch_that_the_store_refuses_is_kept_once_it_does_not(
     kept = store.get(stamp)
     assert kept is not None
     assert bytes(kept) == bytes(block)
+
+
+@pytest.mark.parametrize(("train", "started"), [({}, False), ({0: "ee" * 16}, True)])
+def test_a_teacher_is_started_where_labels_are_missing_and_the_figures_say_so(
+    store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[int, str], started: bool
+) -> None:
+    monkeypatch.setattr(source.TeacherPool, "start", lambda self: None)
+    bucket = store.bucket
+    assert isinstance(bucket, Refusing)
+    bucket.refused = REFUSALS
+    store.put_head("aa" * 8, np.zeros((VOCABULARY, 8), np.float32))
+
+    async def look() -> bool:
+        labels = reading(store, tmp_path)
+        await labels.open(train, [])
+        is_started = labels.stats.started
+        await labels.close()
+        return is_started
+
+    assert asyncio.run(look()) is started
 
 
 def test_a_lease_is_renewed_again_after_the_store_has_refused_it(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import UserError
-from jobs.schedules.plan import LATE_S, MISSED, WAITING, Schedule, due_nights, retry_after_s, schedule_of
+from jobs.schedules.plan import LATE_S, MISSED, WAITING, Schedule, due_date, due_nights, retry_after_s, schedule_of
 
 
 def nightly(cron: str = "30 2 * * *", timezone: str = "Europe/Berlin", **more: object) -> Schedule:
@@ -51,6 +51,66 @@ def test_a_year_has_as_many_nights_as_days_and_each_has_its_date(timezone: str) 
     start = datetime(2026, 1, 1, tzinfo=ZoneInfo(timezone))
     dates = [schedule.date_of(due.astimezone(UTC)) for due in itertools.islice(schedule.fires(start), 365)]
     assert dates == [date(2026, 1, 1) + timedelta(days=n) for n in range(365)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "now", "expected"),
+    [
+        # In UTC it is the next day already, or still the one before.
+        ("0 22 * * * America/New_York", "2026-11-24T03:00:05", "2026-11-23"),
+        ("30 0 * * * Europe/Berlin", "2026-11-23T23:30:05", "2026-11-24"),
+        # To the second; a moment before, the last night is yesterday's.
+        ("30 0 * * * Europe/Berlin", "2026-11-23T23:30:00", "2026-11-24"),
+        ("30 0 * * * Europe/Berlin", "2026-11-23T23:29:59", "2026-11-23"),
+        # Caught up hours later, behind midnight of both clocks.
+        ("0 22 * * * America/New_York", "2026-11-24T21:00:00", "2026-11-23"),
+        ("30 23 * * * UTC", "2026-11-24T08:00:00", "2026-11-23"),
+        # The clock goes forward: no half past two in Berlin, and a day of 23 hours in New York.
+        ("30 2 * * * Europe/Berlin", "2026-03-29T01:00:05", "2026-03-29"),
+        ("30 2 * * * Europe/Berlin", "2026-03-29T00:59:59", "2026-03-28"),
+        ("30 23 * * * America/New_York", "2026-03-09T03:30:05", "2026-03-08"),
+        # It goes back: half past two comes twice, and a late start may fall before the second.
+        ("30 2 * * * Europe/Berlin", "2026-10-25T00:30:05", "2026-10-25"),
+        ("30 2 * * * Europe/Berlin", "2026-10-25T01:05:00", "2026-10-25"),
+        ("30 2 * * * Europe/Berlin", "2026-10-25T01:30:05", "2026-10-25"),
+        ("30 23 * * * America/New_York", "2026-11-02T04:30:05", "2026-11-01"),
+        # Seldom, and often.
+        ("0 2 * * mon Europe/Berlin", "2026-11-29T12:00:00", "2026-11-23"),
+        ("0 0 29 2 * UTC", "2026-11-24T00:00:00", "2024-02-29"),
+        ("*/5 * * * * America/New_York", "2026-11-24T04:59:59", "2026-11-23"),
+    ],
+)
+def test_a_process_that_starts_late_knows_the_date_that_its_night_was_due(rule: str, now: str, expected: str) -> None:
+    assert due_date(rule, datetime.fromisoformat(now).replace(tzinfo=UTC)).isoformat() == expected
+
+
+@given(
+    start=st.datetimes(datetime(2026, 1, 1), datetime(2026, 12, 30)),
+    late_s=st.integers(0, 82_000),
+    rule=st.sampled_from(["30 2 * * * Europe/Berlin", "0 22 * * * America/New_York", "15 0 * * * Australia/Lord_Howe"]),
+)
+def test_the_date_is_the_one_of_the_built_in_scheduler_however_late(start: datetime, late_s: int, rule: str) -> None:
+    cron, _, timezone = rule.rpartition(" ")
+    schedule = nightly(cron, timezone)
+    due = next(schedule.fires(start.replace(tzinfo=UTC))).astimezone(UTC)
+    assert due_date(rule, due + timedelta(seconds=late_s)) == schedule.date_of(due)
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("", "got ''"),
+        ("0 2 * * *", "got '0 2 * *': wrong number of fields"),
+        ("0 2 * * * Mars", "got 'Mars'; give a name of the IANA time zone database"),
+        ("0 2 * * Europe/Berlin", "got '0 2 * *': wrong number of fields"),
+        ("0 61 * * * UTC", "got '0 61 * * *': bad hour"),
+    ],
+)
+def test_a_rule_that_says_no_date_is_refused_in_one_line(rule: str, says: str) -> None:
+    with pytest.raises(UserError) as refused:
+        due_date(rule)
+    assert str(refused.value).startswith("--due-by: ") and says in str(refused.value)
+    assert "'0 2 * * * Europe/Berlin'" in str(refused.value) and "\n" not in str(refused.value)
 
 
 @given(
