@@ -67,7 +67,7 @@ class Head:
         """Start it and wait until it answers."""
         command = [str(ROOT / "infra/local/ray_head.sh"), str(self.port)]
         self.process = subprocess.Popen(command, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while stillhouse("doctor", "--address", self.address, env=self.env).returncode:
             assert time.monotonic() < deadline and self.process.poll() is None
             time.sleep(1)

@@ -60,7 +60,7 @@ def run_until_ctrl_c(path: Path, home: Path) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in p.name() for p in family)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     assert "--resume" in output
     assert "Traceback" not in output
@@ -100,7 +100,7 @@ def events_of(run: Path, student: str) -> list[dict[str, Any]]:
 
 def wait_for_checkpoints(home: Path, process: subprocess.Popen[str]) -> int:
     """Wait until every student has one that is whole; returns how many there are."""
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
         commits = list((home / "stillhouse" / "runs").glob("*/*/students/*/checkpoint_*/commit.json"))
         if {c.parents[1].name for c in commits} == set(STUDENTS):
@@ -128,7 +128,7 @@ def test_what_only_a_started_cluster_can_tell_ends_in_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stdout
     assert not list((tmp_path / "stillhouse" / "runs").glob("*/*/run.json"))
-    assert own_files() == before
+    assert own_files() - before == set()
 
 
 @pytest.fixture(scope="module")

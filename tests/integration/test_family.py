@@ -21,7 +21,13 @@ from cluster.watch import Status
 from tests.integration.conftest import run_here, write_family
 from tests.integration.otlp import Sink, Span
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+# The first test waits for the whole family.
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.usefixtures("ray_cluster"),
+]
 BATCHES = 40
 # The same student three times over, so that how it is trained is all that differs.
 SAME: dict[str, Any] = {"init": {"source": "teacher", "layers": 2}, "precision": "float32", "lr": 3e-3}

@@ -17,6 +17,7 @@ from cluster.corpus.batches import CORPUS_FOLDER
 from cluster.corpus.prepare import prepare_corpus
 from cluster.labels.wire import decode
 from cluster.models import TeacherModel
+from cluster.session import give_back_places
 from cluster.specfile import load_spec
 from cluster.stream.actor import Stream
 from cluster.stream.figures import Delivery
@@ -71,6 +72,7 @@ def stream(corpus: Any, tmp_path: Path, store: str | None) -> Any:
     yield actor
     ray.get(actor.stop.remote())
     ray.kill(actor)
+    give_back_places()  # of one that a test has killed; Ray keeps them for as long as this process lives
 
 
 @ray.remote(num_cpus=0)
@@ -88,7 +90,7 @@ def read(stream: ActorHandle, student: str, rank: int, first: int, last: int, pa
 
 
 def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -155,7 +157,8 @@ def test_a_batch_out_of_turn_is_refused(stream: ActorHandle) -> None:
 
 def test_nothing_is_scored_before_all_students_have_said_where_they_start(stream: ActorHandle) -> None:
     ray.get(stream.attach.remote("a", 0, 0))
-    time.sleep(3)
+    until(lambda: ray.get(stream.stats.remote()).pool.ready == 1)
+    time.sleep(1)
     assert ray.get(stream.stats.remote()).scored == {}
 
 

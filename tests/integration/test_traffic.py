@@ -129,7 +129,8 @@ def test_a_change_is_in_force_at_every_door_when_it_returns(endpoint: Endpoint, 
         body = {"model": "front", "prompt": "x", "max_tokens": 1}
         # A connection each, so that both doors have their share.
         answers = [
-            httpx.post(f"{endpoint.url}/v1/completions", json=body, headers=headers, trust_env=False) for _ in range(24)
+            httpx.post(f"{endpoint.url}/v1/completions", json=body, headers=headers, timeout=60, trust_env=False)
+            for _ in range(24)
         ]
         assert {answer.headers[ARM_HEADER] for answer in answers} == {arm}
     endpoint.set_weights({"a": 1, "b": 1})
@@ -141,7 +142,8 @@ def test_both_doors_bring_a_user_to_the_same_arm(endpoint: Endpoint, keys: Keys)
     for user in "abcdefgh":
         body = {"model": "front", "prompt": "x", "max_tokens": 1, "user": user}
         answers = [
-            httpx.post(f"{endpoint.url}/v1/completions", json=body, headers=headers, trust_env=False) for _ in range(8)
+            httpx.post(f"{endpoint.url}/v1/completions", json=body, headers=headers, timeout=60, trust_env=False)
+            for _ in range(8)
         ]
         (drawn[user],) = {answer.headers[ARM_HEADER] for answer in answers}
     assert set(drawn.values()) == {"a", "b"}
@@ -220,7 +222,10 @@ def test_a_new_key_is_valid_within_seconds_and_a_removed_one_is_not(endpoint: En
 
     def status(secret: str) -> set[int]:
         headers = {"Authorization": f"Bearer {secret}"}
-        return {httpx.get(f"{endpoint.url}/v1/models", headers=headers, trust_env=False).status_code for _ in range(8)}
+        return {
+            httpx.get(f"{endpoint.url}/v1/models", headers=headers, timeout=60, trust_env=False).status_code
+            for _ in range(8)
+        }
 
     guest = add_key(keys.file, "guest")
     until(lambda: status(guest) == {200}, "both doors to know it", 20)

@@ -124,12 +124,12 @@ def test_weights_change_and_doors_are_told_at_once() -> None:
         await asyncio.sleep(0.05)
         assert not waiting.done()
         changing = asyncio.create_task(control.do("set_traffic", {"weights": {"new": 3}}))
-        plan = await asyncio.wait_for(waiting, 1)
+        plan = await asyncio.wait_for(waiting, 30)
         assert plan.weights == {"old": 1, "new": 3, "third": 0}
         await asyncio.sleep(0.05)
         assert not changing.done()  # in force only when the door goes by it
         again = asyncio.create_task(control.plan_after("door", plan.version))
-        status, body = await asyncio.wait_for(changing, 1)
+        status, body = await asyncio.wait_for(changing, 30)
         assert (status, body["weights"]) == (200, plan.weights)
         again.cancel()
 
@@ -367,7 +367,7 @@ def test_a_new_control_gives_no_plan_without_arms_while_they_may_still_be_heard(
             await asyncio.sleep(0.1)
             assert not asked.done()
             await control.announce(route, f"h:{number}")
-        plan = await asyncio.wait_for(asked, 1)
+        plan = await asyncio.wait_for(asked, 30)
         assert all(plan.addresses[route] for route in ROUTES.values())
         monkeypatch.setattr("serving.control.server._SETTLE_S", 0.3)
         silent = a_control()
