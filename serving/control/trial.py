@@ -8,7 +8,11 @@ from typing import Any
 
 from serving.experiment import Decision, Experiment, ExperimentSpec, Observation, Quality
 from serving.plan import Ramp
-from serving.records import ARM_CODES, Record
+from serving.records import ARM_CODES, OVERLOADED, Record
+
+# A full queue is no failure to the breaker, which would take an arm out for being asked much. Callers it fails: an arm
+# that refuses most requests must not win by how fast it answers the others.
+_ERRORS = ARM_CODES | {OVERLOADED}
 
 
 class Trial:
@@ -87,11 +91,11 @@ class Trial:
                 completion_tokens=record.completion_tokens,
                 first_token_ms=None if record.code else record.first_token_ms,
                 latency_ms=record.latency_ms,
-                error=record.code if record.code in ARM_CODES else None,
+                error=record.code if record.code in _ERRORS else None,
             )
             for record in mine
             # A caller's own mistake says nothing of the arm.
-            if record.code is None or record.code in ARM_CODES
+            if record.code is None or record.code in _ERRORS
         )
 
     def score(self, scored: Iterable[Quality]) -> None:

@@ -198,6 +198,38 @@ def test_a_full_disk_holds_up_no_rollback_and_no_breaker(tmp_path: Path, monkeyp
     asyncio.run(go())
 
 
+def test_an_arm_that_refuses_most_requests_is_not_promoted_for_the_few_it_answers() -> None:
+    async def go() -> None:
+        hands = Hands()
+        control = a_control(hands)
+        await control.do("ab_start", EXPERIMENT)
+        for round_ in range(10):
+            await control.report(records("old", latencies(round_, 200)))
+            await control.report(failures("new", 160, "overloaded", 503, experiment="try"))
+            await control.report(records("new", latencies(round_ + 50, 40, 60.0)))
+        assert not control._traffic.plan.out  # the breaker does not count them
+        await ticking(control, lambda: control._trials.latest().is_over)
+        (decision,) = (each for each in control._trials.latest().experiment.events if each["what"] == "decision")
+        assert decision["evidence"]["outcome"] == "rollback" and decision["evidence"]["guard"] == "error_rate"
+        assert not has_done(hands, "promote")()
+
+    asyncio.run(go())
+
+
+def test_a_burst_of_refusals_is_no_dead_arm() -> None:
+    async def go() -> None:
+        control = a_control()
+        await control.do("ab_start", {**EXPERIMENT, "guards": {"error_rate": None}})
+        await control.report(failures("new", 40, "overloaded", 503, experiment="try"))
+        await control.report(records("old", latencies(1, 200)))
+        trial = control._trials.latest()
+        trial.look(time.time())
+        shown = trial.snapshot()["arms"]["new"]
+        assert (shown["errors"], shown["failed_in_a_row"], shown["state"]) == (40, 0, "candidate")
+
+    asyncio.run(go())
+
+
 def test_an_experiment_without_a_teacher_that_starts_is_none() -> None:
     class NoTeacher(Hands):
         async def start_judge(self, teacher: Any, routes: Any) -> None:
