@@ -15,6 +15,7 @@ class Plan:
         version: grows with every change; doors wait for one above theirs.
         weights: of every arm its share of the split.
         routes: of every arm the Serve application that answers for it; a roll changes it.
+        sources: of every arm the model behind it, by its version; the control's own, doors do not look at it.
         addresses: of these applications, where their processes listen.
         gone: addresses of processes that have not been heard of for long; what they have is lost.
         out: arms that have failed and get no split traffic, with the reason.
@@ -26,6 +27,7 @@ class Plan:
     version: int = 0
     weights: Mapping[str, float] = field(default_factory=dict)
     routes: Mapping[str, str] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
     addresses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gone: frozenset[str] = frozenset()
     out: Mapping[str, str] = field(default_factory=dict)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 # Codes of errors that are the arm's, not the caller's: they count against it in the split and in an experiment.
 ARM_CODES = frozenset({"arm_failed", "arm_unavailable", "timeout"})
+# An arm's queue is full. Not the caller's error either, and no sign that the arm does not work.
+OVERLOADED = "overloaded"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import RunError
+
 _TRAFFIC = "traffic.json"
+
+logger = logging.getLogger("ray.serve")
 
 
 class State:
-    """A folder of small files, each written whole or not at all. Without a folder nothing is kept."""
+    """A folder of small files, each written whole or not at all. Without a folder nothing is kept.
+
+    What is kept raises RunError where the folder cannot be written.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -37,12 +45,20 @@ class State:
     def _read(self, name: str) -> dict[str, Any]:
         if self._folder is None or not (self._folder / name).exists():
             return {}
-        read: dict[str, Any] = json.loads((self._folder / name).read_text())
+        try:
+            read: dict[str, Any] = json.loads((self._folder / name).read_text())
+        except ValueError:
+            # A machine that went down at the wrong moment leaves such a file; the endpoint must start all the same.
+            logger.exception("%s cannot be read; it counts as empty", self._folder / name)
+            return {}
         return read
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         if self._folder is None:
             return
         aside = self._folder / f".{name}.part"
-        aside.write_text(json.dumps(content))
-        aside.replace(self._folder / name)
+        try:
+            aside.write_text(json.dumps(content))
+            aside.replace(self._folder / name)
+        except OSError as error:
+            raise RunError(f"{self._folder / name} cannot be written: {error}") from error

@@ -8,14 +8,23 @@ from typing import Any
 
 from serving.experiment import Decision, Experiment, ExperimentSpec, Observation, Quality
 from serving.plan import Ramp
-from serving.records import ARM_CODES, Record
+from serving.records import ARM_CODES, OVERLOADED, Record
+
+# A full queue is no failure to the breaker, which would take an arm out for being asked much. Callers it fails: an arm
+# that refuses most requests must not win by how fast it answers the others.
+_ERRORS = ARM_CODES | {OVERLOADED}
 
 
 class Trial:
-    """One experiment on live traffic."""
+    """One experiment on live traffic.
 
-    def __init__(self, experiment: Experiment) -> None:
+    Args:
+        carried_out: how many of its decisions have been.
+    """
+
+    def __init__(self, experiment: Experiment, carried_out: int = 0) -> None:
         self.experiment = experiment
+        self._carried_out = carried_out
         steps = tuple((step.after_s, step.weights) for step in self.spec.ramp)
         self.ramp = Ramp(experiment.started, steps) if steps else None
 
@@ -23,6 +32,17 @@ class Trial:
     def begin(cls, spec: ExperimentSpec, environment: Mapping[str, str]) -> Trial:
         """Start one now."""
         return cls(Experiment(spec, time.time(), environment))
+
+    @classmethod
+    def restored(cls, record: Mapping[str, Any]) -> Trial:
+        """The trial of a :meth:`record`.
+
+        Raises:
+            KeyError, TypeError, ValueError: this is none.
+        """
+        experiment = Experiment.restore(record)
+        # Records of earlier versions do not say; theirs were carried out before they were kept.
+        return cls(experiment, record.get("carried_out", len(_decided(experiment))))
 
     @property
     def spec(self) -> ExperimentSpec:
@@ -34,10 +54,35 @@ class Trial:
         """Whether it has been decided or stopped."""
         return self.experiment.ended is not None
 
+    @property
+    def pending(self) -> Decision | None:
+        """The first decision that is still to be carried out."""
+        return next(iter(_decided(self.experiment)[self._carried_out :]), None)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether something is still to be decided or carried out."""
+        return not self.is_over or self.pending is not None
+
+    def carried_out(self) -> None:
+        """The decision that was :attr:`pending` is done."""
+        self._carried_out += 1
+
+    def give_up(self, now: float, reason: str) -> None:
+        """End it as it is; what is pending is not carried out."""
+        if self.is_over:
+            self.experiment.note(now, "given_up", f"what was decided is not carried out: {reason}")
+        else:
+            self.experiment.stop(now, reason)
+        self._carried_out = len(_decided(self.experiment))
+
+    def has(self, record: Record) -> bool:
+        """Whether a request was meant for this experiment: doors go by an old plan for a moment."""
+        return record.experiment == self.spec.name and record.arm in self.spec.arms
+
     def observe(self, records: Iterable[Record]) -> None:
         """Take in the requests whose arm was drawn for this experiment, and no others."""
-        arms = set(self.spec.arms)
-        mine = [each for each in records if each.split and each.experiment == self.spec.name and each.arm in arms]
+        mine = [each for each in records if each.split and self.has(each)]
         self.experiment.observe(
             Observation(
                 arm=record.arm,
@@ -46,23 +91,21 @@ class Trial:
                 completion_tokens=record.completion_tokens,
                 first_token_ms=None if record.code else record.first_token_ms,
                 latency_ms=record.latency_ms,
-                error=record.code if record.code in ARM_CODES else None,
+                error=record.code if record.code in _ERRORS else None,
             )
             for record in mine
             # A caller's own mistake says nothing of the arm.
-            if record.code is None or record.code in ARM_CODES
+            if record.code is None or record.code in _ERRORS
         )
 
     def score(self, scored: Iterable[Quality]) -> None:
         """Take in what the teacher says."""
         self.experiment.score(scored)
 
-    def decisions(self, now: float) -> list[Decision]:
-        """Look; all that is to be done now, in order."""
-        found = []
-        while (decision := self.experiment.check(now)) is not None:
-            found.append(decision)
-        return found
+    def look(self, now: float) -> None:
+        """Decide what is to be decided now; it is :attr:`pending` then."""
+        while self.experiment.check(now) is not None:
+            pass
 
     def weights_after(self, decision: Decision, weights: Mapping[str, float]) -> dict[str, float]:
         """The split's weights once a decision holds; arms outside the experiment keep theirs.
@@ -92,3 +135,16 @@ class Trial:
     def snapshot(self, values: bool = False) -> dict[str, Any]:
         """See :meth:`serving.experiment.Experiment.snapshot`."""
         return self.experiment.snapshot(time.time(), values)
+
+    def record(self) -> dict[str, Any]:
+        """All that :meth:`restored` needs."""
+        return {**self.snapshot(values=True), "carried_out": self._carried_out}
+
+
+def _decided(experiment: Experiment) -> list[Decision]:
+    """The decisions of an experiment, in order, as its record has them."""
+    return [
+        Decision(event["evidence"]["outcome"], event["evidence"]["arm"], event["text"], event["at"], event["evidence"])
+        for event in experiment.events
+        if event["what"] == "decision"
+    ]

@@ -10,6 +10,7 @@ import numpy as np
 from serving.experiment.observation import Observation, Quality
 from serving.experiment.sample import STATISTICS, Sample
 from serving.experiment.sequences import Interval, Moments, bounded_mean_interval, mean_interval, share_interval
+from serving.records import OVERLOADED
 
 # A candidate whose last so many requests all failed while control answered is out at once, whatever the interval says:
 # one that fails in four of ten cases does so by chance once in 10^8 such runs. "While control answered" keeps an outage
@@ -32,7 +33,7 @@ class ArmRecord:
     requests: int = 0
     errors: int = 0
     failed_in_a_row: int = 0
-    """The last so many requests all failed."""
+    """The last so many requests all failed; without those that a full queue refused."""
     failing_since: float = 0.0
     """When the middle one of the first DEAD_AFTER of those arrived; 0 before there is one."""
     answered_at: float = 0.0
@@ -49,6 +50,9 @@ class ArmRecord:
         self.requests += 1
         if seen.error is not None:
             self.errors += 1
+            # A full queue refuses in bursts, while the arm answers others: DEAD_AFTER does not count with that.
+            if seen.error == OVERLOADED:
+                return
             self.failed_in_a_row += 1
             if self.failed_in_a_row == DEAD_AFTER // 2:
                 self.failing_since = seen.at

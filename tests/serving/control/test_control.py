@@ -2,117 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from cluster.errors import UserError
 from serving.control.server import Control
 from serving.experiment import Quality
-from serving.records import Record, Scored
+from serving.records import Scored
 from serving.spec import checked
-
-EXPERIMENT = {"name": "try", "control": "old", "candidates": ["new"], "gain": 0.02, "min_requests": 50}
-
-
-class Hands:
-    """Notes what it is told to do."""
-
-    def __init__(self) -> None:
-        self.done: list[tuple[Any, ...]] = []
-        self.dead: dict[str, str] = {}
-        self.healthy = True
-        self.quality: list[Quality] = []
-
-    def routes(self) -> dict[str, str]:
-        return {}
-
-    async def start_arm(self, arm: str, source: str) -> str:
-        if source == "broken":
-            raise UserError("there is no such model")
-        self.done.append(("start", arm, source))
-        return f"front.{arm}.2"
-
-    async def end_arm(self, route: str) -> None:
-        self.done.append(("end", route))
-
-    async def dead_arms(self, routes: Mapping[str, str]) -> dict[str, str]:
-        return self.dead
-
-    async def answers(self, route: str) -> bool:
-        return self.healthy
-
-    async def promote(self, arm: str, alias: str, reason: str) -> str:
-        self.done.append(("promote", arm, alias))
-        return f"{arm} is {alias}"
-
-    async def start_judge(self, teacher: Any, routes: Mapping[str, str]) -> None:
-        self.done.append(("judge", teacher, dict(routes)))
-
-    def judge(self, records: Sequence[Record]) -> None:
-        self.done += [("score", record.arm) for record in records]
-
-    async def scored(self) -> list[Quality]:
-        scored, self.quality = self.quality, []
-        return scored
-
-    def end_judge(self) -> None:
-        self.done.append(("judge ends",))
-
-    def environment(self) -> dict[str, str]:
-        return {"machine": "a test's"}
-
-
-ROUTES = {"old": "front.old.1", "new": "front.new.1", "third": "front.third.1"}
-
-
-@pytest.fixture(autouse=True)
-def _nobody_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.control.server._SETTLE_S", 0.0)
-
-
-def a_control(hands: Hands | None = None, state: Path | None = None, **settings: Any) -> Control:
-    arms = {name: {"source": ".", "weight": 1 if name != "third" else 0} for name in ROUTES}
-    spec = checked(name="front", arms=arms, state=state, breaker={"probe_s": 0.05}, **settings)
-    return Control(spec, ROUTES, hands or Hands())  # type: ignore[arg-type]
-
-
-def records(arm: str, latencies_ms: Sequence[float], experiment: str = "try", **more: Any) -> list[Record]:
-    return [
-        Record(
-            arm,
-            time.time(),
-            200,
-            True,
-            prompt_tokens=5,
-            completion_tokens=10,
-            first_token_ms=ms / 2,
-            latency_ms=ms,
-            experiment=experiment,
-            **more,
-        )
-        for ms in latencies_ms
-    ]
-
-
-def failures(arm: str, count: int, code: str = "arm_failed", status: int = 500, **more: Any) -> list[Record]:
-    return [Record(arm, time.time(), status, True, code=code, **more) for _ in range(count)]
-
-
-def latencies(seed: int, count: int, scale: float = 100.0) -> list[float]:
-    return list(np.random.default_rng(seed).lognormal(np.log(scale), 0.2, count))
-
-
-async def ticking(control: Control, until: Any, seconds: float = 10.0) -> None:
-    await control.reconfigure({})
-    deadline = time.monotonic() + seconds
-    while not until():
-        assert time.monotonic() < deadline, "it did not come to that"
-        await control.check_health()
-        await asyncio.sleep(0.02)
+from tests.serving.control.hands import EXPERIMENT, ROUTES, Hands, a_control, failures, latencies, records, ticking
 
 
 def test_weights_change_and_doors_are_told_at_once() -> None:
@@ -162,10 +61,10 @@ def test_weights_change_and_doors_are_told_at_once() -> None:
 def test_what_cannot_be_done_is_said_and_changes_nothing(action: str, body: Any, says: str) -> None:
     async def go() -> None:
         control = a_control()
-        before = control._plan
+        before = control._traffic.plan
         status, answer = await control.do(action, body)
         assert status == 400 and says in answer
-        assert control._plan == before
+        assert control._traffic.plan == before
 
     asyncio.run(go())
 
@@ -175,12 +74,12 @@ def test_a_ramp_goes_by_itself_and_a_hand_ends_it() -> None:
         control = a_control()
         steps = [{"after_s": 0.6, "weights": {"old": 0, "new": 1}}, {"after_s": 0, "weights": {"old": 3}}]
         assert (await control.do("ramp", {"steps": steps}))[0] == 200
-        assert control._plan.weights["old"] == 3
-        await ticking(control, lambda: control._plan.weights["old"] == 0)
+        assert control._traffic.plan.weights["old"] == 3
+        await ticking(control, lambda: control._traffic.plan.weights["old"] == 0)
         await control.do("ramp", {"steps": [{"after_s": 0.3, "weights": {"new": 9}}]})
         await control.do("set_traffic", {"weights": {"new": 5}})
         await asyncio.sleep(1.2)
-        assert control._plan.weights["new"] == 5
+        assert control._traffic.plan.weights["new"] == 5
 
     asyncio.run(go())
 
@@ -192,14 +91,14 @@ def test_an_arm_that_fails_is_taken_out_and_comes_back_when_it_answers() -> None
         control = a_control(hands)
         await control.report([*failures("old", 2), *records("old", [5.0]), *failures("old", 2)])
         await control.report(failures("new", 9, "rate_limit_exceeded", 429) + failures("new", 9, "overloaded", 503))
-        assert not control._plan.out  # not three in a row; and a full queue is no failure
+        assert not control._traffic.plan.out  # not three in a row; and a full queue is no failure
         await control.report(failures("old", 1, "timeout", 504))
-        assert control._plan.out.keys() == {"old"}
+        assert control._traffic.plan.out.keys() == {"old"}
         await ticking(control, lambda: "old" in control._probed)
         await asyncio.sleep(0.2)
-        assert "old" in control._plan.out
+        assert "old" in control._traffic.plan.out
         hands.healthy = True
-        await ticking(control, lambda: not control._plan.out)
+        await ticking(control, lambda: not control._traffic.plan.out)
 
     asyncio.run(go())
 
@@ -208,11 +107,11 @@ def test_one_that_dies_goes_at_once_unless_it_has_another_process() -> None:
     async def go() -> None:
         control = a_control()
         await control.report(failures("new", 1, "arm_unavailable", 503))
-        assert control._plan.out == {"new": "its process died"}
+        assert control._traffic.plan.out == {"new": "its process died"}
         hands = Hands()
         control = a_control(hands)
         hands.dead = {"old": "no process of it runs"}
-        await ticking(control, lambda: control._plan.out == hands.dead)
+        await ticking(control, lambda: control._traffic.plan.out == hands.dead)
 
     asyncio.run(go())
 
@@ -222,11 +121,11 @@ def test_a_roll_starts_the_new_before_the_old_goes() -> None:
         hands = Hands()
         control = a_control(hands)
         await control.report(failures("new", 3))
-        assert control._plan.out
+        assert control._traffic.plan.out
         await control.announce("front.new.2", "127.0.0.1:2")
         assert (await control.do("roll", {"arm": "new", "source": "models:/m/2"}))[0] == 200
-        assert control._plan.routes["new"] == "front.new.2" and not control._plan.out
-        assert control._plan.addresses["front.new.2"] == ("127.0.0.1:2",)
+        assert control._traffic.plan.routes["new"] == "front.new.2" and not control._traffic.plan.out
+        assert control._traffic.plan.addresses["front.new.2"] == ("127.0.0.1:2",)
         assert hands.done == [("start", "new", "models:/m/2"), ("end", "front.new.1")]
 
     asyncio.run(go())
@@ -237,7 +136,7 @@ def test_a_faster_arm_is_promoted_with_its_alias_and_gets_the_traffic() -> None:
         hands = Hands()
         control = a_control(hands)
         status, snapshot = await control.do("ab_start", EXPERIMENT)
-        assert status == 200 and control._plan.experiment == "try"
+        assert status == 200 and control._traffic.plan.experiment == "try"
         assert (await control.do("ab_start", {**EXPERIMENT, "name": "b"}))[1].startswith(
             "experiment 'try' is under way"
         )
@@ -248,10 +147,13 @@ def test_a_faster_arm_is_promoted_with_its_alias_and_gets_the_traffic() -> None:
         for round_ in range(10):
             await control.report(records("old", latencies(round_, 200)))
             await control.report(records("new", latencies(round_ + 50, 200, 60.0)))
-        await ticking(control, lambda: control._trial is not None and control._trial.is_over)
+        await ticking(control, lambda: control._trials.trial is not None and control._trials.trial.is_over)
         await ticking(control, lambda: ("judge ends",) in hands.done)
-        assert ("promote", "new", "champion") in hands.done
-        assert control._plan.weights == {"old": 0.0, "new": 2.0, "third": 0.0} and control._plan.experiment == ""
+        assert ("promote", "new", ".", "champion") in hands.done
+        assert (
+            control._traffic.plan.weights == {"old": 0.0, "new": 2.0, "third": 0.0}
+            and control._traffic.plan.experiment == ""
+        )
         status, snapshot = await control.do("ab_status", None)
         assert snapshot["arms"]["new"]["state"] == "winner" and snapshot["arms"]["new"]["requests"] == 2000
         assert [event["what"] for event in snapshot["events"]] == ["started", "decision", "alias"]
@@ -268,9 +170,9 @@ def test_an_arm_that_fails_in_an_experiment_is_rolled_back() -> None:
         await control.do("ab_start", EXPERIMENT)
         await control.report(records("old", latencies(1, 200)))
         await control.report(failures("new", 40, experiment="try"))
-        await ticking(control, lambda: control._trial is not None and control._trial.is_over)
-        await ticking(control, lambda: control._plan.weights["new"] == 0)
-        assert control._plan.weights["old"] == 2.0
+        await ticking(control, lambda: control._trials.trial is not None and control._trials.trial.is_over)
+        await ticking(control, lambda: control._traffic.plan.weights["new"] == 0)
+        assert control._traffic.plan.weights["old"] == 2.0
         assert not [each for each in hands.done if each[0] == "promote"]
 
     asyncio.run(go())
@@ -282,14 +184,17 @@ def test_sampled_answers_go_to_the_teacher_and_its_verdict_to_the_experiment() -
         control = a_control(hands)
         spec = {**EXPERIMENT, "sample": 0.5, "teacher": {"model": "."}, "guards": {"kl": 1.0}}
         status, _ = await control.do("ab_start", spec)
-        assert status == 200 and control._plan.sample == 0.5
+        assert status == 200 and control._traffic.plan.sample == 0.5
         assert hands.done[0][0] == "judge" and hands.done[0][2] == {arm: ROUTES[arm] for arm in ("old", "new")}
         await control.report(records("new", [5.0], sampled=Scored((1,), (2,))))
         assert ("score", "new") in hands.done
         hands.quality = [Quality("new", time.time(), 20, 6.0, 0.1) for _ in range(400)]
         await control.report(records("old", latencies(1, 100)))
-        await ticking(control, lambda: control._trial is not None and control._trial.is_over)
-        assert control._trial is not None and control._trial.experiment.events[-1]["evidence"]["outcome"] == "rollback"
+        await ticking(control, lambda: control._trials.trial is not None and control._trials.trial.is_over)
+        assert (
+            control._trials.trial is not None
+            and control._trials.trial.experiment.events[-1]["evidence"]["outcome"] == "rollback"
+        )
 
     asyncio.run(go())
 
@@ -299,15 +204,18 @@ def test_a_control_that_is_started_again_goes_on(tmp_path: Path) -> None:
         control = a_control(state=tmp_path)
         await control.do("ab_start", {**EXPERIMENT, "traffic": {"old": 9, "new": 1}})
         await control.report(records("old", latencies(1, 60)))
-        control._keep_trial()
+        control._trials.keep(control._trials.latest())
         again = a_control(state=tmp_path)
-        assert again._plan.weights == {"old": 9, "new": 1, "third": 0} and again._plan.experiment == "try"
-        assert again._trial is not None and again._trial.snapshot()["arms"]["old"]["requests"] == 60
-        assert again._plan.version > control._plan.version
+        assert (
+            again._traffic.plan.weights == {"old": 9, "new": 1, "third": 0} and again._traffic.plan.experiment == "try"
+        )
+        assert again._trials.trial is not None and again._trials.trial.snapshot()["arms"]["old"]["requests"] == 60
+        assert again._traffic.plan.version > control._traffic.plan.version
         # Weights that were declared anew win over those that were kept.
         spec = checked(name="front", arms={name: {"source": ".", "weight": 4} for name in ROUTES}, state=tmp_path)
         fresh = Control(spec, ROUTES, Hands())  # type: ignore[arg-type]
-        assert set(fresh._plan.weights.values()) == {4}
+        assert set(fresh._traffic.plan.weights.values()) == {4}
+        assert "started again with other weights" in fresh._trials.latest().experiment.events[-1]["text"]
         assert (await again.do("ab_stop", None))[0] == 200
         assert "has been an experiment" in (await again.do("ab_start", EXPERIMENT))[1]
 
@@ -336,19 +244,23 @@ def test_addresses_come_and_go_with_what_processes_and_doors_say(monkeypatch: py
         for address in ("h:1", "h:2"):
             await control.announce("front.old.1", address)
         await control.announce("front.other.9", "h:9")  # no arm's: nobody is sent there
-        assert control._plan.addresses == {"front.old.1": ("h:1", "h:2"), "front.new.1": (), "front.third.1": ()}
-        version = control._plan.version
+        assert control._traffic.plan.addresses == {
+            "front.old.1": ("h:1", "h:2"),
+            "front.new.1": (),
+            "front.third.1": (),
+        }
+        version = control._traffic.plan.version
         await control.announce("front.old.1", "h:1")
-        assert control._plan.version == version  # nothing new
+        assert control._traffic.plan.version == version  # nothing new
         await control.lost("h:1")
-        assert control._plan.addresses["front.old.1"] == ("h:2",) and not control._plan.gone
+        assert control._traffic.plan.addresses["front.old.1"] == ("h:2",) and not control._traffic.plan.gone
         await control.announce("front.old.1", "h:1")  # it is there after all
-        assert control._plan.addresses["front.old.1"] == ("h:1", "h:2")
+        assert control._traffic.plan.addresses["front.old.1"] == ("h:1", "h:2")
         monkeypatch.setattr("serving.control.addresses.SILENT_S", 0.2)
         await asyncio.sleep(0.3)
         await control.announce("front.old.1", "h:2")
-        control._set_addresses(control._addresses.drop_silent())
-        assert control._plan.addresses["front.old.1"] == ("h:2",) and "h:1" in control._plan.gone
+        control._traffic.drop_silent()
+        assert control._traffic.plan.addresses["front.old.1"] == ("h:2",) and "h:1" in control._traffic.plan.gone
         assert (await control.do("traffic", None))[1]["processes"] == {"old": 1, "new": 0, "third": 0}
 
     asyncio.run(go())
@@ -360,7 +272,7 @@ def test_a_new_control_gives_no_plan_without_arms_while_they_may_still_be_heard(
     """One that was started again knows no address yet; the doors go by their old plan until it does."""
 
     async def go() -> None:
-        monkeypatch.setattr("serving.control.server._SETTLE_S", 5.0)
+        monkeypatch.setattr("serving.control.traffic._SETTLE_S", 5.0)
         control = a_control()
         asked = asyncio.create_task(control.plan_after("door", -1))
         for number, route in enumerate(ROUTES.values()):
@@ -369,7 +281,7 @@ def test_a_new_control_gives_no_plan_without_arms_while_they_may_still_be_heard(
             await control.announce(route, f"h:{number}")
         plan = await asyncio.wait_for(asked, 30)
         assert all(plan.addresses[route] for route in ROUTES.values())
-        monkeypatch.setattr("serving.control.server._SETTLE_S", 0.3)
+        monkeypatch.setattr("serving.control.traffic._SETTLE_S", 0.3)
         silent = a_control()
         assert not (await asyncio.wait_for(silent.plan_after("door", -1), 2)).addresses
 
