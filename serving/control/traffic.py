@@ -17,7 +17,7 @@ from serving.plan import Plan, Ramp
 _PATIENCE_S = 10.0
 _DOOR_GONE_S = 15.0
 # Seconds after its start in which a control waits for arms to say where they are; they do so each second.
-_SETTLE_S = 4.0
+_SETTLE_S = 10.0
 
 
 @dataclass
