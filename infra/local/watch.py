@@ -135,27 +135,28 @@ def supervisor_of(stack: Stack) -> Any:
 def resting(stack: Stack, *names: str) -> Iterator[None]:
     """Parts that the supervisor stops for as long as this lasts; they answer again when it is over.
 
-    A stack without a supervisor has nobody who would start them meanwhile.
+    One that somebody has stopped stays so, and a stack without a supervisor has nobody who would start them meanwhile.
 
     Raises:
         StackError: one of them does not come up again.
     """
     supervisor = supervisor_of(stack)
     states = {} if supervisor is None else _states(supervisor)
-    known = [name for name in names if name in states]
+    # One that has given up is started too: what comes of this may mend it.
+    ours = [name for name in names if states.get(name, "STOPPED") != "STOPPED"]
     try:
-        for name in known:
+        for name in ours:
             if states[name] in _UP:
                 supervisor.supervisor.stopProcess(name)
         yield
     except BaseException:
         # What went wrong is what is told, not what comes of it.
         with contextlib.suppress(Fault, OSError):
-            _start(supervisor, known)
+            _start(supervisor, ours)
         raise
-    _start(supervisor, known)
+    _start(supervisor, ours)
     deadline = time.monotonic() + UP_S
-    while ill := {name: why for name, why in illnesses(stack).items() if name in known}:
+    while ill := {name: why for name, why in illnesses(stack).items() if name in ours}:
         if time.monotonic() > deadline:
             raise StackError("; ".join(f"{name}: {why}" for name, why in ill.items()) + f"; see {stack.logs}")
         time.sleep(0.5)
