@@ -178,7 +178,7 @@ class Stack:
             StackError: a part is not installed, or its folder cannot be used.
         """
         for name in ("logs", "s3", "prometheus", "home", "secrets"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
+            (self.folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
         self._make_short()
         self.secret("ray")
         self._write_s3_keys()

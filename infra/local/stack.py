@@ -57,7 +57,8 @@ def up(stack: Stack, free_ports: bool) -> int:
         stack.choose_ports(free_ports)
         stack.prepare()
         command = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(stack.conf)]
-        subprocess.run(command, env={**_clean(), **stack.environment}, check=True, cwd=stack.folder)
+        if subprocess.run(command, env={**_clean(), **stack.environment}, check=False, cwd=stack.folder).returncode:
+            raise StackError(f"the supervisor did not start; see above, and {stack.logs}")
     deadline = time.monotonic() + UP_S
     while (ill := illnesses(stack)) and time.monotonic() < deadline:
         time.sleep(0.5)
