@@ -22,7 +22,7 @@ def keep_home(stack: Stack, folder: Path) -> None:
     Raises:
         StackError: the schedules' database cannot be read.
     """
-    home = stack.folder / "home"
+    home = stack.home
     if (home / _SCHEDULES).exists():
         _copy_database(home / _SCHEDULES, folder / _SCHEDULES)
     if (home / _ENDPOINTS).exists():
@@ -53,7 +53,7 @@ def put_back_home(stack: Stack, folder: Path) -> Path | None:
 
     An endpoint that the backup does not know stays, and so do schedules where it has none.
     """
-    home = stack.folder / "home"
+    home = stack.home
     kept = sorted(path.name for path in _folders(folder / _ENDPOINTS))
     replaced = [name for name in kept if (home / _ENDPOINTS / name).exists()]
     put_aside = None

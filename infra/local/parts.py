@@ -72,6 +72,11 @@ class Stack:
         return self.short / "tmp"
 
     @property
+    def home(self) -> Path:
+        """The Stillhouse home of the parts and of the jobs."""
+        return self.folder / "home"
+
+    @property
     def conf(self) -> Path:
         """The supervisor's configuration, which holds no secret."""
         return self.folder / "supervisord.conf"
@@ -113,7 +118,8 @@ class Stack:
         for name in TAKEN:
             if _is_taken(self.ports[name]):
                 raise StackError(
-                    f"port {self.ports[name]} ({name}) is taken; end what listens there, or start with --free-ports"
+                    f"port {self.ports[name]} ({name}) is taken; end what listens there (`make down` does, if it is of "
+                    "this stack), or start with --free-ports"
                 )
 
     @property
@@ -153,7 +159,7 @@ class Stack:
             # As often as Prometheus looks.
             "RAY_metrics_report_interval_ms": "5000",
             "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{self.ports['prometheus']}",
-            "STILLHOUSE_HOME": str(self.folder / "home"),
+            "STILLHOUSE_HOME": str(self.home),
             "TMPDIR": str(self.temporary),
             # A submitted job runs `python`, which must be the one that has Stillhouse.
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",

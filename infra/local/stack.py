@@ -10,6 +10,7 @@ processes are watched, and started again, by a supervisor.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import subprocess
@@ -78,12 +79,18 @@ def up(stack: Stack, free_ports: bool) -> int:
 def down(stack: Stack) -> int:
     """End what `up` started, and nothing else; returns when all of it has ended."""
     supervisor = supervisor_of(stack)
-    if supervisor is None:
+    if supervisor is not None:
+        process = psutil.Process(supervisor.supervisor.getPID())
+        ours = [process, *process.children(recursive=True)]
+        supervisor.supervisor.shutdown()
+    elif not (ours := _left(stack)):
         print("nothing runs")
         return 0
-    process = psutil.Process(supervisor.supervisor.getPID())
-    ours = [process, *process.children(recursive=True)]
-    supervisor.supervisor.shutdown()
+    else:
+        print("the supervisor has died; what it left is ended", file=sys.stderr)
+        for each in ours:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
     _, left = psutil.wait_procs(ours, timeout=DOWN_S)
     for each in left:
         print(f"{each.pid} ({each.name()}) did not end in {DOWN_S:.0f} s and is killed", file=sys.stderr)
@@ -95,6 +102,20 @@ def down(stack: Stack) -> int:
                 file.unlink()
     print(f"all ended; the data is kept in {stack.folder}")
     return 0
+
+
+def _left(stack: Stack) -> list[psutil.Process]:
+    """What a supervisor of this stack that was killed has left behind; or itself, while it does not answer."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            given = process.environ()
+            is_part = "SUPERVISOR_PROCESS_NAME" in given and given.get("STILLHOUSE_HOME") == str(stack.home)
+            if is_part or str(stack.conf) in process.cmdline():
+                found.append(process)
+        except psutil.Error:  # gone, or somebody else's
+            continue
+    return found
 
 
 def status(stack: Stack) -> int:

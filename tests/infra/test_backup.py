@@ -7,9 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,10 +20,10 @@ from infra.local import backup as module
 from infra.local.backup import backup, restore
 from infra.local.database import Beside, dump
 from infra.local.parts import ROOT, Stack, StackError, postgres_bin
-from infra.local.stack import down
-from infra.local.watch import illnesses, supervisor_of
+from infra.local.watch import supervisor_of
 from jobs.schedules.ledger import Entry, Ledger
 from jobs.schedules.plan import Schedule
+from tests.infra.small_stack import small_stack
 
 pytestmark = [
     pytest.mark.integration,
@@ -35,36 +32,12 @@ pytestmark = [
 ]
 
 
-class Small(Stack):
-    """Of the stack's parts those that a backup asks; none of them needs Ray."""
-
-    def programs(self) -> dict[str, tuple[list[str], dict[str, str]]]:
-        return {name: part for name, part in super().programs().items() if name in ("postgres", "s3", "mlflow")}
-
-
 @pytest.fixture(scope="module")
 def running() -> Iterator[Stack]:
-    # Not pytest's folder: it is closed to everybody else, and PostgreSQL will not run as root.
-    home = Path(tempfile.mkdtemp(prefix="stack-", dir="/tmp"))
-    home.chmod(0o755)
-    stack = Small(home / "stack")
-    try:
-        stack.folder.mkdir()
-        stack.choose_ports(free=True)
-        stack.prepare()
-        command = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(stack.conf)]
-        subprocess.run(command, env={**os.environ, **stack.environment}, check=True, cwd=stack.folder)
-        deadline = time.monotonic() + 180
-        while ill := illnesses(stack):
-            assert time.monotonic() < deadline, ill
-            time.sleep(0.5)
+    with small_stack("postgres", "s3", "mlflow") as stack:
         # It has made its tables; to start it anew takes half a minute, so only one test does.
         supervisor_of(stack).supervisor.stopProcess("mlflow")
         yield stack
-    finally:
-        down(stack)
-        shutil.rmtree(home)
-        assert not stack.short.exists()
 
 
 @pytest.fixture
@@ -76,10 +49,11 @@ def stack(running: Stack) -> Stack:
             client.delete_object(Bucket=bucket, Key=key)
         client.put_object(Bucket=bucket, Key=f"some/{bucket}", Body=bucket.encode())
     with talk(running) as cursor:
+        cursor.execute("DROP TABLE IF EXISTS newer")
         cursor.execute("DELETE FROM experiments WHERE experiment_id > 0")
     name_experiment(running, "kept")
-    shutil.rmtree(running.folder / "home")
-    (running.folder / "home").mkdir()
+    shutil.rmtree(running.home)
+    running.home.mkdir()
     return running
 
 
@@ -119,7 +93,7 @@ def holds(stack: Stack) -> tuple[Any, ...]:
 
 
 def add_schedule(stack: Stack, name: str) -> Ledger:
-    ledger = Ledger(f"sqlite:///{stack.folder / 'home/schedules.db'}")
+    ledger = Ledger(f"sqlite:///{stack.home / 'schedules.db'}")
     ledger.add(Entry(Schedule(name=name, cron="0 2 * * *"), "f", b"zip", {}, "me", False, datetime.now(UTC)))
     return ledger
 
@@ -309,7 +283,7 @@ def test_a_place_where_nothing_can_be_written_is_one_line(stack: Stack, tmp_path
 
 
 def test_schedules_and_endpoints_come_back_on_a_new_machine(stack: Stack, tmp_path: Path) -> None:
-    home = stack.folder / "home"
+    home = stack.home
     ledger = add_schedule(stack, "nightly")
     # A scheduler that is writing just then.
     ledger.hold("me", datetime.now(UTC), datetime.now(UTC))
@@ -326,7 +300,7 @@ def test_schedules_and_endpoints_come_back_on_a_new_machine(stack: Stack, tmp_pa
 
 
 def test_newer_schedules_and_state_are_put_aside(stack: Stack, tmp_path: Path) -> None:
-    home = stack.folder / "home"
+    home = stack.home
     ledger = add_schedule(stack, "nightly")
     traffic = home / "endpoints/demo/traffic.json"
     traffic.parent.mkdir(parents=True)
@@ -354,8 +328,8 @@ def test_a_backup_without_schedules_leaves_those_that_are_there(stack: Stack, tm
     backup(stack, tmp_path / "b")
     add_schedule(stack, "newer")
     restore(stack, tmp_path / "b")
-    assert schedules(stack.folder / "home/schedules.db") == ["newer"]
-    assert not list((stack.folder / "home").glob("before-restore-*"))
+    assert schedules(stack.home / "schedules.db") == ["newer"]
+    assert not list(stack.home.glob("before-restore-*"))
 
 
 def test_a_key_that_would_lie_outside_of_the_backup_is_refused(
