@@ -18,7 +18,7 @@ import pytest
 
 from infra.local import backup as module
 from infra.local.backup import backup, restore
-from infra.local.database import Beside, dump
+from infra.local.database import Beside, dump, look_at
 from infra.local.parts import ROOT, Stack, StackError, postgres_bin
 from infra.local.watch import supervisor_of
 from jobs.schedules.ledger import Entry, Ledger
@@ -163,12 +163,23 @@ def spoil(folder: Path, how: str) -> None:
     elif how == "no dump":
         dump_file.write_bytes(b"<html>not found</html>")
     elif how == "a dump cut short":
-        dump_file.write_bytes(whole[: len(whole) - 5000])
+        dump_file.write_bytes(whole[:-5000])
+    elif how == "a dump without its last rows":  # its list of contents is there
+        dump_file.write_bytes(whole[:-200])
+        look_at(dump_file)
     else:
         (folder / "schedules.db").write_bytes(b"nothing of SQLite's" * 1000)
 
 
-SPOILT = ["labels", "models", "no dump at all", "no dump", "a dump cut short", "schedules"]
+SPOILT = [
+    "labels",
+    "models",
+    "no dump at all",
+    "no dump",
+    "a dump cut short",
+    "a dump without its last rows",
+    "schedules",
+]
 
 
 @pytest.mark.parametrize("how", SPOILT)
