@@ -1,19 +1,34 @@
-"""`make backup` and `make restore`: MLflow's database and the buckets, as files in one folder.
+"""`make backup` and `make restore`: what of the stack is worth keeping, as files in one folder.
+
+::
+
+    mlflow.dump        MLflow's database
+    labels/, models/   the buckets' objects, a file each
+    schedules.db       the schedules and their history, where there is any
+    endpoints/<name>/  the weights and experiments of each endpoint, where there is any
 
 The database comes first and the buckets after it, so that it names no model that the copy lacks: models are written
-before they are registered, and none is removed meanwhile.
+before they are registered.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import shutil
-import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.local.parts import BUCKETS, Stack, StackError, postgres_bin
+import psycopg2
+from boto3.exceptions import Boto3Error
+from botocore.exceptions import BotoCoreError, ClientError
+
+from cluster.labels.store.objects import LEASES
+from infra.local.database import Beside, dump, look_at
+from infra.local.home import check_home, keep_home, put_back_home
+from infra.local.parts import BUCKETS, Stack, StackError
+from infra.local.watch import resting
 
 _DUMP = "mlflow.dump"
 
@@ -25,73 +40,137 @@ def backup(stack: Stack, folder: Path) -> str:
         StackError: the folder holds something, or a part does not answer.
     """
     folder = folder.resolve()
-    if folder.exists() and any(folder.iterdir()):
-        raise StackError(f"{folder} holds something already; give a folder that is not there")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        _postgres(stack, "pg_dump", "--format=custom", f"--file={aside / _DUMP}", stack.database)
-        count = sum(_download(stack, bucket, aside / bucket) for bucket in BUCKETS)
-        folder.mkdir(exist_ok=True)
-        aside.replace(folder)
-    except BaseException:
-        shutil.rmtree(aside)
-        raise
-    return f"the database and {count} objects are in {folder}"
+    _check_stack(stack)
+    with _in_one_line():
+        if folder.exists() and any(folder.iterdir()):
+            raise StackError(f"{folder} holds something already; give a folder that is not there")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            dump(stack, aside / _DUMP)
+            count = sum(_download(stack, bucket, aside / bucket) for bucket in BUCKETS)
+            keep_home(stack, aside)
+            folder.mkdir(exist_ok=True)
+            aside.replace(folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    return f"the database, {count} objects, the schedules and the endpoints' state are in {folder}"
 
 
 def restore(stack: Stack, folder: Path) -> str:
-    """Make database and buckets what they were; what came since is lost.
+    """Make all what it was; what came since is lost, but for schedules and endpoints' state, which are put aside.
+
+    Nothing is taken away before all of the backup is there: the database is restored beside the one in use, and the
+    objects that are not of the backup go last. A restore that breaks off is to be done again.
 
     Raises:
-        StackError: there is no backup, or a part does not answer.
+        StackError: the backup is not whole, or a part does not answer.
     """
     folder = folder.resolve()
+    _check_stack(stack)
+    with _in_one_line():
+        _check(folder)
+        with Beside(stack) as database:
+            database.fill(folder / _DUMP)
+            count = sum(_upload(stack, bucket, folder / bucket) for bucket in BUCKETS)
+            # MLflow looks at the database's schema only when it starts, and the scheduler holds nights by number.
+            with resting(stack, "mlflow", "scheduler"):
+                database.take_the_place()
+                put_aside = put_back_home(stack, folder)
+        for bucket in BUCKETS:
+            _remove_surplus(stack, bucket, folder / bucket)
+    said = f"the database and {count} objects are as they were"
+    return said + (f"; the schedules and endpoints' state of before are in {put_aside}" if put_aside else "")
+
+
+def _check_stack(stack: Stack) -> None:
+    # Nothing is to be made for one that is not there, such as secrets.
+    if not (stack.folder / "postgres").exists():
+        raise StackError(f"there is no stack in {stack.folder}; `make up` makes one")
+
+
+def _check(folder: Path) -> None:
     if not (folder / _DUMP).is_file():
-        raise StackError(f"{folder} holds no backup; `make backup TO={folder}` makes one")
-    client = stack.s3_client()
-    count = 0
-    # The buckets first: the database must name no model that is not there.
+        raise StackError(f"{folder} holds no backup; `make backup FOLDER={folder}` makes one")
     for bucket in BUCKETS:
-        kept = {path.relative_to(folder / bucket).as_posix(): path for path in _files(folder / bucket)}
-        if bucket not in {each["Name"] for each in client.list_buckets()["Buckets"]}:
-            client.create_bucket(Bucket=bucket)
-        for key, path in kept.items():
-            client.upload_file(str(path), bucket, key)
-        for key in set(_keys(client, bucket)) - set(kept):
-            client.delete_object(Bucket=bucket, Key=key)
-        count += len(kept)
-    server = stack.database.replace("/mlflow", "/postgres")
-    _postgres(stack, "psql", "--quiet", server, "--command=DROP DATABASE IF EXISTS mlflow WITH (FORCE)")
-    _postgres(stack, "psql", "--quiet", server, "--command=CREATE DATABASE mlflow")
-    _postgres(stack, "pg_restore", "--exit-on-error", f"--dbname={stack.database}", str(folder / _DUMP))
-    return f"the database and {count} objects are as they were"
+        if not (folder / bucket).is_dir():
+            raise StackError(
+                f"{folder} is not whole: {bucket}/ is missing, and nothing was changed; where the bucket was empty, "
+                "make an empty folder"
+            )
+    look_at(folder / _DUMP)
+    check_home(folder)
 
 
-def _postgres(stack: Stack, program: str, *arguments: str) -> None:
-    env = {**os.environ, **stack.environment}
-    done = subprocess.run(
-        [str(postgres_bin() / program), *arguments], env=env, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise StackError(f"{program} failed: {done.stderr.strip().splitlines()[0]}")
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    """What a disk, a server or a database has to say against it, for the person who types."""
+    try:
+        yield
+    except (BotoCoreError, ClientError, Boto3Error) as error:
+        raise StackError(f"the S3 server: {_first_line(error)}; see `make status`") from error
+    except psycopg2.Error as error:
+        raise StackError(f"PostgreSQL: {_first_line(error)}; see `make status`") from error
+    except OSError as error:
+        raise StackError(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---- the buckets ----
 
 
 def _download(stack: Stack, bucket: str, folder: Path) -> int:
-    client = stack.s3_client()
-    keys = _keys(client, bucket)
-    for key in keys:
+    """Copy a bucket; how many objects."""
+    folder.mkdir()
+    client, count = stack.s3_client(), 0
+    for key in _keys(client, bucket):
         path = folder / key
+        if not path.resolve().is_relative_to(folder):
+            raise StackError(f"s3://{bucket}: {key!r} would lie outside of the backup; remove it from the bucket")
         path.parent.mkdir(parents=True, exist_ok=True)
-        client.download_file(bucket, key, str(path))
-    return len(keys)
+        try:
+            client.download_file(bucket, key, str(path))
+        except ClientError as error:
+            # Removed since it was listed, such as by `labels gc`.
+            if error.response["Error"]["Code"] not in ("404", "NoSuchKey"):
+                raise
+            continue
+        count += 1
+    return count
+
+
+def _upload(stack: Stack, bucket: str, folder: Path) -> int:
+    client = stack.s3_client()
+    if bucket not in {each["Name"] for each in client.list_buckets()["Buckets"]}:
+        client.create_bucket(Bucket=bucket)
+    kept = _kept(bucket, folder)
+    for key, path in kept.items():
+        client.upload_file(str(path), bucket, key)
+    return len(kept)
+
+
+def _remove_surplus(stack: Stack, bucket: str, folder: Path) -> None:
+    client = stack.s3_client()
+    for key in set(_keys(client, bucket)) - set(_kept(bucket, folder)):
+        client.delete_object(Bucket=bucket, Key=key)
 
 
 def _keys(client: Any, bucket: str) -> list[str]:
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    keys = [each["Key"] for page in pages for each in page.get("Contents", [])]
     # A folder in SeaweedFS may show as an empty object.
-    return [each["Key"] for page in pages for each in page.get("Contents", []) if not each["Key"].endswith("/")]
+    return [key for key in keys if not key.endswith("/") and not _is_lease(bucket, key)]
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
+def _kept(bucket: str, folder: Path) -> dict[str, Path]:
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {key: path for key, path in files.items() if not _is_lease(bucket, key)}
+
+
+def _is_lease(bucket: str, key: str) -> bool:
+    """A lease is of those who run now: they come and go, and one of yesterday means nothing."""
+    return bucket == "labels" and f"/{LEASES}" in f"/{key}"

@@ -17,6 +17,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ class Stack:
         return self.short / "tmp"
 
     @property
+    def home(self) -> Path:
+        """The Stillhouse home of the parts and of the jobs."""
+        return self.folder / "home"
+
+    @property
     def conf(self) -> Path:
         """The supervisor's configuration, which holds no secret."""
         return self.folder / "supervisord.conf"
@@ -113,7 +119,8 @@ class Stack:
         for name in TAKEN:
             if _is_taken(self.ports[name]):
                 raise StackError(
-                    f"port {self.ports[name]} ({name}) is taken; end what listens there, or start with --free-ports"
+                    f"port {self.ports[name]} ({name}) is taken; end what listens there (`make down` does, if it is of "
+                    "this stack), or start with --free-ports"
                 )
 
     @property
@@ -153,7 +160,7 @@ class Stack:
             # As often as Prometheus looks.
             "RAY_metrics_report_interval_ms": "5000",
             "RAY_PROMETHEUS_HOST": f"http://127.0.0.1:{self.ports['prometheus']}",
-            "STILLHOUSE_HOME": str(self.folder / "home"),
+            "STILLHOUSE_HOME": str(self.home),
             "TMPDIR": str(self.temporary),
             # A submitted job runs `python`, which must be the one that has Stillhouse.
             "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
@@ -178,14 +185,42 @@ class Stack:
             StackError: a part is not installed, or its folder cannot be used.
         """
         for name in ("logs", "s3", "prometheus", "home", "secrets"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self.short.mkdir(mode=0o711, exist_ok=True)
-        self.temporary.mkdir(exist_ok=True)
+            (self.folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._make_short()
         self.secret("ray")
         self._write_s3_keys()
         self._make_database()
         self._write_prometheus()
         self._write_supervisor()
+
+    def check_short(self) -> None:
+        """See that the short folder, if it is there, is ours: its name can be guessed, and anybody may write to /tmp.
+
+        Raises:
+            StackError: somebody else made it, or could have put something into it.
+        """
+        try:
+            found = self.short.lstat()
+        except FileNotFoundError:
+            return
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+            raise StackError(
+                f"{self.short} is not a folder of yours that nobody else may write to, so it is not used; see whose it "
+                "is, have it removed, or set STILLHOUSE_HOME to another place"
+            )
+        # An older version let others pass through it.
+        self.short.chmod(0o700)
+
+    def _make_short(self) -> None:
+        """The short folder, new and empty; a stack that is down needs nothing that an earlier one has left there."""
+        self.check_short()
+        shutil.rmtree(self.short, ignore_errors=True)
+        try:
+            # Ray opens its own folder below to everybody.
+            self.short.mkdir(mode=0o700)
+        except FileExistsError:
+            raise StackError(f"{self.short} cannot be made anew; have it removed") from None
+        self.temporary.mkdir()
 
     def _write_s3_keys(self) -> None:
         access, secret = self.environment["AWS_ACCESS_KEY_ID"], self.environment["AWS_SECRET_ACCESS_KEY"]
@@ -199,7 +234,8 @@ class Stack:
         if (data / "PG_VERSION").exists():
             return
         data.mkdir(mode=0o700, exist_ok=True)
-        pwfile = self.short / "pwfile"
+        # Not in the short folder, which only we may enter.
+        pwfile = self.folder / "pwfile"
         _write_private(pwfile, password)
         drop: dict[str, Any] = {}
         if user := self.postgres_user:
@@ -209,8 +245,10 @@ class Stack:
             drop = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
         command = [str(postgres_bin() / "initdb"), f"--pgdata={data}", "--username=stillhouse", "--encoding=UTF8"]
         command += ["--auth=scram-sha-256", f"--pwfile={pwfile}", "--locale=C.UTF-8"]
-        made = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", **drop)
-        pwfile.unlink()
+        try:
+            made = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/", **drop)
+        finally:
+            pwfile.unlink()
         if made.returncode:
             shutil.rmtree(data)
             raise StackError(

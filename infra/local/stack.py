@@ -10,27 +10,21 @@ processes are watched, and started again, by a supervisor.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from xmlrpc.client import Fault, ServerProxy
 
 import psutil
-import psycopg2
-from supervisor.xmlrpc import SupervisorTransport
 
 from infra.local.backup import backup, restore
-from infra.local.parts import BUCKETS, ROOT, Stack, StackError
+from infra.local.parts import ROOT, Stack, StackError
+from infra.local.watch import CHECKS, UP_S, illnesses, supervisor_of
 
-UP_S, DOWN_S = 180.0, 120.0
+DOWN_S = 120.0
 
 
 def main() -> int:
@@ -43,6 +37,7 @@ def main() -> int:
     home = Path(os.environ.get("STILLHOUSE_HOME") or ROOT / ".stillhouse").resolve()
     stack = Stack(home / "stack")
     try:
+        stack.check_short()
         if options.what == "up":
             return up(stack, options.free_ports)
         if options.what in ("backup", "restore"):
@@ -58,14 +53,15 @@ def main() -> int:
 
 def up(stack: Stack, free_ports: bool) -> int:
     """Start what does not run yet, and return when all of it is healthy."""
-    if _supervisor(stack) is None:
+    if supervisor_of(stack) is None:
         stack.folder.mkdir(parents=True, exist_ok=True)
         stack.choose_ports(free_ports)
         stack.prepare()
         command = [sys.executable, "-m", "supervisor.supervisord", "--configuration", str(stack.conf)]
-        subprocess.run(command, env={**_clean(), **stack.environment}, check=True, cwd=stack.folder)
+        if subprocess.run(command, env={**_clean(), **stack.environment}, check=False, cwd=stack.folder).returncode:
+            raise StackError(f"the supervisor did not start; see above, and {stack.logs}")
     deadline = time.monotonic() + UP_S
-    while (ill := _ill(stack)) and time.monotonic() < deadline:
+    while (ill := illnesses(stack)) and time.monotonic() < deadline:
         time.sleep(0.5)
     _print(stack, ill)
     if ill:
@@ -82,13 +78,19 @@ def up(stack: Stack, free_ports: bool) -> int:
 
 def down(stack: Stack) -> int:
     """End what `up` started, and nothing else; returns when all of it has ended."""
-    supervisor = _supervisor(stack)
-    if supervisor is None:
+    supervisor = supervisor_of(stack)
+    if supervisor is not None:
+        process = psutil.Process(supervisor.supervisor.getPID())
+        ours = [process, *process.children(recursive=True)]
+        supervisor.supervisor.shutdown()
+    elif not (ours := _left(stack)):
         print("nothing runs")
         return 0
-    process = psutil.Process(supervisor.supervisor.getPID())
-    ours = [process, *process.children(recursive=True)]
-    supervisor.supervisor.shutdown()
+    else:
+        print("the supervisor has died; what it left is ended", file=sys.stderr)
+        for each in ours:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
     _, left = psutil.wait_procs(ours, timeout=DOWN_S)
     for each in left:
         print(f"{each.pid} ({each.name()}) did not end in {DOWN_S:.0f} s and is killed", file=sys.stderr)
@@ -102,12 +104,26 @@ def down(stack: Stack) -> int:
     return 0
 
 
+def _left(stack: Stack) -> list[psutil.Process]:
+    """What a supervisor of this stack that was killed has left behind; or itself, while it does not answer."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            given = process.environ()
+            is_part = "SUPERVISOR_PROCESS_NAME" in given and given.get("STILLHOUSE_HOME") == str(stack.home)
+            if is_part or str(stack.conf) in process.cmdline():
+                found.append(process)
+        except psutil.Error:  # gone, or somebody else's
+            continue
+    return found
+
+
 def status(stack: Stack) -> int:
     """Say of every part where it is and whether it answers."""
-    if _supervisor(stack) is None:
+    if supervisor_of(stack) is None:
         print("nothing runs; `make up` starts it")
         return 1
-    ill = _ill(stack)
+    ill = illnesses(stack)
     _print(stack, ill)
     return 1 if ill else 0
 
@@ -120,111 +136,8 @@ def _print(stack: Stack, ill: dict[str, str]) -> None:
         "s3": stack.s3_url,
         "prometheus": f"http://127.0.0.1:{stack.ports['prometheus']}",
     }
-    for name in _CHECKS:
+    for name in CHECKS:
         print(f"{name:<11} {urls.get(name, ''):<52} {ill.get(name, 'healthy')}")
-
-
-# ---- health ----
-
-
-def _ill(stack: Stack) -> dict[str, str]:
-    """The parts that do not answer as they should, and why."""
-    supervisor = _supervisor(stack)
-    if supervisor is None:
-        return dict.fromkeys(_CHECKS, "it does not run")
-    states = {each["name"]: each["statename"] for each in supervisor.supervisor.getAllProcessInfo()}
-    ill = {}
-    for name in states:
-        try:
-            if states[name] != "RUNNING":
-                raise StackError(f"it is {states[name].lower()}")
-            _CHECKS[name](stack)
-        except Exception as error:
-            ill[name] = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return ill
-
-
-def _postgres(stack: Stack) -> None:
-    server = stack.database.replace("/mlflow", "/postgres")
-    talk = psycopg2.connect(server, passfile=stack.environment["PGPASSFILE"], connect_timeout=3)
-    try:
-        talk.autocommit = True
-        cursor = talk.cursor()
-        cursor.execute("SELECT 1 FROM pg_database WHERE datname = 'mlflow'")
-        if cursor.fetchone() is None:
-            cursor.execute("CREATE DATABASE mlflow")
-    finally:
-        talk.close()
-
-
-def _s3(stack: Stack) -> None:
-    client = stack.s3_client()
-    there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
-    for bucket in set(BUCKETS) - there:
-        client.create_bucket(Bucket=bucket)
-        # It answers before its volumes can be written.
-        client.put_object(Bucket=bucket, Key="probe", Body=b"")
-        client.delete_object(Bucket=bucket, Key="probe")
-
-
-def _ray(stack: Stack) -> None:
-    _get(f"http://127.0.0.1:{stack.ports['ray']}/api/version", stack.secret("ray"))
-
-
-def _scheduler(stack: Stack) -> None:
-    """That it runs is all there is to see; it needs Ray, which is asked for itself."""
-
-
-def _prometheus(stack: Stack) -> None:
-    answer = json.loads(_get(f"http://127.0.0.1:{stack.ports['prometheus']}/api/v1/targets?state=active"))
-    targets = [target for target in answer["data"]["activeTargets"] if target["labels"]["job"] == "ray"]
-    for target in targets:
-        if target["health"] == "down":
-            raise StackError(f"it could not scrape Ray: {target['lastError']}")
-    # A target that was found just now is "unknown" until it is scraped for the first time.
-    if not any(target["health"] == "up" for target in targets):
-        raise StackError("it has not scraped Ray yet")
-
-
-_CHECKS: dict[str, Callable[[Stack], None]] = {
-    "postgres": _postgres,
-    "s3": _s3,
-    "mlflow": lambda stack: _discard(_get(f"{stack.mlflow_url}/health")),
-    "ray": _ray,
-    "scheduler": _scheduler,
-    "prometheus": _prometheus,
-}
-
-
-def _discard(_: bytes) -> None:
-    pass
-
-
-def _get(url: str, token: str | None = None) -> bytes:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(url, headers=headers)
-    # A proxy from the environment has no way to this machine's loopback.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=5) as answer:
-            return bytes(answer.read())
-    except urllib.error.URLError as error:
-        raise StackError(f"{url} does not answer ({error.reason})") from error
-
-
-def _supervisor(stack: Stack) -> Any:
-    """The supervisor that runs, by its socket; None where none does."""
-    path = stack.short / "supervisor.sock"
-    if not path.exists():
-        return None
-    proxy = ServerProxy("http://stack", transport=SupervisorTransport(None, None, f"unix://{path}"))
-    try:
-        proxy.supervisor.getState()
-    except OSError:
-        return None
-    except Fault as error:
-        raise StackError("the stack is being taken down by somebody else; wait until it is") from error
-    return proxy
 
 
 def _clean() -> dict[str, str]:

@@ -313,14 +313,17 @@ def schema(stack: Stack) -> str:
     return str(version)
 
 
-def test_what_was_lost_is_there_after_a_restore(stack: Stack, family: str, tmp_path: Path) -> None:
+def test_what_was_lost_is_there_after_a_restore(stack: Stack, laptop: Laptop, family: str, tmp_path: Path) -> None:
     home, folder = stack.folder.parent, tmp_path / "backup"
+    far = f"0 2 1 {(date.today().month + 5) % 12 + 1} *"
+    typed(laptop, "schedule", "add", str(FAMILY), "--name", "lost", "--cron", far)
     registry = mlflow.MlflowClient(stack.mlflow_url)
     registry.set_registered_model_alias("demo-small", "champion", "1")
     made = run("backup", home, str(folder))
     assert made.returncode == 0, made.stdout + made.stderr
     assert run("backup", home, str(folder)).returncode == 2  # never over another
 
+    typed(laptop, "schedule", "rm", "lost")
     registry.delete_registered_model("demo-small")
     client = stack.s3_client()
     for bucket in ("labels", "models"):
@@ -332,5 +335,7 @@ def test_what_was_lost_is_there_after_a_restore(stack: Stack, family: str, tmp_p
 
     done = run("restore", home, str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert run("status", home).returncode == 0
+    assert "lost" in [each["name"] for each in json.loads(typed(laptop, "schedule", "ls", "--json"))]
     with serving(stack, "--arm", "models:/demo-small@champion", "--name", "restored") as url:
         ask_for(url, "restored")
