@@ -12,11 +12,9 @@ import importlib.util
 import json
 import os
 import pwd
-import random
 import secrets
 import shlex
 import shutil
-import socket
 import stat
 import subprocess
 import sys
@@ -27,6 +25,8 @@ from typing import Any
 
 import boto3
 import yaml
+
+from infra.local.ports import free_port, is_taken
 
 ROOT = Path(__file__).resolve().parents[2]
 # Endpoints come and go by hand here.
@@ -112,12 +112,12 @@ class Stack:
         if free and not path.exists():
             chosen: dict[str, int] = {}
             for name in PORTS:
-                while (port := _free_port()) in chosen.values():
+                while (port := free_port()) in chosen.values():
                     pass
                 chosen[name] = port
             path.write_text(json.dumps(chosen))
         for name in TAKEN:
-            if _is_taken(self.ports[name]):
+            if is_taken(self.ports[name]):
                 raise StackError(
                     f"port {self.ports[name]} ({name}) is taken; end what listens there (`make down` does, if it is of "
                     "this stack), or start with --free-ports"
@@ -381,17 +381,3 @@ def _write_private(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_port() -> int:
-    """Free, as is the one 10,000 above it; both below those that the system gives to whoever asks for any."""
-    while True:
-        port = random.randrange(20_100, 22_700)
-        if not _is_taken(port) and not _is_taken(port + 10_000):
-            return port

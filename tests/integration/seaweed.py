@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,15 +16,17 @@ from typing import Any
 import boto3
 import botocore.exceptions
 
+from infra.local import ports
+
+_given: set[int] = set()
+
 
 def free_port() -> int:
-    """A free port whose neighbour 10,000 above, where SeaweedFS listens for gRPC, is free too."""
-    while True:
-        with socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", 0))
-            port = int(low.getsockname()[1])
-            if port < 50_000 and high.connect_ex(("127.0.0.1", port + 10_000)):
-                return port
+    """A free port, once in a process, whose neighbour 10,000 above, where SeaweedFS listens for gRPC, is free too."""
+    while (port := ports.free_port()) in _given:
+        pass
+    _given.add(port)
+    return port
 
 
 @contextlib.contextmanager

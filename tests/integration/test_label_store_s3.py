@@ -29,6 +29,7 @@ from cluster.labels.wire import Stamp
 from tests.cluster.labels.blocks import FORMS
 from tests.cluster.labels.store.fill import OTHER, TEACHER, block, fill, repetitive_block, stamp_of_batch
 from tests.integration.s3_proxy import Fault, S3Proxy, in_turn, now_and_then
+from tests.integration.seaweed import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -229,8 +230,7 @@ def test_a_server_that_stays_away_ends_it_after_its_patience(
 
 
 def test_a_server_that_is_down_is_waited_for(prefix: str, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     down = S3Bucket(NAME, prefix, patience_s=60.0, read_timeout_s=READ_TIMEOUT_S)
     with ThreadPoolExecutor(1) as thread:
