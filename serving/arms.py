@@ -90,11 +90,17 @@ def check_arms(arms: Sequence[Arm]) -> None:
     """Refuse a list of arms that cannot stand behind one endpoint.
 
     Raises:
-        UserError: no arm, two of one name, a weight that is negative or not finite, or nothing but weights of 0.
+        UserError: no arm, a name that is none, two of one name, a weight that is negative or not finite, or nothing but
+            weights of 0.
     """
     if not arms:
         raise UserError(f"no arm given; give at least one: {FORM}.")
     for arm in arms:
+        if not _NAME.fullmatch(arm.name):
+            raise UserError(
+                f"an arm is named {arm.name!r}; allowed: letters, digits and . _ - (64 at most), of which the first is "
+                "a letter or a digit."
+            )
         twins = [other.source for other in arms if other.name == arm.name]
         if len(twins) > 1:
             raise UserError(

@@ -28,6 +28,9 @@ def test_defaults_are_safe() -> None:
         ({"arms": {"a": {"source": "x", "replicas": {"min": 3, "max": 2}}}}, "replicas.max 2 is below replicas.min 3"),
         ({"arms": {"a": {"source": "x", "weight": -1}}}, "arms.a.weight"),
         ({"arms": {"a": {"source": "x", "weight": 0}}}, "all weights are 0"),
+        ({"arms": {"a/b": ARM}}, "an arm is named 'a/b'"),
+        ({"arms": {"a~1": ARM}}, "an arm is named 'a~1'"),
+        ({"arms": {"": ARM}}, "an arm is named ''"),
         ({"name": "a"}, "an arm has the endpoint's name 'a'"),
         ({"name": "no spaces"}, "name"),
         ({"shadow": {"b": 0.1}}, "shadow names 'b', which is no arm; there are: a"),
@@ -36,6 +39,7 @@ def test_defaults_are_safe() -> None:
         ({"port": 70000}, "port"),
         ({"sticky": ["cookie"]}, "sticky"),
         ({"limits": {"timeout_s": 0}}, "limits.timeout_s"),
+        ({"limits": {"body_bytes": 2**26}}, "limits.body_bytes"),
         ({"colour": "red"}, "colour"),
     ],
 )
