@@ -71,7 +71,7 @@ def test_a_long_answer_that_nobody_reads_along_comes_some_at_a_time(server: Any,
         ask = Ask(Sampling(max_tokens=60, temperature=0), prompt="hello", streamed=False)
         return [items async for items in server.answer(ask)]
 
-    first, *rest = asyncio.run(messages())
+    _, *rest = asyncio.run(messages())
     assert len(rest) > 1 and all(len(items) == 10 for items in rest[:-1]) and 0 < len(rest[-1]) <= 10
     assert rest[-1][-1].delta.finish_reason is not None
 

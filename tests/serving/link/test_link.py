@@ -58,6 +58,17 @@ def test_what_is_no_frame_is_refused(sent: bytes) -> None:
         Frames(1000).feed(sent)
 
 
+def heard(items: list[Item]) -> list[Choice]:
+    """The two choices, as a door puts them together."""
+    choices = [Choice(), Choice()]
+    for item in items:
+        if isinstance(item, Piece):
+            choices[item.choice].add(item.delta)
+    for choice in choices:
+        choice.text = ["".join(choice.text)]
+    return choices
+
+
 @pytest.mark.parametrize("sizes", [[1] * 1000, [0, 255, 1, 1], [700], [3, 512, 0, 257], [0], []])
 def test_log_probabilities_go_in_frames_that_stay_small(sizes: list[int]) -> None:
     items: list[Item] = [Accepted(1)]
@@ -67,15 +78,8 @@ def test_log_probabilities_go_in_frames_that_stay_small(sizes: list[int]) -> Non
     told = [[len(item.delta.logprobs) for item in share if isinstance(item, Piece)] for share in found]
     assert all(0 <= sum(share) <= MOST_TOKENS for share in told) and all(found)
     assert sum(map(sum, told)) == sum(sizes)
-    whole = [Choice(), Choice()], [Choice(), Choice()]
-    for choices, given in ((whole[0], items), (whole[1], [item for share in found for item in share])):
-        for item in given:
-            if isinstance(item, Piece):
-                choices[item.choice].add(item.delta)
-    assert [("".join(choice.text), choice.logprobs, choice.completion_tokens) for choice in whole[0]] == [
-        ("".join(choice.text), choice.logprobs, choice.completion_tokens) for choice in whole[1]
-    ]
-    assert whole[1][0].finish_reason == "stop"
+    sent, come = heard(items), heard([item for share in found for item in share])
+    assert come == sent and come[0].finish_reason == "stop"
 
 
 class Arm:
