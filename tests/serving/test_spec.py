@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import UserError
+from jobs.promotion import champion_arm
 from serving.spec import EndpointSpec, checked, read_endpoint
 
 ARM = {"source": "models:/m/1"}
@@ -47,6 +48,11 @@ def test_a_mistake_is_named(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError) as caught:
         checked(**{"arms": {"a": ARM}, **fields})
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_longest_name_that_a_family_s_champion_can_have_is_an_arm_s() -> None:
+    name = champion_arm(f"{'f' * 40}-{'s' * 40}")
+    assert checked(arms={name: ARM}).weights == {name: 1.0}
 
 
 def test_the_command_line_names_arms() -> None:
