@@ -21,14 +21,13 @@ def serve(spec: EndpointSpec, tracking_uri: str | None) -> None:
     Raises:
         UserError: an arm, a name or the port cannot be used. Nothing has been started.
     """
-    from serving.arms import Arm, locate, pinned
     from serving.keys import KeyRing
+    from serving.models import find_models
 
     uri = tracking_uri or f"sqlite:///{home() / 'mlflow.db'}"
     KeyRing(spec.keys)
     # Found and checked here, before a cluster is started for them.
-    for name, arm in spec.arms.items():
-        locate(Arm(name, pinned(arm.source, uri)), uri, arm.engine)
+    spec, models = find_models(spec, uri)
     home().mkdir(parents=True, exist_ok=True)
     log = home() / "serve.log"
     ended = threading.Event()
@@ -43,7 +42,7 @@ def serve(spec: EndpointSpec, tracking_uri: str | None) -> None:
         if ended.is_set():
             return
         console.print(f"starting {len(spec.arms)} arms, log {log}", highlight=False)
-        with deploy(spec, uri) as endpoint:
+        with deploy(spec, uri, models=models) as endpoint:
             _tell(console, endpoint.url, spec)
             ended.wait()
             console.print("ending")

@@ -21,6 +21,8 @@ from serving.records import Scored
 
 # Characters of a prompt from which on it is tokenised aside, so that the other requests' tokens go on meanwhile.
 _LONG_PROMPT = 20_000
+# Pieces that gather of an answer that nobody reads along; more would be one large message.
+_MOST_PIECES = 256
 
 
 class ArmServer:
@@ -105,7 +107,7 @@ class ArmServer:
                         pieces = [Piece(index, replace(delta, logprobs=())) for index, delta in pieces]
                 items += pieces
                 # The first piece goes at once in any case: the door takes the time to it.
-                if ask.streamed or first:
+                if ask.streamed or first or len(items) >= _MOST_PIECES:
                     yield items
                     items, first = [], False
         if ask.sampled:

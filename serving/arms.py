@@ -20,6 +20,8 @@ FORM = "[name=]SOURCE[:WEIGHT] with SOURCE models:/NAME@ALIAS, models:/NAME/VERS
 
 # A name travels in an HTTP header, a URL path and a metric label.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# However long: a family's and a student's name and what stands for its champion make more than 64 of them.
+_SIGNS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@:]+)(?:@[^/@:]+|/[0-9]+)")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
@@ -90,11 +92,16 @@ def check_arms(arms: Sequence[Arm]) -> None:
     """Refuse a list of arms that cannot stand behind one endpoint.
 
     Raises:
-        UserError: no arm, two of one name, a weight that is negative or not finite, or nothing but weights of 0.
+        UserError: no arm, a name that is none, two of one name, a weight that is negative or not finite, or nothing but
+            weights of 0.
     """
     if not arms:
         raise UserError(f"no arm given; give at least one: {FORM}.")
     for arm in arms:
+        if not _SIGNS.fullmatch(arm.name):
+            raise UserError(
+                f"an arm is named {arm.name!r}; allowed: letters, digits and . _ -, the first a letter or a digit."
+            )
         twins = [other.source for other in arms if other.name == arm.name]
         if len(twins) > 1:
             raise UserError(

@@ -18,7 +18,7 @@ class Ask:
         prompt: a text, or token ids that are taken as they are; None for a chat.
         messages: of a chat; each has ``role`` and ``content``.
         choices: how many answers; each is drawn by itself.
-        streamed: the caller reads along; else all after the first piece may come at the end, in one message.
+        streamed: the caller reads along; else what comes after the first piece may come in few, larger messages.
         sampled: send the token ids along at the end, for the teacher to score.
         trace: the one that it is part of, see :mod:`cluster.tracing`.
     """

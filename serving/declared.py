@@ -26,8 +26,9 @@ from ray import serve
 
 from cluster.errors import UserError
 from cluster.spec.base import Section
-from serving.deploy import ON_THE_HEAD, Endpoint, clear, deploy, running
+from serving.deploy import ON_THE_HEAD, Endpoint, claim, clear, deploy, running
 from serving.keys import KeyRing
+from serving.models import find_models
 from serving.spec import EndpointSpec, checked
 
 
@@ -44,31 +45,40 @@ class Keeper:
     """Has the endpoint running while its application does. The application is RUNNING once the endpoint answers.
 
     A keeper that takes another's place finds the endpoint and leaves it alone if it is as declared. One that is told of
-    another spec checks it first, then ends the endpoint and starts it anew.
+    another spec checks it first, with its models and its address, then ends the endpoint and starts it anew.
     """
 
     def __init__(self) -> None:
         self._endpoint: Endpoint | None = None
+        self._declared: EndpointSpec | None = None
+        """As whoever declares it has written it; a keeper that has found the endpoint does not know."""
 
     async def reconfigure(self, config: dict[str, Any]) -> None:
         """Serve calls this with the ``user_config``, once the keeper is made and again when it has changed.
 
         Raises:
-            UserError: it cannot be used. An endpoint that runs goes on.
-            RunError: the endpoint did not start. Nothing of it is left.
+            UserError: it cannot be used, or an arm has no such model. An endpoint that runs goes on.
+            RunError: a model's files are gone, and an endpoint that runs goes on; or the new endpoint, whose models are
+                there, did not start, and nothing of it is left.
         """
         declared, tracking_uri = _read(config)
         await asyncio.to_thread(self._have, declared, tracking_uri)
 
     def _have(self, declared: EndpointSpec, tracking_uri: str | None) -> None:
-        if (before := self._endpoint or running(declared)) is not None:
-            if _is_as(before.spec, declared):
-                self._endpoint = before
-                return
+        # Ours from now on, also where the spec cannot be used: it goes when the application does.
+        before = self._endpoint = self._endpoint or running(declared)
+        if before is not None and self._declared in (None, declared) and _is_as(before.spec, declared):
+            self._declared = declared
+            return
+        # All that can be seen to be wrong is seen while the one before still answers.
+        spec, models = find_models(declared, tracking_uri)
+        if before is not None:
+            claim(spec.host, 0 if spec.port == before.spec.port else spec.port)
             before.shutdown()
         self._endpoint = None
-        clear(declared)
-        self._endpoint = deploy(declared, tracking_uri, grows=True)
+        clear(spec)
+        self._endpoint = deploy(spec, tracking_uri, grows=True, models=models)
+        self._declared = declared
 
     async def close(self) -> None:
         """End the endpoint, if its application is to go and not only this process."""
@@ -103,11 +113,16 @@ def _is_as(here: EndpointSpec, declared: EndpointSpec) -> bool:
     """Whether an endpoint is the declared one. An alias stands for the version that it was started with."""
     arms = {
         name: arm.model_copy(update={"source": here.arms[name].source})
-        if "@" in arm.source and name in here.arms
+        if name in here.arms and _is_version_of(here.arms[name].source, arm.source)
         else arm
         for name, arm in declared.arms.items()
     }
     return declared.model_copy(update={"arms": arms}) == here
+
+
+def _is_version_of(source: str, alias: str) -> bool:
+    model, at, _ = alias.partition("@")
+    return bool(at) and source.rpartition("/")[0] == model
 
 
 def _is_to_go() -> bool:

@@ -20,11 +20,12 @@ from ray import serve
 from ray.serve.config import ProxyLocation
 
 from cluster.errors import RunError, UserError
-from serving.arms import Arm, locate, pinned
+from serving.arms import Arm
 from serving.control.server import Control
 from serving.control.works import Works
 from serving.ingress.door import Door
 from serving.launch import QUIET, application, arm_of, control_of, route_of, run_applications, wait
+from serving.models import Models, find_models
 from serving.spec import EndpointSpec, checked
 
 # Light processes, on the machine whose address is listened on.
@@ -98,7 +99,9 @@ class Endpoint:
         self.shutdown()
 
 
-def deploy(spec: EndpointSpec, tracking_uri: str | None = None, grows: bool = False) -> Endpoint:
+def deploy(
+    spec: EndpointSpec, tracking_uri: str | None = None, grows: bool = False, models: Models | None = None
+) -> Endpoint:
     """Serve the arms behind one endpoint; returns when it answers.
 
     ``ray.init`` has been done by the caller. Everything is checked, and every model fetched, before anything
@@ -107,6 +110,7 @@ def deploy(spec: EndpointSpec, tracking_uri: str | None = None, grows: bool = Fa
     Args:
         tracking_uri: where the registry is; needed when a source is a ``models:/`` URI.
         grows: the cluster adds nodes for what waits, so arms may need more than it has now.
+        models: as :func:`serving.models.find_models` has found them, with the spec that it gave; None has them found.
 
     Raises:
         UserError: an arm, a name or the port cannot be used, or the cluster is too small. Nothing has been started.
@@ -115,11 +119,10 @@ def deploy(spec: EndpointSpec, tracking_uri: str | None = None, grows: bool = Fa
     _check_name(spec)
     if not grows:
         _check_room(spec)
-    sources = {name: pinned(arm.source, tracking_uri) for name, arm in spec.arms.items()}
-    models = {name: locate(Arm(name, source), tracking_uri, spec.arms[name].engine) for name, source in sources.items()}
+    if models is None:
+        spec, models = find_models(spec, tracking_uri)
     temporary = None if spec.state else Path(tempfile.mkdtemp(prefix="still-"))
-    arms = {name: arm.model_copy(update={"source": sources[name]}) for name, arm in spec.arms.items()}
-    spec = spec.model_copy(update={"arms": arms, "port": _claim(spec), "state": spec.state or temporary})
+    spec = spec.model_copy(update={"port": claim(spec.host, spec.port), "state": spec.state or temporary})
     endpoint = Endpoint(_url(spec), spec, _temporary=temporary)
     try:
         with _quiet():
@@ -202,9 +205,12 @@ def _check_room(spec: EndpointSpec) -> None:
             )
 
 
-def _claim(spec: EndpointSpec) -> int:
-    """The port to listen on; doors share it (SO_REUSEPORT) and would not notice a neighbour."""
-    host, port = spec.host, spec.port
+def claim(host: str, port: int) -> int:
+    """The port to listen on; doors share it (SO_REUSEPORT) and would not notice a neighbour.
+
+    Raises:
+        UserError: it is taken, or the host is none of this machine's.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

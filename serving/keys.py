@@ -17,12 +17,15 @@ import yaml
 from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
-from pydantic import PositiveInt, ValidationError
+from pydantic import PositiveInt
 
 from cluster.errors import UserError
 from cluster.spec.base import Section
 
 _PREFIX = "sk-still-"
+# What damaged files bring beside YAML's own errors: no UTF-8 and no fields of ours (both are ValueErrors), and what its
+# constructors raise for a date, a number or a tag that is none, or for a thousand brackets.
+_NO_KEYS = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
 class Key(Section):
@@ -63,12 +66,12 @@ def read_keys(path: Path) -> tuple[Key, ...]:
         UserError: it cannot be read, or it holds something else.
     """
     try:
-        return KeyFile.model_validate(yaml.safe_load(path.read_text()) or {}).keys
+        return KeyFile.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")) or {}).keys
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); `stillhouse keys add` makes such a file."
         ) from error
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, *_NO_KEYS) as error:
         # Not the error's own text: it may quote what stands in the file.
         raise UserError(f"{path} is no file of API keys; `stillhouse keys add` makes one.") from error
 

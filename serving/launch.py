@@ -25,19 +25,22 @@ ARM_DEPLOYMENT = "arm"
 """Name of the one deployment in an arm's application."""
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _POLL_S = 0.1
+# Stands between the names in a route. Neither an endpoint's nor an arm's name has it (a dot they may have), so that no
+# endpoint takes another's arms for its own. Ray puts routes in file names and URLs, where it needs no escape.
+_BETWEEN = "~"
 
 
 def route_of(endpoint: str, arm: str, number: int) -> str:
     """Name of the application that is an arm's ``number``-th."""
-    return f"{endpoint}.{arm}.{number}"
+    return _BETWEEN.join((endpoint, arm, str(number)))
 
 
 def arm_of(endpoint: str, route: str) -> tuple[str, int] | None:
     """The arm and the number of :func:`route_of`; None for another application."""
-    arm, _, number = route.removeprefix(f"{endpoint}.").rpartition(".")
-    if not route.startswith(f"{endpoint}.") or not arm or not number.isdigit():
+    parts = route.split(_BETWEEN)
+    if len(parts) != 3 or parts[0] != endpoint or not parts[1] or not parts[2].isdecimal():
         return None
-    return arm, int(number)
+    return parts[1], int(parts[2])
 
 
 class ByLoad:

@@ -74,8 +74,8 @@ class ArmSpec(Section):
 class LimitsSpec(Section):
     """What one request may ask for, and how long it may take."""
 
-    body_bytes: PositiveInt = 1_048_576
-    """Largest body of a request."""
+    body_bytes: Annotated[PositiveInt, Field(le=32 * 2**20)] = 1_048_576
+    """Largest body of a request; 32 MiB at most, for it goes to the arm in one frame."""
     prompt_tokens: PositiveInt | None = None
     """Longest prompt; none means the model's context."""
     completion_tokens: PositiveInt | None = None

@@ -30,6 +30,7 @@ _FAILURES = {
     405: "Another method is meant.",
     408: "The body came too slowly.",
     413: "The body is too large.",
+    415: "The body does not say that it is application/json.",
     429: "The key's requests of this minute are used up; see Retry-After.",
     500: "The arm failed.",
     503: "No arm can answer now; see Retry-After.",

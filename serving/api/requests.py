@@ -15,6 +15,8 @@ from serving.engines.base import MAX_LOGPROBS, Sampling
 
 MAX_CHOICES = 8
 """The most answers to one request; each takes a slot."""
+MOST = 2**31
+"""Beyond every context and every vocabulary; what is larger is a mistake, and would not fit the wire to an arm."""
 
 
 def _text_or_tokens(value: Any) -> str | list[int]:
@@ -23,6 +25,8 @@ def _text_or_tokens(value: Any) -> str | list[int]:
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(type(token) is int for token in value):
+        if outside := [token for token in value if not 0 <= token < MOST]:
+            raise ValueError(f"token ids are 0 or more and below {MOST}, not {str(outside[0])[:24]}")
         return value
     raise ValueError("must be one string or one non-empty list of token ids; several prompts take several requests")
 
@@ -65,7 +69,7 @@ class Request(BaseModel):
     }
 
     model: str = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MOST)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     stop: Annotated[list[str], BeforeValidator(_stop_strings)] = Field(default_factory=list)
@@ -171,7 +175,7 @@ class ChatRequest(Request):
     }
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 

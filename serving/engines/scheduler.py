@@ -279,7 +279,9 @@ class Scheduler:
         request.ids.append(token)
         delta = request.answer.feed(token, thought)
         if delta is not None and not request.gone:
-            request.gone = delta.finish_reason is not None
+            # Only ever set: whoever reads may cancel at any time, and that has to stay.
+            if delta.finish_reason is not None:
+                request.gone = True
             request.emit(delta)
 
     def _work(self) -> None:

@@ -79,7 +79,9 @@ class TransformersEngine:
         mailbox = Mailbox()
 
         def emit(item: Delta | Exception) -> None:
-            request.gone |= not mailbox.put(item)
+            # Not `gone |= ...`, which reads it first: a cancellation that comes during `put` would be overwritten.
+            if not mailbox.put(item):
+                request.gone = True
 
         request = Request(prompt_ids, sampling, Answer(self._tokenizer, self._model.ends, prompt_ids, sampling), emit)
         self._scheduler.submit(request)

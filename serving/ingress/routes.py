@@ -135,6 +135,8 @@ class App:
         self, kind: type[Request], headers: Headers, receive: Receive, send: Send, begun: float
     ) -> None:
         key = self._admit(headers)
+        if key is None:
+            self._check_json(headers)
         limits = self._spec.limits
         raw = await read_body(receive, headers.get("content-length"), limits.body_bytes, limits.body_timeout_s)
         request = parse(kind, raw)
@@ -225,6 +227,13 @@ class App:
         if name not in _LOOPBACK and name != self._spec.host:
             raise ApiError(421, f"This server does not answer as {host[:80]!r}.", code="wrong_host")
 
+    @staticmethod
+    def _check_json(headers: Headers) -> None:
+        """Some web page's form or script can send anything but this without asking first, and our host name with it."""
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            message = "Send the body as `Content-Type: application/json`."
+            raise ApiError(415, message, code="wrong_content_type")
+
     # ---- the rest ----
 
     async def _tell(self, path: str, headers: Headers, send: Send) -> None:
@@ -260,9 +269,7 @@ class App:
         self._admit_admin(headers)
         body: Any = None
         if method in ("PUT", "POST"):
-            # A form in some web page can send anything but this without asking first.
-            if headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-                raise ApiError(415, "Send the body as application/json.", code="wrong_content_type")
+            self._check_json(headers)
             limits = self._spec.limits
             raw = await read_body(receive, headers.get("content-length"), limits.body_bytes, limits.body_timeout_s)
             body = parse_json(raw)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -13,6 +15,8 @@ from serving.records import Scored
 
 # A prompt of a body's largest size in tokens, and what is around it, is far below this.
 MOST_BYTES = 64 * 2**20
+# Tokens whose log-probabilities go in one frame. With twenty alternatives each takes about half a kilobyte.
+MOST_TOKENS = 256
 _LENGTH = struct.Struct(">I")
 
 END, BUSY, FAILED = "end", "busy", "failed"
@@ -108,6 +112,26 @@ def items_out(items: list[Item]) -> Any:
         else:
             out.append((3, item.prompt_ids, item.answer_ids))
     return out
+
+
+def shares(items: list[Item]) -> Iterator[list[Item]]:
+    """Some of an answer in shares that fit a frame, however many log-probabilities are in it."""
+    share: list[Item] = []
+    tokens = 0
+    for item in items:
+        size = len(item.delta.logprobs) if isinstance(item, Piece) else 0
+        if share and tokens + size > MOST_TOKENS:
+            yield share
+            share, tokens = [], 0
+        while isinstance(item, Piece) and len(item.delta.logprobs) > MOST_TOKENS:
+            # One piece with them all, as behind a long text that was held back: its text and its end go last.
+            delta = item.delta
+            yield [Piece(item.choice, Delta("", delta.completion_tokens, None, delta.logprobs[:MOST_TOKENS]))]
+            item = Piece(item.choice, replace(delta, logprobs=delta.logprobs[MOST_TOKENS:]))
+            size -= MOST_TOKENS
+        share.append(item)
+        tokens += size
+    yield share
 
 
 def items_in(content: Any) -> list[Item]:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from cluster import tracing
 from serving.asking import Ask, Item
-from serving.link.frames import BUSY, END, FAILED, MOST_BYTES, Frames, WireError, ask_in, items_out, packed
+from serving.link.frames import BUSY, END, FAILED, MOST_BYTES, Frames, WireError, ask_in, items_out, packed, shares
 from serving.link.gathered import Gathered
 
 # Bytes of the first frame, before the other side has shown who it is.
@@ -136,7 +136,8 @@ class _Connection(asyncio.Protocol):
             self._timer.cancel()
             self._timer = None
         if self._held:
-            self._transport.write(packed(items_out(self._held)))
+            for share in shares(self._held):
+                self._transport.write(packed(items_out(share)))
             self._held = []
             self._sent_at = asyncio.get_running_loop().time()
 

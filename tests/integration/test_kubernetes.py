@@ -126,7 +126,7 @@ def test_an_endpoint_comes_stays_changes_and_goes_as_it_is_declared(operator: Op
         assert door.get("/readyz").json() == {"ready": True}
         assert door.post("/v1/completions", json={"model": "students", "prompt": "hello"}).status_code == 401
     assert operator.ask().json()["choices"][0]["text"] == "hello"
-    assert set(there) == {"endpoint", "students-control", "students-door", "students.small.1"}
+    assert set(there) == {"endpoint", "students-control", "students-door", "students~small~1"}
 
     # Its process dies: the endpoint does not notice, and the next keeper takes it as it is.
     keeper = process_of(there, "endpoint", "keeper")
@@ -145,7 +145,16 @@ def test_an_endpoint_comes_stays_changes_and_goes_as_it_is_declared(operator: Op
     assert "arms" in failed["endpoint"]["deployments"]["keeper"]["message"]
     assert operator.ask().status_code == 200
 
+    # So is one whose model is not there, though all else about it is right.
     operator.spec["host"] = "0.0.0.0"
+    operator.spec["arms"] = {"small": {"source": "/no/such/model", "cpus": 0.1}}
+    operator.put()
+    deadline = time.monotonic() + 90
+    while "no directory" not in operator.applications()["endpoint"]["deployments"]["keeper"]["message"]:
+        assert time.monotonic() < deadline, operator.applications()
+        time.sleep(0.5)
+    assert operator.ask().status_code == 200
+
     operator.spec["arms"] = {"small": ECHO, "large": ECHO}
     operator.put()
     operator.until("RUNNING")

@@ -317,7 +317,7 @@ def test_a_client_that_goes_away_frees_its_slot(endpoint: Endpoint, http_client:
         connection.close()
     assert http_client.post("/v1/completions", json=short, timeout=15).status_code == 200
     # Not only Serve's slot is free: nobody generates for those who left.
-    (arm,) = _actors("ray::ServeReplica:stillhouse.small.1")
+    (arm,) = _actors("ray::ServeReplica:stillhouse~small~1")
     deadline = time.monotonic() + 10
     while arm.cpu_percent(interval=0.5) > 20:
         assert time.monotonic() < deadline, "the arm is still working"
@@ -352,7 +352,7 @@ def test_what_cannot_be_served_starts_nothing(endpoint: Endpoint, models: dict[s
 
 
 def test_an_arm_that_dies_ends_its_streams_and_comes_back(endpoint: Endpoint, http_client: httpx.Client) -> None:
-    (arm,) = _actors("ray::ServeReplica:stillhouse.large.1")
+    (arm,) = _actors("ray::ServeReplica:stillhouse~large~1")
     body: dict[str, Any] = {"model": "large", "messages": CHAT, "stream": True}
     with http_client.stream("POST", "/v1/chat/completions", json=body) as response:
         lines = (line for line in response.iter_lines() if line)

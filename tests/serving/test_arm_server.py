@@ -63,6 +63,19 @@ def test_an_answer_that_nobody_reads_along_comes_in_two_messages(server: Any) ->
     assert rest[-1].delta.finish_reason is not None
 
 
+def test_a_long_answer_that_nobody_reads_along_comes_some_at_a_time(server: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("serving.arm_server._MOST_PIECES", 10)
+    monkeypatch.setattr(server._engine._model, "ends", frozenset())
+
+    async def messages() -> list[list[Any]]:
+        ask = Ask(Sampling(max_tokens=60, temperature=0), prompt="hello", streamed=False)
+        return [items async for items in server.answer(ask)]
+
+    _, *rest = asyncio.run(messages())
+    assert len(rest) > 1 and all(len(items) == 10 for items in rest[:-1]) and 0 < len(rest[-1]) <= 10
+    assert rest[-1][-1].delta.finish_reason is not None
+
+
 def test_several_choices_are_drawn_each_by_itself(server: Any) -> None:
     def choices(count: int, seed: int) -> list[str]:
         ask = Ask(Sampling(max_tokens=20, temperature=1, seed=seed), prompt="hello", choices=count)

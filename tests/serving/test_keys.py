@@ -37,12 +37,27 @@ def test_two_keys_differ_and_names_are_unique(tmp_path: Path) -> None:
         remove_key(file, "a")
 
 
-@pytest.mark.parametrize(
-    "text", ["keys: 3", "- a", "keys: [{name: a}]", "{", "keys: [{name: a, sha256: b, x: secret}]"]
-)
-def test_a_file_of_something_else_is_refused_without_its_text(tmp_path: Path, text: str) -> None:
+SOMETHING_ELSE = [
+    b"keys: 3",
+    b"- a",
+    b"keys: [{name: a}]",
+    b"{",
+    b"keys: [{name: a, sha256: b, x: secret}]",
+    # Damaged so that other errors than YAML's come of it.
+    b"keys: [{name: secret \xff}]",
+    b"keys: 2001-99-99",
+    b"keys: !!int secret",
+    b"keys: !!bool secret",
+    b"keys: !!timestamp secret",
+    b"? {a: secret}\n: b",
+    b"[" * 5000,
+]
+
+
+@pytest.mark.parametrize("content", SOMETHING_ELSE, ids=range(len(SOMETHING_ELSE)))
+def test_a_file_of_something_else_is_refused_without_its_text(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "keys.yaml"
-    file.write_text(text)
+    file.write_bytes(content)
     with pytest.raises(UserError, match="is no file of API keys") as caught:
         read_keys(file)
     assert "secret" not in str(caught.value)
@@ -67,10 +82,15 @@ def test_a_removed_key_is_refused_at_the_next_look_and_a_broken_file_lets_nobody
     remove_key(file, "first")
     ring.refresh()
     assert ring.find(first) is None and ring.find(second) is not None
-    file.write_text("broken: {")
-    with pytest.raises(UserError, match="none is valid"):
+    whole = file.read_bytes()
+    for damaged in (b"broken: {", b"\xff", b"keys: 2001-99-99"):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="none is valid"):
+            ring.refresh()
+        assert ring.find(second) is None
+        file.write_bytes(whole)
         ring.refresh()
-    assert ring.find(second) is None
+        assert ring.find(second) is not None
     file.unlink()
     with pytest.raises(UserError, match="none is valid"):
         ring.refresh()

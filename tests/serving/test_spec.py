@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import UserError
+from jobs.promotion import champion_arm
 from serving.spec import EndpointSpec, checked, read_endpoint
 
 ARM = {"source": "models:/m/1"}
@@ -28,6 +29,9 @@ def test_defaults_are_safe() -> None:
         ({"arms": {"a": {"source": "x", "replicas": {"min": 3, "max": 2}}}}, "replicas.max 2 is below replicas.min 3"),
         ({"arms": {"a": {"source": "x", "weight": -1}}}, "arms.a.weight"),
         ({"arms": {"a": {"source": "x", "weight": 0}}}, "all weights are 0"),
+        ({"arms": {"a/b": ARM}}, "an arm is named 'a/b'"),
+        ({"arms": {"a~1": ARM}}, "an arm is named 'a~1'"),
+        ({"arms": {"": ARM}}, "an arm is named ''"),
         ({"name": "a"}, "an arm has the endpoint's name 'a'"),
         ({"name": "no spaces"}, "name"),
         ({"shadow": {"b": 0.1}}, "shadow names 'b', which is no arm; there are: a"),
@@ -36,6 +40,7 @@ def test_defaults_are_safe() -> None:
         ({"port": 70000}, "port"),
         ({"sticky": ["cookie"]}, "sticky"),
         ({"limits": {"timeout_s": 0}}, "limits.timeout_s"),
+        ({"limits": {"body_bytes": 2**26}}, "limits.body_bytes"),
         ({"colour": "red"}, "colour"),
     ],
 )
@@ -43,6 +48,11 @@ def test_a_mistake_is_named(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError) as caught:
         checked(**{"arms": {"a": ARM}, **fields})
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_longest_name_that_a_family_s_champion_can_have_is_an_arm_s() -> None:
+    name = champion_arm(f"{'f' * 40}-{'s' * 40}")
+    assert checked(arms={name: ARM}).weights == {name: 1.0}
 
 
 def test_the_command_line_names_arms() -> None:

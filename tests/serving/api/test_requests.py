@@ -8,6 +8,8 @@ import pytest
 from serving.api.errors import ApiError
 from serving.api.requests import ChatRequest, CompletionRequest, Request, parse
 from serving.engines.base import Sampling
+from serving.ingress.relay import ask_of
+from serving.link.frames import Frames, ask_in, ask_out, packed
 
 COMPLETION = {"model": "m", "prompt": "hello"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -121,8 +123,17 @@ def test_what_asks_for_nothing_more_is_taken(kind: type[Request], name: str, val
         (CompletionRequest, {"prompt": ["a", "b"]}, "prompt"),
         (CompletionRequest, {"prompt": []}, "prompt"),
         (CompletionRequest, {"prompt": [1, True]}, "prompt"),
+        (CompletionRequest, {"prompt": [-1]}, "prompt"),
+        (CompletionRequest, {"prompt": [2**31]}, "prompt"),
+        (CompletionRequest, {"prompt": [[1, 10**4000]]}, "prompt"),
         (CompletionRequest, {"model": ""}, "model"),
         (CompletionRequest, {"max_tokens": 0}, "max_tokens"),
+        (CompletionRequest, {"max_tokens": 10**23}, "max_tokens"),
+        (CompletionRequest, {"n": 10**400}, "n"),
+        (CompletionRequest, {"logprobs": 10**400}, "logprobs"),
+        (CompletionRequest, {"seed": -(10**400)}, "seed"),
+        (CompletionRequest, {"temperature": 10**400}, "temperature"),
+        (CompletionRequest, {"top_p": -(10**400)}, "top_p"),
         (CompletionRequest, {"n": 0}, "n"),
         (CompletionRequest, {"n": 9}, "n"),
         (CompletionRequest, {"logprobs": 6}, "logprobs"),
@@ -152,6 +163,8 @@ def test_what_asks_for_nothing_more_is_taken(kind: type[Request], name: str, val
         (ChatRequest, {"messages": [*CHAT["messages"], {"role": "robot", "content": ""}]}, "messages[1].role"),
         (ChatRequest, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         (ChatRequest, {"max_completion_tokens": -1}, "max_completion_tokens"),
+        (ChatRequest, {"max_completion_tokens": 10**23}, "max_completion_tokens"),
+        (ChatRequest, {"logprobs": True, "top_logprobs": 10**400}, "top_logprobs"),
     ],
 )
 def test_a_bad_parameter_is_named(kind: type[Request], body: dict[str, Any], param: str) -> None:
@@ -161,6 +174,19 @@ def test_a_bad_parameter_is_named(kind: type[Request], body: dict[str, Any], par
     error = caught.value.body()["error"]
     assert error == {"message": str(caught.value), "type": "invalid_request_error", "param": param, "code": None}
     assert error["message"].startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wishes"),
+    [
+        (CompletionRequest, {"prompt": [2**31 - 1, 0], "max_tokens": 2**31, "seed": -(2**63)}),
+        (ChatRequest, {"max_completion_tokens": 2**31, "seed": 2**63 - 1}),
+    ],
+)
+def test_the_largest_numbers_that_are_taken_go_to_an_arm(kind: type[Request], wishes: dict[str, Any]) -> None:
+    ask = ask_of(read(kind, **wishes))
+    (frame,) = Frames().feed(packed(ask_out(ask)))
+    assert ask_in(frame).sampling == ask.sampling
 
 
 HOSTILE = [b"", b"{", b"[]", b'"x"', b"\xff", b'{"a": "\\ud800"}', b"[" * 100_000, b'{"a": ' * 100_000]

@@ -21,6 +21,7 @@ from serving.spec import EndpointSpec, checked
 from tests.serving.ingress.test_relay import Handle, Script, Scripted, plan_of
 
 COMPLETION = {"model": "front", "prompt": "hello"}
+JSON = {"headers": {"content-type": "application/json"}}
 
 
 class Echo(Handle):
@@ -205,6 +206,27 @@ def test_without_keys_only_this_machine_s_programs_are_meant() -> None:
     assert (answer.status_code, door.questions) == (415, [])
 
 
+# What a page may send to any host without asking it first.
+SIMPLE = [None, "text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data"]
+
+
+@pytest.mark.parametrize("kind", SIMPLE)
+def test_without_keys_no_page_can_have_a_completion_made(kind: str | None, tmp_path: Path) -> None:
+    door = Door()
+    form = {"content": json.dumps(COMPLETION), "headers": {"content-type": kind} if kind else {}}
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        (answer,) = door.ask(("POST", path, form))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (415, "wrong_content_type")
+        assert "application/json" in answer.json()["error"]["message"]
+    assert not door.records and not door.handles["x"].asked and not door.handles["y"].asked
+    for said in ("application/json", "Application/JSON; charset=utf-8"):
+        assert door.ask(("POST", "/v1/completions", form | {"headers": {"content-type": said}}))[0].status_code == 200
+    # No page has a key: whoever sends one is no page, and may say what it likes.
+    keys = tmp_path / "keys.yaml"
+    form["headers"] = {**form["headers"], "Authorization": f"Bearer {add_key(keys, 'app')}"}  # type: ignore[dict-item]
+    assert Door(keys=keys).ask(("POST", "/v1/completions", form))[0].status_code == 200
+
+
 def test_the_administration_is_passed_on() -> None:
     door = Door()
     answers = door.ask(
@@ -270,14 +292,14 @@ def test_paths_and_methods(method: str, path: str, status: int) -> None:
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read() -> None:
     door = Door(limits={"body_bytes": 100})
-    (answer,) = door.ask(("POST", "/v1/completions", {"content": b"x" * 101}))
+    (answer,) = door.ask(("POST", "/v1/completions", {"content": b"x" * 101, **JSON}))
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
     async def endless() -> Any:
         while True:
             yield b"x" * 10
 
-    (answer,) = door.ask(("POST", "/v1/completions", {"content": endless()}))
+    (answer,) = door.ask(("POST", "/v1/completions", {"content": endless(), **JSON}))
     assert answer.status_code == 413
 
 
@@ -289,7 +311,7 @@ def test_a_slow_body_is_not_waited_for() -> None:
         await asyncio.sleep(1)
         yield b"}"
 
-    (answer,) = door.ask(("POST", "/v1/completions", {"content": slow()}))
+    (answer,) = door.ask(("POST", "/v1/completions", {"content": slow(), **JSON}))
     assert (answer.status_code, answer.json()["error"]["code"]) == (408, "body_timeout")
 
 

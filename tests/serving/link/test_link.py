@@ -11,15 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.api.replies import Choice
 from serving.asking import Ask, Item, Piece
 from serving.engines.base import Accepted, Alternative, Delta, Refused, Sampling, TokenLogprob
-from serving.link.frames import Frames, WireError, ask_in, ask_out, items_in, items_out, packed
+from serving.link.frames import MOST_TOKENS, Frames, WireError, ask_in, ask_out, items_in, items_out, packed, shares
 from serving.link.listener import Listener
 from serving.link.pool import BusyError, FailedError, LostError, Pool
 from serving.records import Scored
 
 SECRET = "s" * 64
 LOGPROB = TokenLogprob(5, "bytes:\\xe2", b"\xe2\x82", -0.5, (Alternative(6, "b", b"b", -1.5),), 3)
+# A megabyte and a quarter where a frame has its fill of it.
+LARGE = TokenLogprob(5, "b", b"b", -0.5, (Alternative(6, "b" * 250, b"b", -1.5),) * 20, 3)
 ITEMS: list[Item] = [
     Accepted(3),
     Piece(1, Delta("a\u20ac", 2, None, (LOGPROB,))),
@@ -55,6 +58,30 @@ def test_what_is_no_frame_is_refused(sent: bytes) -> None:
         Frames(1000).feed(sent)
 
 
+def heard(items: list[Item]) -> list[Choice]:
+    """The two choices, as a door puts them together."""
+    choices = [Choice(), Choice()]
+    for item in items:
+        if isinstance(item, Piece):
+            choices[item.choice].add(item.delta)
+    for choice in choices:
+        choice.text = ["".join(choice.text)]
+    return choices
+
+
+@pytest.mark.parametrize("sizes", [[1] * 1000, [0, 255, 1, 1], [700], [3, 512, 0, 257], [0], []])
+def test_log_probabilities_go_in_frames_that_stay_small(sizes: list[int]) -> None:
+    items: list[Item] = [Accepted(1)]
+    items += [Piece(at % 2, Delta(f"<{at}>", at + 1, None, (LOGPROB,) * size)) for at, size in enumerate(sizes)]
+    items.append(Piece(0, Delta("end", len(sizes) + 1, "stop")))
+    found = list(shares(items))
+    told = [[len(item.delta.logprobs) for item in share if isinstance(item, Piece)] for share in found]
+    assert all(0 <= sum(share) <= MOST_TOKENS for share in told) and all(found)
+    assert sum(map(sum, told)) == sum(sizes)
+    sent, come = heard(items), heard([item for share in found for item in share])
+    assert come == sent and come[0].finish_reason == "stop"
+
+
 class Arm:
     """A listener that says what it is asked to, for the time of a test."""
 
@@ -70,6 +97,9 @@ class Arm:
                 raise RuntimeError("device lost")
             if wish == "wait":
                 await asyncio.Event().wait()
+            if wish == "large":
+                yield [Piece(0, Delta("x", 1, None, (LARGE,) * MOST_TOKENS)) for _ in range(20)]
+                yield [Piece(0, Delta("x", 1, None, (LARGE,) * MOST_TOKENS * 20))]
             for at in range(int(wish) if wish.isdigit() else 1):
                 yield [Piece(0, Delta("x" * 1000, at + 1))]
             yield [Piece(0, Delta("", 1, "stop"))]
@@ -105,6 +135,17 @@ def test_a_connection_serves_one_request_after_the_other() -> None:
         assert len(pool._idle[address]) == 1 and pool.under_way(address) == 0
         await asyncio.gather(*(whole(pool, address, "3") for _ in range(5)))
         assert len(pool._idle[address]) == 5
+
+    on_stage(play)
+
+
+def test_an_answer_larger_than_a_frame_may_be_comes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.link.pool.Frames", lambda: Frames(2 * 2**20))
+
+    async def play(arm: Arm, address: str, pool: Pool) -> None:
+        items = await whole(pool, address, "large")
+        assert sum(len(item.delta.logprobs) for item in items if isinstance(item, Piece)) == 40 * MOST_TOKENS
+        assert len(pool._idle[address]) == 1
 
     on_stage(play)
 
