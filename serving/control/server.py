@@ -163,7 +163,10 @@ class Control:
             raise UserError(f"{what} must be a mapping of arms to numbers.")
         for arm in sorted(given):
             self._check_arm(arm)
-        return {**now, **{arm: float(value) for arm, value in given.items()}}
+        try:
+            return {**now, **{arm: float(value) for arm, value in given.items()}}
+        except OverflowError:
+            raise UserError(f"{what} has a number that is too large.") from None
 
     async def _start_ramp(self, body: Mapping[str, Any]) -> Answer:
         self._trials.check_free()

@@ -47,7 +47,7 @@ class Hands:
             raise UserError("there is no such model")
         self.done.append(("start", arm, source))
         await self._gate("start")
-        return f"front.{arm}.2", source.replace("@latest", "/7")
+        return f"front~{arm}~2", source.replace("@latest", "/7")
 
     async def end_arm(self, route: str) -> None:
         self.done.append(("end", route))
@@ -83,7 +83,7 @@ class Hands:
         return {"machine": "a test's"}
 
 
-ROUTES = {"old": "front.old.1", "new": "front.new.1", "third": "front.third.1"}
+ROUTES = {"old": "front~old~1", "new": "front~new~1", "third": "front~third~1"}
 
 
 def a_control(hands: Hands | None = None, state: Path | None = None, **settings: Any) -> Control:

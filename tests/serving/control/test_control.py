@@ -42,6 +42,7 @@ def test_weights_change_and_doors_are_told_at_once() -> None:
         ("set_traffic", {"weights": {"old": 0, "new": 0}}, "all weights are 0"),
         ("set_traffic", {"weights": {"old": -1}}, "weight -1"),
         ("set_traffic", {"weights": {"old": "1"}}, "weights must be a mapping of arms to numbers"),
+        ("set_traffic", {"weights": {"old": 10**400}}, "weights has a number that is too large"),
         ("set_traffic", {"weights": {"old": True}}, "must be a mapping"),
         ("set_traffic", {"shadow": {"third": 2}}, "allowed: 0 to 1"),
         ("set_traffic", {"wieghts": {}}, "'wieghts' is not known"),
@@ -122,11 +123,11 @@ def test_a_roll_starts_the_new_before_the_old_goes() -> None:
         control = a_control(hands)
         await control.report(failures("new", 3))
         assert control._traffic.plan.out
-        await control.announce("front.new.2", "127.0.0.1:2")
+        await control.announce("front~new~2", "127.0.0.1:2")
         assert (await control.do("roll", {"arm": "new", "source": "models:/m/2"}))[0] == 200
-        assert control._traffic.plan.routes["new"] == "front.new.2" and not control._traffic.plan.out
-        assert control._traffic.plan.addresses["front.new.2"] == ("127.0.0.1:2",)
-        assert hands.done == [("start", "new", "models:/m/2"), ("end", "front.new.1")]
+        assert control._traffic.plan.routes["new"] == "front~new~2" and not control._traffic.plan.out
+        assert control._traffic.plan.addresses["front~new~2"] == ("127.0.0.1:2",)
+        assert hands.done == [("start", "new", "models:/m/2"), ("end", "front~new~1")]
 
     asyncio.run(go())
 
@@ -242,25 +243,25 @@ def test_addresses_come_and_go_with_what_processes_and_doors_say(monkeypatch: py
     async def go() -> None:
         control = a_control()
         for address in ("h:1", "h:2"):
-            await control.announce("front.old.1", address)
-        await control.announce("front.other.9", "h:9")  # no arm's: nobody is sent there
+            await control.announce("front~old~1", address)
+        await control.announce("front~other~9", "h:9")  # no arm's: nobody is sent there
         assert control._traffic.plan.addresses == {
-            "front.old.1": ("h:1", "h:2"),
-            "front.new.1": (),
-            "front.third.1": (),
+            "front~old~1": ("h:1", "h:2"),
+            "front~new~1": (),
+            "front~third~1": (),
         }
         version = control._traffic.plan.version
-        await control.announce("front.old.1", "h:1")
+        await control.announce("front~old~1", "h:1")
         assert control._traffic.plan.version == version  # nothing new
         await control.lost("h:1")
-        assert control._traffic.plan.addresses["front.old.1"] == ("h:2",) and not control._traffic.plan.gone
-        await control.announce("front.old.1", "h:1")  # it is there after all
-        assert control._traffic.plan.addresses["front.old.1"] == ("h:1", "h:2")
+        assert control._traffic.plan.addresses["front~old~1"] == ("h:2",) and not control._traffic.plan.gone
+        await control.announce("front~old~1", "h:1")  # it is there after all
+        assert control._traffic.plan.addresses["front~old~1"] == ("h:1", "h:2")
         monkeypatch.setattr("serving.control.addresses.SILENT_S", 0.2)
         await asyncio.sleep(0.3)
-        await control.announce("front.old.1", "h:2")
+        await control.announce("front~old~1", "h:2")
         control._traffic.drop_silent()
-        assert control._traffic.plan.addresses["front.old.1"] == ("h:2",) and "h:1" in control._traffic.plan.gone
+        assert control._traffic.plan.addresses["front~old~1"] == ("h:2",) and "h:1" in control._traffic.plan.gone
         assert (await control.do("traffic", None))[1]["processes"] == {"old": 1, "new": 0, "third": 0}
 
     asyncio.run(go())

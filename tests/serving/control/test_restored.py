@@ -27,16 +27,16 @@ def again_with(state: Path, sources: dict[str, str], hands: Hands | None = None)
 def test_a_rolled_arm_keeps_its_model_and_what_a_roll_left_half_done_goes(tmp_path: Path) -> None:
     async def go() -> None:
         control = a_control(state=tmp_path)
-        await control.announce("front.new.2", "127.0.0.1:2")
+        await control.announce("front~new~2", "127.0.0.1:2")
         await control.do("roll", {"arm": "new", "source": "models:/m@latest"})
         assert control._traffic.plan.sources["new"] == "models:/m/7"
         hands = Hands()
-        hands.there = {"new": "front.new.3"}  # runs, and was never let in
-        hands.left = ["front.new.3"]
+        hands.there = {"new": "front~new~3"}  # runs, and was never let in
+        hands.left = ["front~new~3"]
         again = a_control(hands, tmp_path)
         plan = again._traffic.plan
-        assert (plan.routes["new"], plan.sources["new"]) == ("front.new.2", "models:/m/7")
-        await ticking(again, lambda: ("end", "front.new.3") in hands.done)
+        assert (plan.routes["new"], plan.sources["new"]) == ("front~new~2", "models:/m/7")
+        await ticking(again, lambda: ("end", "front~new~3") in hands.done)
         await again.do("ab_start", EXPERIMENT)
         await faster(again)
         await ticking(again, lambda: ("promote", "new", "models:/m/7", "champion") in hands.done)
@@ -47,10 +47,10 @@ def test_a_rolled_arm_keeps_its_model_and_what_a_roll_left_half_done_goes(tmp_pa
 def test_the_next_start_of_the_endpoint_has_the_declared_models(tmp_path: Path) -> None:
     async def go() -> None:
         control = a_control(state=tmp_path)
-        await control.announce("front.new.2", "127.0.0.1:2")
+        await control.announce("front~new~2", "127.0.0.1:2")
         await control.do("roll", {"arm": "new", "source": "models:/m/7"})
         plan = again_with(tmp_path, {"new": "models:/m/1"})._traffic.plan
-        assert (plan.routes["new"], plan.sources["new"]) == ("front.new.1", "models:/m/1")
+        assert (plan.routes["new"], plan.sources["new"]) == ("front~new~1", "models:/m/1")
 
     asyncio.run(go())
 

@@ -45,7 +45,7 @@ def test_one_roll_at_a_time_and_no_experiment_meanwhile() -> None:
     async def go() -> None:
         hands = Hands()
         control = a_control(hands)
-        await control.announce("front.new.2", "127.0.0.1:2")
+        await control.announce("front~new~2", "127.0.0.1:2")
         first = await starting(control.do("roll", {"arm": "new", "source": "models:/m/2"}), hands, "start")
         for action, body in [
             ("roll", {"arm": "new", "source": "models:/m/3"}),
@@ -86,9 +86,9 @@ def test_a_roll_that_is_never_heard_of_leaves_nothing_behind(monkeypatch: pytest
         control = a_control(hands)
         status, says = await control.do("roll", {"arm": "new", "source": "models:/m/2"})
         assert status == 500 and "has not said where it listens" in says
-        assert ("end", "front.new.2") in hands.done
+        assert ("end", "front~new~2") in hands.done
         plan = control._traffic.plan
-        assert (plan.routes["new"], plan.sources["new"]) == ("front.new.1", ".")
+        assert (plan.routes["new"], plan.sources["new"]) == ("front~new~1", ".")
 
     asyncio.run(go())
 

@@ -59,19 +59,19 @@ def test_what_one_experiments_judge_says_is_not_told_to_the_next(works: Works) -
 
 def test_an_arms_application_is_the_one_that_was_let_in(works: Works, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {
-        "front.old.1": "RUNNING",
-        "front.new.1": "DELETING",
-        "front.new.2": "UNHEALTHY",
-        "front.new.3": "RUNNING",
-        "front.new.4": "DEPLOYING",
-        "front.other.9": "RUNNING",
-        "back.new.5": "RUNNING",
+        "front~old~1": "RUNNING",
+        "front~new~1": "DELETING",
+        "front~new~2": "UNHEALTHY",
+        "front~new~3": "RUNNING",
+        "front~new~4": "DEPLOYING",
+        "front~other~9": "RUNNING",
+        "back~new~5": "RUNNING",
         "front-control": "RUNNING",
     }
     applications: Any = {name: SimpleNamespace(status=status) for name, status in there.items()}
     monkeypatch.setattr("serving.control.works.serve.status", lambda: SimpleNamespace(applications=applications))
-    assert works.routes({}) == {"old": "front.old.1", "new": "front.new.3"}
-    assert works.routes({"new": "front.new.1", "old": "front.old.7"}) == works.routes({})
-    routes = works.routes({"new": "front.new.2"})
-    assert routes == {"old": "front.old.1", "new": "front.new.2"}
-    assert works.strays(routes) == ["front.new.3", "front.new.4"]
+    assert works.routes({}) == {"old": "front~old~1", "new": "front~new~3"}
+    assert works.routes({"new": "front~new~1", "old": "front~old~7"}) == works.routes({})
+    routes = works.routes({"new": "front~new~2"})
+    assert routes == {"old": "front~old~1", "new": "front~new~2"}
+    assert works.strays(routes) == ["front~new~3", "front~new~4"]
