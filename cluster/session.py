@@ -52,8 +52,8 @@ def ray_session() -> Iterator[None]:
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
         del os.environ["RAY_AUTH_MODE"]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Short, because the paths of Unix sockets below it are limited to 107 bytes.
-    folder = tempfile.mkdtemp(prefix="still-", dir="/tmp")
+    # Short, because the paths of Unix sockets below it are limited to 107 bytes. The number says whose it is.
+    folder = tempfile.mkdtemp(prefix=f"still-{os.getpid()}-", dir="/tmp")
     # What the workers put aside goes with it too, also when they are killed over it.
     temporary = Path(folder) / "tmp"
     temporary.mkdir()

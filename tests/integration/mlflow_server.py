@@ -45,6 +45,14 @@ class Server:
             process.kill()
         self._process.wait()
 
+    def stop(self) -> None:
+        """End it, and give it the time to take its temporary files away."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(30)
+        self.kill()
+
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Server]:
@@ -56,4 +64,4 @@ def running(folder: Path) -> Iterator[Server]:
         server.wait()
         yield server
     finally:
-        server.kill()
+        server.stop()

@@ -28,16 +28,25 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def own_files() -> set[str]:
-    """Shared-memory files, folders of Ray clusters and temporary ones that are on this machine now."""
-    places = (*Path("/dev/shm").iterdir(), *Path("/tmp").glob("still-*"), *Path("/tmp").glob("tmp*"))
-    return {str(path) for path in places}
+def own_environment(home: Path) -> dict[str, str]:
+    """Of a command whose temporary files can be told from those of the machine's other processes."""
+    temporary = home / "tmp"
+    temporary.mkdir(parents=True, exist_ok=True)
+    return environment(home, TMPDIR=str(temporary))
 
 
-def left_behind(family: list[psutil.Process], before: set[str]) -> list[str]:
+def left_files(home: Path) -> set[str]:
+    """Shared memory, temporary files of commands in this home, and folders of Ray clusters whose maker is no more."""
+    shared = (path for path in Path("/dev/shm").iterdir() if path.is_file())
+    clusters = {path: re.match(r"still-(\d+)-", path.name) for path in Path("/tmp").glob("still-*")}
+    ended = [path for path, made in clusters.items() if made and not psutil.pid_exists(int(made[1]))]
+    return {str(path) for path in (*shared, *ended, *(home / "tmp").iterdir())}
+
+
+def left_behind(family: list[psutil.Process], home: Path, before: set[str]) -> list[str]:
     """Processes and files that are still there, after a moment to end."""
     _, alive = psutil.wait_procs(family, timeout=20)
-    return [str(p) for p in alive] + sorted(own_files() - before)
+    return [str(p) for p in alive] + sorted(left_files(home) - before)
 
 
 def final_weights(home: Path) -> dict[str, dict[str, Any]]:
@@ -52,9 +61,9 @@ def write_sixty_batches(folder: Path, tiny: Path) -> Path:
 
 def run_until_ctrl_c(path: Path, home: Path) -> None:
     """Start a family and press Ctrl-C once every student has a checkpoint; nothing of it is left."""
-    home.mkdir()
-    before = own_files()
-    process = start("run", str(path), env=environment(home))
+    env = own_environment(home)
+    before = left_files(home)
+    process = start("run", str(path), env=env)
     read_until(process, r"run tiny-")
     assert wait_for_checkpoints(home, process) >= len(STUDENTS)
     family = psutil.Process(process.pid).children(recursive=True)
@@ -64,7 +73,7 @@ def run_until_ctrl_c(path: Path, home: Path) -> None:
     assert process.returncode == 130, output
     assert "--resume" in output
     assert "Traceback" not in output
-    assert left_behind(family, before) == []
+    assert left_behind(family, home, before) == []
 
 
 def test_ctrl_c_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -121,14 +130,15 @@ def test_what_only_a_started_cluster_can_tell_ends_in_one_line(
     tiny: Path, tmp_path: Path, sections: dict[str, Any], says: str
 ) -> None:
     path = write_family(tmp_path, tiny, STUDENTS, **sections)
-    before = own_files()
-    done = stillhouse("run", str(path), env=environment(tmp_path))
+    env = own_environment(tmp_path)
+    before = left_files(tmp_path)
+    done = stillhouse("run", str(path), env=env)
     assert done.returncode == 2, done.stdout + done.stderr
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.stdout
     assert not list((tmp_path / "stillhouse" / "runs").glob("*/*/run.json"))
-    assert own_files() - before == set()
+    assert left_files(tmp_path) - before == set()
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +178,8 @@ def test_a_cluster_that_cannot_be_used_is_named_in_one_line(
 def test_serve_answers_until_ctrl_c_and_bench_reads_it_per_arm(tmp_path: Path) -> None:
     # No end token inside the head, so that every answer has the length that was asked for.
     model = write_tiny_model(tmp_path / "model")
-    before = own_files()
-    env = environment(tmp_path)
+    env = own_environment(tmp_path)
+    before = left_files(tmp_path)
     arms = ["--arm", f"a={model}:50", "--arm", f"b={model}:50"]
     process = start("serve", *arms, "--port", "0", "--cpus-per-arm", "0.2", env=env)
     output = read_until(process, r"answers as")
@@ -183,6 +193,6 @@ def test_serve_answers_until_ctrl_c_and_bench_reads_it_per_arm(tmp_path: Path) -
         assert 0 < row["first_token_ms"]["p50"] <= row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
     family = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 0
-    assert left_behind(family, before) == []
+    assert left_behind(family, tmp_path, before) == []
