@@ -430,7 +430,7 @@ def test_an_arm_that_does_not_load_is_named_and_taken_down(
     for file in models["small"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(RunError, match=r"stillhouse.broken.1 did not start: .*SafetensorError"):
+    with pytest.raises(RunError, match=r"stillhouse~broken~1 did not start: .*SafetensorError"):
         deploy(endpoint_of([Arm("broken", str(tmp_path))], port=0))
     assert not serve.status().applications
     assert threading.active_count() < 50

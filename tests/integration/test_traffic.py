@@ -151,7 +151,7 @@ def test_both_doors_bring_a_user_to_the_same_arm(endpoint: Endpoint, keys: Keys)
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_arm_that_is_killed_costs_only_what_it_was_streaming(endpoint: Endpoint, keys: Keys, stream: bool) -> None:
-    victim = process_of("ServeReplica:front.a.")
+    victim = process_of("ServeReplica:front~a~")
     with load(endpoint, keys, stream=stream) as seen:
         victim.kill()
         until(lambda: "a" in endpoint.ask("traffic")["out"], "the arm to be taken out")
@@ -167,14 +167,14 @@ def test_an_arm_that_is_killed_costs_only_what_it_was_streaming(endpoint: Endpoi
 
 
 def test_a_version_is_rolled_without_a_failed_request(endpoint: Endpoint, keys: Keys) -> None:
-    old = process_of("ServeReplica:front.b.")
+    old = process_of("ServeReplica:front~b~")
     with load(endpoint, keys) as seen:
         endpoint.roll("b", "another")
         since = seen.arms["b"]
         until(lambda: seen.arms["b"] > since + 20, "requests to the new one")
         until(lambda: not old.is_running(), "the old one to go")
     assert seen.statuses.keys() == {200} and not seen.lost
-    assert endpoint.ask("traffic")["routes"]["b"] == "front.b.2"
+    assert endpoint.ask("traffic")["routes"]["b"] == "front~b~2"
 
 
 def test_the_control_may_die_and_nobody_notices(endpoint: Endpoint, keys: Keys) -> None:
@@ -184,7 +184,7 @@ def test_the_control_may_die_and_nobody_notices(endpoint: Endpoint, keys: Keys) 
         victim.kill()
         until(lambda: bool(own_processes("ServeReplica:front-control")), "the control to come back")
         until(lambda: endpoint.ask("traffic")["weights"] == {"a": 1, "b": 0, "dark": 0}, "its memory")
-        assert endpoint.ask("traffic")["routes"]["b"] == "front.b.2"  # the roll is not forgotten either
+        assert endpoint.ask("traffic")["routes"]["b"] == "front~b~2"  # the roll is not forgotten either
         endpoint.set_weights({"a": 0, "b": 1})
         since = seen.arms["b"]
         until(lambda: seen.arms["b"] > since + 10, "the doors to follow")

@@ -77,7 +77,7 @@ class Scripted:
 
 
 def plan_of(handles: dict[str, Handle], weights: dict[str, float]) -> Plan:
-    return Plan(1, weights, {arm: arm for arm in handles}, {arm: (arm,) for arm in handles})
+    return Plan(1, weights, {arm: arm for arm in handles}, addresses={arm: (arm,) for arm in handles})
 
 
 class Scene:
@@ -183,7 +183,7 @@ def test_an_arm_with_another_process_is_asked_once_more() -> None:
         handles = {"x": Handle(), "x2": Handle(), "x3": Handle()}
         scene = Scene(handles, {"x": 1}, again="x")
         processes = ("x", "x2") if status == 200 else ("x", "x2", "x3")
-        scene.arms.plan = Plan(1, {"x": 1}, {"x": "r"}, {"r": processes})
+        scene.arms.plan = Plan(1, {"x": 1}, {"x": "r"}, addresses={"r": processes})
         order = iter([Script([], DIED), second, Script(WHOLE)])
         for handle in handles.values():
             handle.remote = lambda ask, order=order: next(order)  # type: ignore[method-assign,misc]
@@ -196,7 +196,7 @@ def test_where_nobody_takes_the_connection_the_next_process_does() -> None:
     order = iter([Script([], NOBODY), Script(WHOLE)])
     handles = {"x": Handle(), "x2": Handle()}
     scene = Scene(handles, {"x": 1})
-    scene.arms.plan = Plan(1, {"x": 1}, {"x": "r"}, {"r": ("x", "x2")})
+    scene.arms.plan = Plan(1, {"x": 1}, {"x": "r"}, addresses={"r": ("x", "x2")})
     for handle in handles.values():
         handle.remote = lambda ask: next(order)  # type: ignore[method-assign]
     scene.run()
