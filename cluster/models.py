@@ -6,10 +6,15 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import UserError
 from cluster.registry import fetch_model
+
+
+# How a model keeps documents apart that are packed into one sequence: by their positions alone, by an explicit mask, or
+# not at all, so that each sequence has to be one document. See cluster/packing.py.
+Packing = Literal["exact", "masked", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +25,14 @@ class TeacherModel:
         folder: its local directory.
         vocabulary: the tokenizer's real size; padded model vocabularies are cut to it.
         fingerprint, tokenizer: 16 hex digits each, which every label block carries.
+        packing: how it scores packed documents.
     """
 
     folder: str
     vocabulary: int
     fingerprint: str
     tokenizer: str
+    packing: Packing = "unpacked"
 
 
 def local_model(name: str, *, revision: str | None, tracking_uri: str, field: str) -> Path:
