@@ -109,6 +109,7 @@ def run_family(
         _end_stream(actors.stream, complete=bool(result.students))
         ray.kill(actors.stream)
         result.seconds = time.monotonic() - started
+        result.notices = checked.packing_notices()
         ray.get(registry.finish.remote(list(result.failed)))
     except KeyboardInterrupt:
         _say_how_it_ended(registry, [], killed=True)
@@ -170,6 +171,7 @@ def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[Stu
             stream=actors.stream,
             board=actors.board,
             storage=str(run.folder),
+            packing=checked.packing[name],
         )
         for name in checked.spec.students
     ]

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from cluster.errors import UserError
 from cluster.registry import fetch_model
 
-
 # How a model keeps documents apart that are packed into one sequence: by their positions alone, by an explicit mask, or
 # not at all, so that each sequence has to be one document. See cluster/packing.py.
 Packing = Literal["exact", "masked", "unpacked"]

@@ -19,9 +19,7 @@ def backbone_of(model: Any) -> Any:
     return model.model if backbone is model and hasattr(model, "model") else backbone
 
 
-def last_hidden(
-    backbone: Any, tokens_BS: Tensor, positions_BS: Tensor | None, packing: Packing = "unpacked"
-) -> Tensor:
+def last_hidden(backbone: Any, tokens_BS: Tensor, positions_BS: Tensor | None, packing: Packing = "unpacked") -> Tensor:
     """Last hidden states [B, S, D] after the final norm; no KV cache, no logits.
 
     Args:

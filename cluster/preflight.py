@@ -14,6 +14,7 @@ from cluster.errors import UserError
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
 from cluster.models import (
+    Packing,
     TeacherModel,
     load_config,
     load_tokenizer,
@@ -40,6 +41,9 @@ class Checked:
         store: where labels are kept; none where they are not.
         champions: per student with a warm start the version that it starts from; none where there is no champion yet.
         most: what it may hold of the cluster at a time.
+        packing: how each student keeps packed documents apart; ``teacher`` knows it of the teacher. All are
+            ``unpacked`` where one is, for all read the same batches.
+        unpacked_because: per model that cannot keep packed documents apart the reason.
     """
 
     spec: FamilySpec
@@ -49,6 +53,20 @@ class Checked:
     store: str | None
     most: Most
     champions: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    packing: dict[str, Packing] = dataclasses.field(default_factory=dict)
+    unpacked_because: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def packed(self) -> bool:
+        """Whether documents are packed end to end into sequences, or each sequence holds one document and padding."""
+        return not self.unpacked_because
+
+    def packing_notices(self) -> list[str]:
+        """Why documents are not packed, one line each; empty where they are."""
+        return [
+            f"documents are not packed, each sequence holds one and padding: {who}: {reason}"
+            for who, reason in self.unpacked_because.items()
+        ]
 
     def champion(self, student: str) -> str | None:
         """The registered version that a student starts from, such as ``demo-small v3``; none where from its init."""
@@ -98,6 +116,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         raise UserError(f"labels.k: got {spec.labels.k}; the teacher's vocabulary has {vocabulary} tokens")
     _check_length(spec, config, "the teacher")
     _check_shards(spec, config)
+    decided = {"the teacher": _packing_of(config, "teacher.model", teacher.trust_remote_code)}
     dirs: dict[str, Path] = {}
     champions: dict[str, int | None] = {}
     for name, student in spec.students.items():
@@ -107,19 +126,51 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
             given = f"{place}.init.model"
             dirs[name] = local_model(init.model, revision=init.revision, tracking_uri=uri, field=given)
             _check_existing(given, init.model, dirs[name], spec, tokenizer)
-        if not student.warm_start:
-            continue
-        model = spec.model_name(name)
-        version = champions[name] = begun[name] if begun and name in begun else champion_of(model, uri)
-        if version is not None:
-            dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
-            _check_existing(f"{place}.warm_start", f"the champion {model} v{version}", dirs[name], spec, tokenizer)
+        if student.warm_start:
+            model = spec.model_name(name)
+            version = champions[name] = begun[name] if begun and name in begun else champion_of(model, uri)
+            if version is not None:
+                dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
+                _check_existing(f"{place}.warm_start", f"the champion {model} v{version}", dirs[name], spec, tokenizer)
+        if name in dirs:
+            decided[f"student {name}"] = _packing_of(load_config(dirs[name], place), place)
+        else:
+            decided[f"student {name}"] = _packing_of(_student_config(init, config), place, teacher.trust_remote_code)
     if not text_is_kept:
         find_files(spec.corpus.paths)
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
     fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
-    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store, most, champions)
+    unpacked = {who: reason for who, (packing, reason) in decided.items() if packing == "unpacked"}
+    teacher_packing, *of_students = ["unpacked" if unpacked else packing for packing, _ in decided.values()]
+    return Checked(
+        spec,
+        TeacherModel(str(folder), vocabulary, *fingerprints, teacher_packing),
+        dirs,
+        uri,
+        store,
+        most,
+        champions,
+        dict(zip(spec.students, of_students, strict=True)),
+        unpacked,
+    )
+
+
+def _packing_of(config: Any, field: str, trust_remote_code: bool = False) -> tuple[Packing, str]:
+    # Imported here, for it loads torch.
+    from cluster.packing import architecture_packing
+
+    return architecture_packing(config, field, trust_remote_code)
+
+
+def _student_config(init: TeacherLayers | Pretrained | Scratch, teacher_config: Any) -> Any:
+    """The configuration of a student that is made from the teacher's, see :mod:`cluster.students.initial`."""
+    from cluster.students.initial import chosen_layers, cut_config, scratch_config
+
+    if isinstance(init, Scratch):
+        return scratch_config(teacher_config, init)
+    assert isinstance(init, TeacherLayers), "a pretrained one comes with its directory"
+    return cut_config(teacher_config, chosen_layers(init, teacher_config.num_hidden_layers))
 
 
 def _check_secret(spec: FamilySpec) -> None:
@@ -134,10 +185,13 @@ def _check_secret(spec: FamilySpec) -> None:
 
 def _check_shards(spec: FamilySpec, config: Any) -> None:
     shards = spec.teacher.shards
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if shards > 1 and (config.num_attention_heads % shards or kv_heads % shards):
+    if shards == 1:
+        return
+    heads = getattr(config, "num_attention_heads", 0)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if not heads or heads % shards or kv_heads % shards:
         raise UserError(
-            f"teacher.shards: got {shards}; the teacher's {config.num_attention_heads} attention heads and {kv_heads} "
+            f"teacher.shards: got {shards}; the teacher's {heads} attention heads and {kv_heads} "
             f"key-value heads must both divide by it"
         )
 

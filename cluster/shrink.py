@@ -13,6 +13,7 @@ from typing import Any
 
 HIDDEN, HEADS, HEAD_DIM, VOCABULARY, WINDOW, POSITIONS, LAYERS = 128, 8, 32, 256, 8, 512, 4
 
+_TOKENS = r".*token_(id|index|ids)"
 _HIDDEN_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_dim")
 _TOTAL_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 _DEPTHS = (
@@ -46,7 +47,7 @@ _WIDTHS: dict[str, int] = {
     r"(.*_)?(n_routed_experts|num_local_experts|num_experts|expert_num)": 4,
     r".*experts_per_tok(en)?|moe_top_?k|moe_k": 2,
     r"n_group|topk_group|num_expert_group|mamba_n_?groups|n_groups|o_groups": 1,
-    r"(.*_)?(hidden_size(_global|_per_layer_input)?|d_model|n_embd|(word_|input_|output_)?embed(ding)?_(dim|size))": HIDDEN,
+    r"(.*_)?(hidden_size(_global|_per_layer_input)?|d_model|n_embd|embed(ding)?_(dim|size))": HIDDEN,
     r"(.*_)?(emb_dim|dim|model_dim|lru_width|proj_dim)|query_pre_attn_scalar": HIDDEN,
     r"(.*_)?(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|feed_forward_size|mlp_dim)": 2 * HIDDEN,
     r"(.*_)?(d_ff|dff|d_inner|n_inner|dim_ff)": 2 * HIDDEN,
@@ -66,37 +67,49 @@ def shrunk(config: Any) -> Any:
 
 def _shrunk(given: dict[str, Any]) -> dict[str, Any]:
     fields = {name: _shrunk(value) if _is_config(name, value) else value for name, value in given.items()}
-    hidden = next((fields[name] for name in _HIDDEN_NAMES if isinstance(fields.get(name), int)), None)
-    wide = hidden is None or hidden > HIDDEN
-    tables = [_SIZES, _WIDTHS] if wide else [_SIZES]
-    total, depth = _total(fields), _cut_depth(fields)
+    hidden = [value for name in _HIDDEN_NAMES if isinstance(value := given.get(name), int)]
+    wide = not hidden or hidden[0] > HIDDEN
+    total, depth = _total(given), _cut_depth(given)
     renamed: dict[int, int] = {}
     for name, value in fields.items():
-        if re.fullmatch(r".*token_(id|index|ids)", name):
-            fields[name] = _each(value, lambda old: _special(old, renamed))
-        elif re.fullmatch(_DEPTHS, name):
-            fields[name] = _each(value, lambda old: min(old, depth))
-        elif isinstance(value, list) and len(value) == total:
-            fields[name] = value[:depth]
+        if isinstance(value, list) and len(value) == total and not re.fullmatch(_TOKENS, name):
+            fields[name] = value = value[:depth]
         elif isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
             fields[name] = {layer: one for layer, one in value.items() if int(layer) < depth}
-        elif wide and re.fullmatch(_KV_HEAD_COUNTS, name) and value != given.get("num_attention_heads"):
-            fields[name] = _each(value, lambda old: math.gcd(old, HEADS // 2))
-        elif wide and re.fullmatch(_HEAD_COUNTS + "|" + _KV_HEAD_COUNTS, name):
-            fields[name] = _each(value, lambda old: math.gcd(old, HEADS))
-        if (size := _size_of(name, tables)) is not None:
-            fields[name] = _each(fields[name], lambda old, size=size: min(old, size))
+        change = _change_of(name, value == given.get("num_attention_heads"), wide, depth, renamed)
+        if change is not None:
+            fields[name] = _each(value, change)
     if wide:
         _mend(fields, given)
     return fields
 
 
+def _change_of(
+    name: str, is_head_count: bool, wide: bool, depth: int, renamed: dict[int, int]
+) -> Callable[[int], int] | None:
+    """What becomes of the numbers in a field; None where they stay.
+
+    Args:
+        is_head_count: its value is the number of attention heads.
+        wide: widths are changed too.
+    """
+    if re.fullmatch(_TOKENS, name):
+        return lambda old: _special(old, renamed)
+    if re.fullmatch(_DEPTHS, name):
+        return lambda old: min(old, depth)
+    if wide and re.fullmatch(_KV_HEAD_COUNTS, name) and not is_head_count:
+        return lambda old: math.gcd(old, HEADS // 2)
+    if wide and re.fullmatch(f"{_HEAD_COUNTS}|{_KV_HEAD_COUNTS}", name):
+        return lambda old: math.gcd(old, HEADS)
+    for table in [_SIZES, _WIDTHS] if wide else [_SIZES]:
+        for pattern, size in table.items():
+            if re.fullmatch(pattern, name):
+                return lambda old, size=size: min(old, size)  # type: ignore[misc]
+    return None
+
+
 def _is_config(name: str, value: Any) -> bool:
     return isinstance(value, dict) and (name.endswith("config") or "model_type" in value)
-
-
-def _size_of(name: str, tables: list[dict[str, int]]) -> int | None:
-    return next((size for table in tables for pattern, size in table.items() if re.fullmatch(pattern, name)), None)
 
 
 def _each(value: Any, change: Callable[[int], int]) -> Any:
@@ -123,6 +136,8 @@ def _mend(fields: dict[str, Any], given: dict[str, Any]) -> None:
     sizes = ["mamba_d_head", "mamba_headdim", "mamba_head_dim"]
     fields.update({name: inner // HEAD_DIM for name in counts if given.get(name)})
     fields.update({name: HEAD_DIM for name in sizes if given.get(name)})
+    if given.get("d_head") and given.get("n_head"):
+        fields["d_head"] = HIDDEN // fields["n_head"]
     # Zamba's attention reads two hidden states side by side.
     if given.get("attention_head_dim") and given.get("attention_hidden_size"):
         fields["attention_hidden_size"] = HIDDEN * (given["attention_hidden_size"] // given["hidden_size"])
@@ -139,7 +154,12 @@ def _total(fields: dict[str, Any]) -> int:
 def _cut_depth(fields: dict[str, Any]) -> int:
     """Layers to keep so that every kind of layer is among them, and twice if there are two: they may share weights."""
     total = _total(fields)
-    by_layer = [v for name, v in fields.items() if "layer" in name and isinstance(v, list) and len(v) == total]
+    by_layer = [
+        value
+        for name, value in fields.items()
+        # Not a list of the layers' own numbers.
+        if "layer" in name and isinstance(value, list) and len(value) == total and len(set(map(repr, value))) < total
+    ]
     kinds = [repr(kind) for kind in zip(*by_layer, strict=True)]
     seconds = [[i for i, other in enumerate(kinds) if other == kind][:2][-1] for kind in set(kinds)]
     patterns = [

@@ -53,7 +53,7 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
     signal.signal(signal.SIGTERM, _as_interrupt)
     with quiet(folder.log_path) as console:
         console.print(run_line(folder.name, folder.log_path, ds if has_macros(spec) else None), highlight=False)
-        for line in checked.warm_starts():
+        for line in checked.warm_starts() + checked.packing_notices():
             console.print(line, highlight=False)
         try:
             result, serving, trouble = _run(checked, folder, console)

@@ -23,6 +23,7 @@ class FamilyResult:
         seconds: of the whole family, without the comparison of its endpoints.
         champions: what each finished student is to be compared with, None where there is no champion yet; only of those
             that the family's ``promotion`` still has to decide on.
+        notices: what the reader of its figures has to know, one line each.
         verdicts: whether they took the champion's place; filled when it is decided.
     """
 
@@ -36,3 +37,4 @@ class FamilyResult:
     versions: dict[str, int] = field(default_factory=dict)
     champions: dict[str, Champion | None] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,7 +15,9 @@ from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of
 from cluster.evaluate.figures import Champion
 from cluster.labels.make import as_tensor
 from cluster.memory import keep_memory
-from cluster.models import load_config, load_tokenizer, tokenizer_fingerprint
+from cluster.models import Packing, load_config, load_tokenizer, tokenizer_fingerprint
+from cluster.packing import NotCausalError, probe_packing
+from cluster.prefill import backbone_of
 from cluster.registry import fetch_model
 from cluster.stream.reader import Reader
 from cluster.students.job import StudentJob
@@ -43,15 +46,17 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
         folder = fetch_model(f"models:/{model}/{version}", tracking_uri, Path(put), job.family.patience_s)
         if reason := why_not_comparable(folder, job):
             return Champion(version, None, f"champion v{version} cannot be compared: {reason}")
-        student = Student(
-            AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=torch.bfloat16 if job.spec.precision == "bfloat16" else torch.float32,
-                use_safetensors=True,
-                trust_remote_code=job.family.teacher.trust_remote_code,
-            )
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.bfloat16 if job.spec.precision == "bfloat16" else torch.float32,
+            use_safetensors=True,
+            trust_remote_code=job.family.teacher.trust_remote_code,
         ).to(device)
-    student.eval()
+    loaded.eval()
+    packing, reason = packing_beside(loaded, job.packing)
+    if reason:
+        return Champion(version, None, f"champion v{version} cannot be compared: {reason}")
+    student = Student(loaded, packing).eval()
     sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=device)
     head_VD = None
     for rank in range(job.spec.ranks):
@@ -59,6 +64,22 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
         head_VD = as_tensor(reader.teacher_head()).to(device) if head_VD is None else head_VD
         sums += held_out_sums(student, job, reader, head_VD, device)
     return Champion(version, fidelity_of(sums))
+
+
+def packing_beside(model: Any, student: Packing) -> tuple[Packing, str | None]:
+    """How a champion is to read the batches of a student, and why it cannot; None where it can.
+
+    Args:
+        model: the champion, in evaluation mode.
+        student: how the student does; where it is ``unpacked``, no sequence holds two documents.
+    """
+    try:
+        packing = probe_packing(backbone_of(model))
+    except NotCausalError as error:
+        return "unpacked", f"it is not causal: {error}"
+    if student == "unpacked":
+        return "unpacked", None
+    return packing, "it does not keep packed documents apart" if packing == "unpacked" else None
 
 
 def why_not_comparable(folder: Path, job: StudentJob) -> str | None:

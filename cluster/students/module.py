@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluster.corpus.batches import Batch
-from cluster.prefill import last_hidden
+from cluster.models import Packing
+from cluster.prefill import backbone_of, last_hidden
 
 R = TypeVar("R")
 
@@ -61,14 +62,18 @@ def inputs_of(batch: Batch, device: torch.device) -> Inputs:
 
 
 class Student(nn.Module):
-    """A causal language model without its logits."""
+    """A causal language model without its logits.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        packing: how it keeps packed documents apart, see :mod:`cluster.packing`.
+    """
+
+    def __init__(self, model: PreTrainedModel, packing: Packing = "unpacked") -> None:
         super().__init__()
-        self.backbone = model.base_model
+        self.backbone, self._packing = backbone_of(model), packing
         self.head = Head(model.get_output_embeddings().weight)
 
     def forward(self, inputs: Inputs, use: Callable[[Tensor, Tensor], R]) -> R:
         """Run the backbone and hand the hidden states of the loss tokens, [T, D], with the head to ``use``."""
-        hidden_BSD = last_hidden(self.backbone, inputs.tokens_BS, inputs.positions_BS)
+        hidden_BSD = last_hidden(self.backbone, inputs.tokens_BS, inputs.positions_BS, self._packing)
         return self.head(hidden_BSD[inputs.loss_mask_BS], use)

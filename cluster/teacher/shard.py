@@ -54,11 +54,17 @@ class Shard:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def join(self, host: str, port: int) -> None:
-        """Form the replica's process group and load this rank's part of the weights."""
+        """Form the replica's process group and load this rank's part of the weights.
+
+        Raises:
+            RunError: the loaded model does not keep packed documents apart as ``packing`` of the teacher states.
+        """
         if not self._spec.gpus_per_shard:
             see_no_gpu()
         import torch
         from transformers import AutoModelForCausalLM
+
+        from cluster.packing import verify_packing
 
         self._device = torch.device("cuda", 0) if self._spec.gpus_per_shard else torch.device("cpu")
         torch.set_num_threads(max(1, int(self._spec.cpus_per_shard)))
@@ -75,6 +81,7 @@ class Shard:
             trust_remote_code=self._spec.trust_remote_code,
             **options,
         ).eval()
+        verify_packing(self._model, self._teacher.packing, f"the teacher {self._teacher.folder}")
         self._work = Work(parameters_of(self._model), FORWARD, peak_flops(self._device), self._spec.shards)
 
     def _tensor_parallel(self, host: str, port: int) -> Any:
@@ -96,13 +103,13 @@ class Shard:
         """Last hidden states [B, S, D] of a batch."""
         import torch
 
-        from cluster.prefill import last_hidden
+        from cluster.prefill import backbone_of, last_hidden
 
         tokens = torch.from_numpy(batch.tokens_BS.astype(np.int64)).to(self._device)
         positions = None
         if batch.packed:
             positions = torch.from_numpy(batch.positions_BS.astype(np.int64)).to(self._device)
-        return last_hidden(self._model.base_model, tokens, positions)
+        return last_hidden(backbone_of(self._model), tokens, positions, self._teacher.packing)
 
     def _labels_of(self, batch: Batch, spec: LabelsSpec) -> Labels | None:
         """Labels of a batch in a kind; None off rank 0."""
