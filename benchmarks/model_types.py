@@ -24,9 +24,10 @@ def table(rows: list[Row]) -> str:
     lines = [
         f"# Causal model types of transformers {transformers.__version__}: {counts}",
         "",
-        "*exact*: positions alone keep packed documents apart. *masked*: an explicit block mask does. *unpacked*: neither",
-        "does, so that each sequence holds one document. *refused*: not causal. *not built*: no small random model of the",
-        "default configuration could be built and run; such a model is laid out unpacked. Written by",
+        "*exact*: positions alone keep packed documents apart. *masked*: an explicit block mask does. *unpacked*:",
+        "neither does, so each sequence holds one document. *refused*: not causal. *not built*: no small random model",
+        "of the type's default configuration could be built and run; its documents would not be packed. The outcome is",
+        "that of the default configuration; a run probes the one that its model has. Written by",
         "`python benchmarks/model_types.py`, compared with a fresh run by `tests/integration/test_model_types.py`.",
         "",
         "| type | packing | head | detail |",

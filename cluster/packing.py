@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -56,10 +57,12 @@ def architecture_packing(config: Any, field: str, trust_remote_code: bool = Fals
         UserError: such models are not causal.
     """
     try:
-        small = shrunk(config)
+        with _quiet_transformers():
+            small = shrunk(config)
         known = (type(small), small.to_json_string(use_diff=False))
         if known not in _found:
-            _found[known] = probe_packing(backbone_of(small_model(small, trust_remote_code)))
+            with _quiet_transformers():
+                _found[known] = probe_packing(backbone_of(small_model(small, trust_remote_code)))
     except NotCausalError as error:
         raise UserError(
             f"{field}: a {config.model_type} model with this configuration is not causal: {error}; give a causal "
@@ -202,6 +205,17 @@ def _change(before_SD: Tensor, after_SD: Tensor) -> Tensor:
     """
     change_S = (after_SD.float() - before_SD.float()).norm(dim=-1) / before_SD.float().norm(dim=-1)
     return change_S.max() if after_SD.dtype.itemsize > 2 else change_S[:NEAREST].median()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Warnings about a small model's sizes would be taken for the real one's."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 @contextlib.contextmanager

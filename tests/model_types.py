@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 SECONDS, MEMORY_BYTES = 120, 8 << 30
-HEADS = 32, 8, 128  # attention heads, key-value heads, width of a head
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 # What the default configuration of a type leaves out, although its models cannot be built or are not complete without.
@@ -34,7 +33,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta, is_decoder": ("roberta", {"is_decoder": True}),
     "xlm, causal": ("xlm", {"causal": True}),
     "falcon, alibi": ("falcon", {"alibi": True}),
-    "falcon, new_decoder_architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 8}),
+    "falcon, new_decoder_architecture": (
+        "falcon",
+        {"new_decoder_architecture": True, "hidden_size": 8192, "num_attention_heads": 128, "num_kv_heads": 8},
+    ),
     "qwen2, sliding window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
     "granitemoehybrid, attention only": ("granitemoehybrid", {"layer_types": ["attention"] * 32}),
 }

@@ -1,4 +1,4 @@
-"""Whether packed documents are kept apart: what the probe finds, and that masks, preflight and loaded models heed it."""
+"""Whether packed documents are kept apart: what the probe finds, and what preflight and loaded models do about it."""
 
 from __future__ import annotations
 
