@@ -184,7 +184,8 @@ def _require_causal(backbone: Any) -> None:
 def _tokens(backbone: Any, salt: int) -> Tensor:
     """Tokens from the middle of the vocabulary, for special ones lie at its ends; another salt changes each of them."""
     config = backbone.config.get_text_config()
-    length = min(LENGTH, getattr(config, "max_position_embeddings", None) or LENGTH)
+    longest = getattr(config, "max_position_embeddings", None) or LENGTH
+    length = min(LENGTH, longest) if longest > 0 else LENGTH  # XLNet gives -1
     quarter = max(2, config.vocab_size // 4)
     place_S = torch.arange(length, device=backbone.device)
     return quarter + (place_S * 7919 + salt * (quarter // 2)) % quarter

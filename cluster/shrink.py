@@ -13,8 +13,6 @@ from typing import Any
 
 HIDDEN, HEADS, HEAD_DIM, VOCABULARY, WINDOW, POSITIONS, LAYERS = 128, 8, 32, 256, 8, 512, 4
 
-# What DBRX refuses in its inner configurations, although they are written there.
-_IGNORED = {"_name_or_path", "output_attentions"}
 _TOKENS = r".*token_(id|index|ids)"
 _HIDDEN_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_dim")
 _TOTAL_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
@@ -67,10 +65,8 @@ def shrunk(config: Any) -> Any:
     return type(config).from_dict(_shrunk(config.to_dict()))
 
 
-def _shrunk(given: dict[str, Any], inner: bool = False) -> dict[str, Any]:
-    fields = {name: _shrunk(value, inner=True) if _is_config(name, value) else value for name, value in given.items()}
-    for name in _IGNORED & fields.keys() if inner else ():
-        del fields[name]
+def _shrunk(given: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: _shrunk(value) if _is_config(name, value) else value for name, value in given.items()}
     hidden = [value for name in _HIDDEN_NAMES if isinstance(value := given.get(name), int)]
     wide = not hidden or hidden[0] > HIDDEN
     total, depth = _total(given), _cut_depth(given)
