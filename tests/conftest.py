@@ -1,4 +1,4 @@
-"""What every test shares: a home of its own, a tiny teacher, and the rule that an unmarked test is a unit test."""
+"""What every test shares: a home of its own, and the rule that an unmarked test is a unit test."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.tiny import write_tiny_corpus, write_tiny_model
-
+pytest_plugins = ["tests.fixtures"]
 # Decides when and what the chaos tests kill.
 CHAOS_SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(10**6))
 # Examples are not timed: on a busy machine a fast one may take long, and nothing is proved by it.
@@ -26,6 +25,7 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _require_fixtures(items)
     for item in items:
         if not any(item.get_closest_marker(kind) for kind in KINDS):
             item.add_marker(pytest.mark.unit)
@@ -33,6 +33,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if on_gpu and (reason := _why_no_gpu()):
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _require_fixtures(items: list[pytest.Item]) -> None:
+    """End the run if any collected test needs a fixture that does not exist, selected, skipped or not.
+
+    pytest itself notices only when it sets the test up: never where the test is skipped or deselected.
+    """
+    missing = sorted(
+        f"{item.nodeid}: fixture {name!r} not found"
+        for item in items
+        if isinstance(item, pytest.Function)
+        for name in set(item._fixtureinfo.names_closure) - set(item._fixtureinfo.name2fixturedefs) - {"request"}
+    )
+    if missing:
+        raise pytest.UsageError("\n".join(missing))
 
 
 def _why_no_gpu() -> str | None:
@@ -57,25 +72,3 @@ def stillhouse_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Stillhouse home for one test."""
     monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path / "stillhouse"))
     return tmp_path / "stillhouse"
-
-
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a 4-layer Llama with random weights and a 300-token tokenizer. Not to be written to."""
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "teacher")
-
-
-@pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A jsonl file of 64 short documents. Not to be written to."""
-    return write_tiny_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
-
-
-@pytest.fixture(scope="session")
-def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's SQLite file without a model in it. To be copied, for MLflow takes seconds to make one."""
-    from cluster.registry import Models
-
-    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
-    assert Models(f"sqlite:///{path}").standing("anything") is None
-    return path

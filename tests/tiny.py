@@ -6,7 +6,14 @@ import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from cluster.evaluate.result import FamilyResult
+    from cluster.preflight import Checked
+    from cluster.watch import Status
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
 VOCABULARY = 300
@@ -103,3 +110,35 @@ def tiny_family(
     for name, fields in sections.items():
         tree[name] = {**tree.get(name, {}), **fields} if isinstance(fields, Mapping) else fields
     return tree
+
+
+def write_family(folder: Path, tiny: Path, students: dict[str, dict[str, Any]] | None = None, **sections: Any) -> Path:
+    """A family over the tiny teacher as a YAML file; tenths of a CPU, so that several fit on a small machine.
+
+    Args:
+        students: instead of the tiny family's one.
+        sections: fields that are added to the other sections.
+    """
+    labels = sections.pop("labels", None)
+    # A store of its own, or one test would find what another has scored.
+    sections.setdefault("store", {"uri": str(folder / "labels")})
+    tree = tiny_family(tiny / "teacher", tiny / "corpus.jsonl", **sections)
+    tree["labels"] = labels or tree["labels"]
+    tree["students"] = students or tree["students"]
+    tree["teacher"] = {"cpus_per_shard": 0.2, **tree["teacher"]}
+    tree["students"] = {name: {"cpus_per_rank": 0.2, **student} for name, student in tree["students"].items()}
+    path = folder / "family.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def run_here(path: Path, resume: bool = False) -> tuple[Checked, FamilyResult, list[Status]]:
+    """Run a family on the cluster that is up, and keep every status that it reported."""
+    from cluster.family import run_family
+    from cluster.preflight import preflight
+    from cluster.runs import open_run
+    from cluster.specfile import load_spec
+
+    checked = preflight(load_spec(path))
+    seen: list[Status] = []
+    return checked, run_family(checked, open_run(checked.spec, resume), seen.append), seen
