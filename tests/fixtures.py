@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.tiny import write_tiny_corpus, write_tiny_model
+from tests.tiny import write_serving_model, write_tiny_corpus, write_tiny_model
 
 if TYPE_CHECKING:
     from tests.integration.heads import Head
@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a 4-layer Llama with random weights and a 300-token tokenizer. Not to be written to."""
     return write_tiny_model(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a 2-layer Llama for an engine, with a token per byte. Not to be written to."""
+    return write_serving_model(tmp_path_factory.mktemp("models") / "serving")
 
 
 @pytest.fixture(scope="session")
