@@ -33,7 +33,7 @@ from infra.local.parts import RULES, TAKEN, Stack
 from infra.monitoring.boards import BOARDS
 from tests.integration.heads import ROOT, read_until
 from tests.integration.laptop import Laptop
-from tests.tiny import tiny_family, write_endless_model, write_tiny_corpus
+from tests.tiny import tiny_family, write_serving_model, write_tiny_corpus
 
 pytestmark = [
     pytest.mark.integration,
@@ -128,7 +128,7 @@ def laptop(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Laptop:
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo family in small. It learns for as long as Ray and Prometheus need to see it do so."""
     folder = tmp_path_factory.mktemp("demo")
-    teacher = write_endless_model(folder / "teacher")
+    teacher = write_serving_model(folder / "teacher")
     tree = tiny_family(
         teacher,
         write_tiny_corpus(folder / "corpus.jsonl"),
