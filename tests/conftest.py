@@ -19,6 +19,8 @@ CHAOS_SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(10**6))
 hypothesis.settings.register_profile("change", deadline=None, max_examples=40)
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
 hypothesis.settings.load_profile("change")
+# `make unit` does not read these folders.
+UNIT_FREE = {Path(__file__).parent / name for name in ("integration", "chaos")}
 KINDS = ("unit", "integration", "chaos", "slow", "gpu")
 
 
@@ -31,6 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _require_fixtures(items)
     for item in items:
         if not any(item.get_closest_marker(kind) for kind in KINDS):
+            if not UNIT_FREE.isdisjoint(item.path.parents):
+                raise pytest.UsageError(f"{item.nodeid} has no mark, and unit tests are not looked for in its folder")
             item.add_marker(pytest.mark.unit)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and (reason := _why_no_gpu()):
