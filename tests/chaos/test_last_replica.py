@@ -13,9 +13,9 @@ import pytest
 
 from tests.chaos.families import FAMILY, PAIR, assert_finished_as
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, start
 from tests.processes import kill_one
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 RESTARTS = 2

@@ -18,8 +18,8 @@ from cluster.specfile import load_spec
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_learnt_once, assert_same_weights, weights
 from tests.chaos.faults import Fault, Faults
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import write_family
 from tests.integration.mlflow_server import Server, running
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 AWAY_S = 60.0

@@ -22,8 +22,8 @@ from cluster.watch import Status
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived, lives_of
 from tests.chaos.faults import RANK, SHARD, STREAM, STUDENT, TRAINERS, Faults, kill
 from tests.chaos.report import ChaosReport, student_recoveries
-from tests.integration.conftest import run_here, write_family
 from tests.processes import own_processes
+from tests.tiny import run_here, write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 # Moments at which there is enough left to do, also on a machine that takes many steps between two looks.

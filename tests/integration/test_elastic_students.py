@@ -25,7 +25,7 @@ from cluster.specfile import load_spec
 from cluster.students.commits import RESHARDED
 from cluster.students.job import COMMIT_FILE, STUDENTS_FOLDER
 from cluster.watch import Status
-from tests.integration.conftest import run_here, write_family
+from tests.tiny import run_here, write_family
 
 # Three runs are set up before the first test begins.
 pytestmark = [

@@ -18,8 +18,8 @@ from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
 from cluster.registry import fetch_model
 from cluster.watch import Status
-from tests.integration.conftest import run_here, write_family
 from tests.integration.otlp import Sink, Span
+from tests.tiny import run_here, write_family
 
 # The first test waits for the whole family.
 pytestmark = [

@@ -25,8 +25,7 @@ from cluster.students.champions import Champions
 from cluster.students.job import StudentJob
 from jobs.promotion import promotion_lines, rollback, settle
 from jobs.run import compare
-from tests.integration.conftest import run_here, write_family
-from tests.tiny import tiny_family
+from tests.tiny import run_here, tiny_family, write_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.usefixtures("ray_cluster")]
 MODEL = "tiny-small"

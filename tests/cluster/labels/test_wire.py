@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import LabelError
@@ -24,8 +24,6 @@ Bytes = npt.NDArray[np.uint8]
 
 HEADER = 136
 STAMP = Stamp(teacher="0123456789abcdef", tokenizer="f" * 16, labels="0" * 16, batch="00ff" * 8)
-# No deadline: a machine that is shared may stand still for longer than any example takes.
-thorough = settings(max_examples=400, deadline=None)
 EDGES = (2, 3, 128, 129, 255, 256, 257, 32_768, 49_152, 65_535, 65_536, 65_537, 128_256, 300_000)
 
 
@@ -65,7 +63,6 @@ def as_bytes(data: bytes) -> Bytes:
     return np.frombuffer(data, dtype=np.uint8)
 
 
-@thorough
 @given(blocks())
 def test_every_block_comes_back_to_the_bit(labels: Labels) -> None:
     block = encode(labels, STAMP)
@@ -77,7 +74,6 @@ def test_every_block_comes_back_to_the_bit(labels: Labels) -> None:
     assert np.array_equal(encode(back, stamp), block)
 
 
-@thorough
 @given(blocks(forms=("sampled",)))
 def test_draws_come_back_as_draws(labels: Labels) -> None:
     back, _ = decode(encode(labels, STAMP))
@@ -243,7 +239,6 @@ def refused_or_read(block: Bytes) -> None:
     assert all(len(column) == labels.tokens for column in columns(labels).values())
 
 
-@thorough
 @given(st.binary(max_size=400), st.sampled_from([b"", MAGIC, MAGIC + struct.pack("<H", VERSION)]))
 def test_random_bytes_are_refused(data: bytes, begin: bytes) -> None:
     with pytest.raises(LabelError):
@@ -263,7 +258,6 @@ def test_a_byte_that_was_wrong_before_the_checksum_was_made_breaks_nothing(form:
 SIZE = st.integers(0, 8) | st.sampled_from([255, 256, 65_536])
 
 
-@thorough
 @given(st.integers(0, 5), st.sampled_from([2, 4, 0, 3]), st.tuples(*[SIZE] * 5), st.binary(max_size=12), st.data())
 def test_a_header_that_does_not_fit_its_columns_breaks_nothing(
     kind: int, floats: int, sizes: tuple[int, ...], mask: bytes, data: st.DataObject

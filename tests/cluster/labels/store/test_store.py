@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import LabelError, RunError
@@ -77,7 +77,6 @@ def test_a_damaged_object_is_named_and_removed_and_can_be_written_again(
     assert store.get(STAMP) is not None
 
 
-@settings(max_examples=400, deadline=None)
 @given(st.sampled_from([block, repetitive_block]), st.data())
 def test_no_flipped_bit_is_ever_read(make: Callable[[Stamp], Bytes], data: st.DataObject) -> None:
     written = make(STAMP)
