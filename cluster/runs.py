@@ -126,8 +126,9 @@ def open_run(
         )
     if teacher and run.teacher not in ("", teacher):
         raise UserError(
-            f"--resume: {run.name} was started with another teacher: the files of {spec.teacher.model} have changed "
-            f"(fingerprint {run.teacher} then, {teacher} now); put them back, or start a new run without --resume"
+            f"--resume: {run.name} was started with another teacher: the fingerprint of {spec.teacher.model} was "
+            f"{run.teacher} and is {teacher}; put its files and this version of Stillhouse back, or start a new run "
+            f"without --resume"
         )
     # The number of ranks may have changed.
     (run.folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import logging
 import os
@@ -26,21 +28,31 @@ from tests.tiny import VOCABULARY
 MIB = 1 << 20
 LONG_AGO = 10**18  # ns since 1970: the file is settled, so its digest is kept
 
-_opened: list[str] = []
-# An audit hook stays for the life of the process; it sees every way to open a file.
-sys.addaudithook(lambda event, args: _opened.append(str(args[0])) if event == "open" and _watching else None)
-_watching: list[bool] = []
+_watchers: list[list[str]] = []
+
+
+@functools.cache
+def _watch_opens() -> None:
+    """An audit hook sees every way to open a file. It cannot be removed, so it is added once, by who needs it."""
+
+    def hook(event: str, arguments: Any) -> None:
+        if event == "open":
+            for seen in _watchers:
+                seen.append(str(arguments[0]))
+
+    sys.addaudithook(hook)
 
 
 def opened(work: Callable[[], Any], folder: Path) -> list[str]:
     """Names of the files of a folder that ``work`` opens, once per open."""
-    _opened.clear()
-    _watching.append(True)
+    _watch_opens()
+    seen: list[str] = []
+    _watchers.append(seen)
     try:
         work()
     finally:
-        _watching.clear()
-    return sorted(Path(each).name for each in _opened if each.startswith(f"{folder}/"))
+        _watchers.remove(seen)
+    return sorted(Path(each).name for each in seen if each.startswith(f"{folder}/"))
 
 
 def settle(folder: Path) -> Path:
@@ -167,8 +179,6 @@ def test_each_weight_file_is_read_once_and_then_only_when_it_changes(large: Path
 
 
 def test_the_digest_is_that_of_the_bytes_from_the_cache_or_not(large: Path) -> None:
-    import hashlib
-
     file = large / "model-00001-of-00002.safetensors"
     assert [file_digest(file), file_digest(file)] == [hashlib.sha256(file.read_bytes()).hexdigest()] * 2
 
