@@ -83,7 +83,8 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever goes wrong here is wrong with the file that was given
         raise UserError(f"{field}: cannot use {folder}/config.json: {_one_line(error)}") from None
-    elsewhere = [name for name in (getattr(config, "auto_map", None) or {}).values() if "--" in str(name)]
+    own_code = getattr(config, "auto_map", None) or {}
+    elsewhere = [own_code[part] for part in ("AutoConfig", "AutoModelForCausalLM") if "--" in own_code.get(part, "")]
     if trust_remote_code and elsewhere:
         raise UserError(
             f"{field}: {folder} runs code of another repository ({elsewhere[0]}), which may change at any time; put "
