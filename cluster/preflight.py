@@ -11,16 +11,10 @@ from typing import Any
 
 from cluster.corpus.files import find_files
 from cluster.errors import UserError
+from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
-from cluster.models import (
-    TeacherModel,
-    load_config,
-    load_tokenizer,
-    local_model,
-    model_fingerprint,
-    tokenizer_fingerprint,
-)
+from cluster.models import TeacherModel, load_config, load_tokenizer, local_model
 from cluster.registry import champion_of, fetch_model
 from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers, TopKLabels
 from cluster.specfile import home
@@ -118,7 +112,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         find_files(spec.corpus.paths)
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
-    fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
+    fingerprints = (teacher_fingerprint(folder, teacher, vocabulary), tokenizer_fingerprint(tokenizer))
     return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store, most, champions)
 
 

@@ -49,7 +49,8 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
     checked = preflight(
         rendered(spec, ds), begun.warm_start if begun else None, text_is_kept=begun is not None and begun.text_is_kept
     )
-    folder = open_run(checked.spec, resume, ds, begun)
+    teacher = f"{checked.teacher.fingerprint}/{checked.teacher.tokenizer}"
+    folder = open_run(checked.spec, resume, ds, begun, teacher)
     signal.signal(signal.SIGTERM, _as_interrupt)
     with quiet(folder.log_path) as console:
         console.print(run_line(folder.name, folder.log_path, ds if has_macros(spec) else None), highlight=False)

@@ -12,9 +12,10 @@ from cluster.devices import see_no_gpu
 from cluster.errors import UserError
 from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of
 from cluster.evaluate.figures import Champion
+from cluster.fingerprint import tokenizer_fingerprint
 from cluster.labels.make import as_tensor
 from cluster.memory import keep_memory
-from cluster.models import load_config, load_tokenizer, tokenizer_fingerprint
+from cluster.models import load_config, load_tokenizer
 from cluster.registry import fetch_model
 from cluster.stream.reader import Reader
 from cluster.students.job import StudentJob

@@ -5,12 +5,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cluster.errors import UserError
-from cluster.models import load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
+from cluster.labels.store.store import LabelStore
+from cluster.labels.wire import Stamp, encode
+from cluster.models import load_tokenizer
 from cluster.preflight import Checked, preflight
 from cluster.spec import FamilySpec
+from tests.cluster.labels.blocks import ragged_mask, random_labels
 from tests.tiny import POSITIONS, VOCABULARY, tiny_family, write_tiny_model
 
 SCRATCH = {"source": "scratch", "layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 64}
@@ -33,10 +38,24 @@ def test_a_family_that_may_start_is_described(check: Any, tiny_teacher: Path, st
     checked = check()
     assert checked.teacher.vocabulary == VOCABULARY < 320
     assert (checked.teacher.folder, checked.student_dirs) == (str(tiny_teacher), {})
-    assert checked.teacher.fingerprint == model_fingerprint(tiny_teacher)
+    assert checked.teacher.fingerprint == teacher_fingerprint(tiny_teacher, checked.spec.teacher, VOCABULARY)
     assert checked.teacher.tokenizer == tokenizer_fingerprint(load_tokenizer(tiny_teacher, "teacher.model"))
     assert checked.tracking_uri == f"sqlite:///{stillhouse_home}/mlflow.db"
-    assert not stillhouse_home.exists()
+    assert [each.name for each in stillhouse_home.iterdir()] == ["fingerprints"]
+
+
+def test_what_one_precision_has_stored_is_not_found_by_another(check: Any, tmp_path: Path) -> None:
+    store, mask_BS, batch = LabelStore.open(str(tmp_path / "labels")), ragged_mask(), "ee" * 16
+
+    def stamp(dtype: str) -> Stamp:
+        checked = check(teacher={"dtype": dtype})
+        return Stamp.of(checked.teacher.fingerprint, checked.teacher.tokenizer, checked.spec.labels, batch)
+
+    half, full = stamp("bfloat16"), stamp("float32")
+    store.put(encode(random_labels("topk", mask_BS), half), half)
+    store.put_head(half.teacher, np.zeros((VOCABULARY, 8), np.uint16))
+    assert (store.get(full), store.get_head(full.teacher)) == (None, None)
+    assert store.get(half) is not None and store.get_head(half.teacher) is not None
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,19 @@ def test_a_node_s_own_python_can_make_the_environment_that_jobs_run_in() -> None
     tree = yaml.safe_load(CLUSTER.read_text())
     steps = tree["setup_commands"]
     (installs,) = (number for number, step in enumerate(steps) if "install --yes" in step and "python3-venv" in step)
-    assert installs < steps.index("python3 -m venv ~/venv")
+    assert installs < steps.index("python3 -m venv ~/uv")
     starts = starts_of(tree)
     # A job runs `python`, which Ubuntu has not.
     assert all(each.startswith("PATH=~/venv/bin:$PATH ") for each in starts)
+
+
+def test_all_nodes_have_the_interpreter_of_the_images() -> None:
+    tree = yaml.safe_load(CLUSTER.read_text())
+    version = "infra/images/python-version"
+    assert (CLUSTER.parents[2] / version).is_file()
+    (makes,) = (step for step in tree["setup_commands"] if step.endswith(" ~/venv"))
+    assert f'--managed-python --python "$(cat ~/stillhouse/{version})"' in makes
+    assert tree["file_mounts"]["/home/ubuntu/stillhouse"] == "."
 
 
 def test_models_lie_on_the_file_system_that_all_nodes_mount() -> None:

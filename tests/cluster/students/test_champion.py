@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.models import TeacherModel, load_tokenizer, tokenizer_fingerprint
+from cluster.fingerprint import tokenizer_fingerprint
+from cluster.models import TeacherModel, load_tokenizer
 from cluster.spec import FamilySpec
 from cluster.students.champion import why_not_comparable
 from cluster.students.job import StudentJob
