@@ -8,6 +8,9 @@ from typing import Any
 
 from cluster.errors import UserError
 
+# A character for private use, which no vocabulary has.
+UNKNOWN = "\U0010fffd"
+
 
 class Encoder:
     """Encodes documents with a tokenizer of transformers, without the tokens that open or close a sequence.
@@ -67,12 +70,11 @@ class Encoder:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """The special tokens of a tokenizer with their ids, without that for unknown text, which any text may hold."""
+    """The special tokens of a tokenizer with their ids, without one that it makes of what it does not know."""
     found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     found |= {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
-    roles = ("bos_token", "eos_token", "pad_token", "sep_token", "cls_token", "mask_token")
+    # Tokenizers with bytes often name the end token as the unknown one, and never make it.
     unknown = tokenizer.unk_token
-    # GPT-2 has one token for the unknown and for the end of a text; its bytes leave nothing unknown.
-    if unknown is not None and unknown not in [getattr(tokenizer, role) for role in roles]:
+    if tokenizer.unk_token_id in tokenizer(UNKNOWN, add_special_tokens=False)["input_ids"]:
         found.pop(unknown, None)
     return found
