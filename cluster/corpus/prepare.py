@@ -123,7 +123,8 @@ def _refuse(reason: str) -> pa.Table:
 
 def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str) -> _Documents:
     """Read and tokenise all files."""
-    # A block per file, so that files are read in parallel.
+    # A block per file, so that files are read in parallel. Ray runs both steps in one task, so a file's text is never
+    # whole in memory; the tokenizer has threads of its own for the documents of a batch.
     paths = ray.data.from_items([{"path": path} for path in files.files], override_num_blocks=len(files.files))
     texts = paths.map_batches(
         _read,

@@ -47,7 +47,10 @@ def test_it_counts_what_a_slow_comparison_counts(monkeypatch: pytest.MonkeyPatch
 
 def test_unrelated_text_of_a_small_vocabulary_is_not_taken_for_known() -> None:
     dice = np.random.default_rng(1)
-    train_NS, held_NS = dice.integers(0, 16, (2000, 64), dtype=np.int32), dice.integers(0, 16, (200, 64), dtype=np.int32)
+    train_NS, held_NS = (
+        dice.integers(0, 16, (2000, 64), dtype=np.int32),
+        dice.integers(0, 16, (200, 64), dtype=np.int32),
+    )
     found = overlap(train_NS, held_NS, counted(np.zeros(held_NS.shape, dtype=np.bool_)))
     assert found == Overlap(200 * (64 - NGRAM + 1), 0, 0)
 

@@ -176,6 +176,8 @@ class Words(PreTrainedTokenizer):
 def test_a_tokenizer_that_cannot_help_it_is_refused_with_the_option() -> None:
     encoder = Encoder(Words(), control=False)
     assert encoder(["the fox"]) == [[2, 3]]
-    with pytest.raises(UserError, match=r"corpus.special_tokens: .* cannot encode </s> as plain text; set it to control"):
+    with pytest.raises(
+        UserError, match=r"corpus.special_tokens: .* cannot encode </s> as plain text; set it to control"
+    ):
         encoder([f"the {END} fox"])
     assert Encoder(Words(), control=True)([f"the {END} fox"]) == [[2, 1, 3]]
