@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.corpus.files import find_files
+from cluster.corpus.files import find_files, skipped_line
 from cluster.errors import UserError
 from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.labels.store.store import LabelStore
@@ -34,6 +34,7 @@ class Checked:
         store: where labels are kept; none where they are not.
         champions: per student with a warm start the version that it starts from; none where there is no champion yet.
         most: what it may hold of the cluster at a time.
+        skipped: files in the corpus' folders and globs that are not read, by reason.
     """
 
     spec: FamilySpec
@@ -43,11 +44,17 @@ class Checked:
     store: str | None
     most: Most
     champions: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def champion(self, student: str) -> str | None:
         """The registered version that a student starts from, such as ``demo-small v3``; none where from its init."""
         version = self.champions.get(student)
         return None if version is None else f"{self.spec.model_name(student)} v{version}"
+
+    def notices(self) -> list[str]:
+        """What a person should know before the start, a line each."""
+        skipped = skipped_line(self.skipped)
+        return [*([f"corpus: {skipped}"] if skipped else []), *self.warm_starts()]
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""
@@ -108,12 +115,12 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         if version is not None:
             dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
             _check_existing(f"{place}.warm_start", f"the champion {model} v{version}", dirs[name], spec, tokenizer)
-    if not text_is_kept:
-        find_files(spec.corpus.paths)
+    skipped = {} if text_is_kept else find_files(spec.corpus.paths).skipped
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
     fingerprints = (teacher_fingerprint(folder, teacher, vocabulary), tokenizer_fingerprint(tokenizer))
-    return Checked(spec, TeacherModel(str(folder), vocabulary, *fingerprints), dirs, uri, store, most, champions)
+    found = TeacherModel(str(folder), vocabulary, *fingerprints)
+    return Checked(spec, found, dirs, uri, store, most, champions, skipped)
 
 
 def _check_secret(spec: FamilySpec) -> None:

@@ -54,7 +54,7 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
     signal.signal(signal.SIGTERM, _as_interrupt)
     with quiet(folder.log_path) as console:
         console.print(run_line(folder.name, folder.log_path, ds if has_macros(spec) else None), highlight=False)
-        for line in checked.warm_starts():
+        for line in checked.notices():
             console.print(line, highlight=False)
         try:
             result, serving, trouble = _run(checked, folder, console)
@@ -237,6 +237,6 @@ def _print_result(
         + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),
         highlight=False,
     )
-    for line in promotion_lines(spec, result):
+    for line in [*(f"corpus: {line}" for line in result.corpus.lines()), *promotion_lines(spec, result)]:
         console.print(line, markup=False, highlight=False)
     console.print(f"MLflow {checked.tracking_uri}\nreport {result.run.report_path}", highlight=False)

@@ -96,10 +96,18 @@ class CorpusSpec(Section):
     """The text. It becomes numbered batches: the same bytes on every machine, every night."""
 
     paths: Annotated[list[str], Field(min_length=1)]
-    """Files, or folders of files, ending in .jsonl, .parquet or .txt; local or `s3://`. May hold macros: `{{ ds }}` is
-    `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same without dashes, `{{ ds_add(ds, -1) }}` the day before."""
+    """Files, folders of files, or globs such as `s3://bucket/x/**/*.jsonl.gz`; local or `s3://`. Formats: .jsonl,
+    .json and .txt, each also with .gz or .zst, and .parquet. Hidden files and other formats in a folder are skipped and
+    counted. May hold macros: `{{ ds }}` is `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same without dashes,
+    `{{ ds_add(ds, -1) }}` the day before."""
     text_field: str = "text"
-    """Field of a jsonl or parquet row that holds its text. A .txt file is one document."""
+    """Field of a JSON or parquet row that holds its text. A .json file has a row per line or is one array of rows; a
+    .txt file is one document."""
+    special_tokens: Literal["text", "control"] = "text"
+    """What becomes of a special token, such as `</s>`, that a document's text spells out: `text` encodes it like any
+    other text, `control` as the special token. The end token behind each document is added in either case."""
+    deduplicate: Literal["none", "exact"] = "none"
+    """`exact` keeps one of the documents that have the same text. Repeats are counted in either case."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens in one sequence."""
     batch_sequences: PositiveInt = 8
@@ -109,7 +117,8 @@ class CorpusSpec(Section):
     epochs: PositiveInt = 1
     """Times the corpus is gone through, in a new order each time."""
     held_out: Share = 0.05
-    """Share of the sequences that no student trains on; fidelity is measured there."""
+    """Share of the text that no student trains on; fidelity is measured there. Whole documents are held out, chosen by
+    a hash of their text; only a text that is longer than this share is cut."""
     seed: int = 0
     """Decides the order. Batch i is a function of (corpus, seed)."""
 

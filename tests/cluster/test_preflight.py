@@ -58,6 +58,15 @@ def test_what_one_precision_has_stored_is_not_found_by_another(check: Any, tmp_p
     assert store.get(half) is not None and store.get_head(half.teacher) is not None
 
 
+def test_files_that_are_skipped_are_told(check: Any, tiny_corpus: Path, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.csv", "c.csv", ".ipynb_checkpoints/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tiny_corpus, tmp_path / name)
+    checked = check(corpus={"paths": [str(tmp_path)]})
+    assert checked.notices() == ["corpus: skipped: 3 files (.csv: 2, hidden: 1)"]
+    assert check().notices() == []
+
+
 @pytest.mark.parametrize(
     "sections",
     [
