@@ -42,7 +42,6 @@ from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
 from cluster.students.zero import adamw, gathered_state, reduce_nothing, schedule_of, use_plain_gloo, zero_config
 
-
 log = logging.getLogger(__name__)
 
 
@@ -246,9 +245,9 @@ class _Rank:
         means = {name: total / loss_tokens for name, total in zip(names, totals, strict=True)}
         if not (math.isfinite(means["loss"]) and math.isfinite(gradient_norm)):
             raise RunError(
-                f"student {self.job.name}, batch {number}: loss {means['loss']:g}, gradient norm {gradient_norm:g}; both "
-                f"must be finite, and nothing of this batch was committed. Lower lr, lengthen schedule.warmup, or use "
-                f"precision: float32, in a new run"
+                f"student {self.job.name}, batch {number}: loss {means['loss']:g}, gradient norm {gradient_norm:g}; "
+                f"both must be finite, and nothing of this batch was committed. Lower lr, lengthen schedule.warmup, or "
+                f"use precision: float32, in a new run"
             )
         return {**means, "gradient_norm": gradient_norm}
 
