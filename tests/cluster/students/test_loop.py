@@ -22,7 +22,7 @@ from cluster.labels.wire import Stamp, encode
 from cluster.models import TeacherModel, load_tokenizer, tokenizer_fingerprint
 from cluster.spec import FamilySpec
 from cluster.stream.figures import Delivery
-from cluster.students import loop
+from cluster.students import commits, loop
 from cluster.students.elastic import ZERO_FOLDER
 from cluster.students.job import StudentJob
 from cluster.students.zero import rate
@@ -122,7 +122,7 @@ class Kept:
         self.last = json.loads(facts.read_text()) if facts.exists() else None
 
     def due(self, batch: int) -> bool:
-        return False
+        return batch == 2
 
     def make(self, facts: dict[str, Any], fill: Callable[[Path], None], parameters: int, wait: bool) -> None:
         fill(self.folder)
@@ -226,6 +226,31 @@ def test_draws_differ_by_seed_student_batch_and_row(differs: str) -> None:
         loop.seed_micro_batch(**there)
         draws.append((torch.rand(1).item(), np.random.random()))
     assert draws[0][0] != draws[1][0] and draws[0][1] != draws[1][1]
+
+
+def test_a_batch_tells_all_ranks_whether_to_commit_after_it(start: Start) -> None:
+    rank, _ = start()
+    due = []
+    for number in range(3):
+        rank.learn(number)
+        due.append(rank.commit_is_due)
+    assert due == [False, True, False]
+
+
+def test_checkpoints_are_due_by_the_clock_unless_by_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(commits.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(commits, "_last_commit", lambda: None)
+    found = {}
+    for name, fields in {"default": {}, "batches": {"every": 3}}.items():
+        family = FamilySpec.model_validate(tiny_family(checkpoints=fields))
+        job: Any = SimpleNamespace(family=family, storage="/runs/tiny", name="small")
+        kept = commits.Commits(job, rank=1)
+        now[0] += 599.0
+        early = [kept.due(batch) for batch in (2, 3, 4)]
+        now[0] += 1.0
+        found[name] = early + [kept.due(batch) for batch in (5, 6)]
+    assert found == {"default": [False] * 3 + [True] * 2, "batches": [False, True, False, False, True]}
 
 
 def test_gradient_checkpointing_draws_the_same_dropout_again(start: Start) -> None:
