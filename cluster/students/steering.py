@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -32,7 +33,7 @@ LESS_MEMORY = (
 # Of a reason, on the display; the log has all of it.
 SHOWN = 200
 DEAD_PROCESS = re.compile(r"\tpid: (?P<pid>\d+)\n(?:.*\n)*?\tip: (?P<ip>\S+)")
-LAST_LINES, TAIL_S = 5, 30.0
+LAST_LINES, LOOK_S = 5, 30.0
 
 
 class Steering(ray.train.UserCallback):
@@ -100,12 +101,12 @@ def rank_failure(error: BaseException) -> str:
 
 
 def _of_one(error: BaseException) -> str:
-    last = last_words(str(getattr(error, "health_check_failure", error)))
-    return first_line(error, LESS_MEMORY) + (f"; it last wrote: {last}" if last else "")
+    about = _aftermath(str(getattr(error, "health_check_failure", error)))
+    return "; ".join(part for part in (first_line(error, LESS_MEMORY), *about) if part)
 
 
-def last_words(death: str) -> str:
-    """The last lines that a process wrote to stderr, from the node where it ran; empty where they cannot be had.
+def _aftermath(death: str) -> tuple[str, ...]:
+    """What the node of a process that died knows of it; empty where the node is gone, or where no process died.
 
     Args:
         death: Ray's text on the death of an actor.
@@ -113,24 +114,47 @@ def last_words(death: str) -> str:
     found = DEAD_PROCESS.search(death)
     alive = {node["NodeManagerAddress"]: node["NodeID"] for node in ray.nodes() if node["Alive"]} if found else {}
     if found is None or found["ip"] not in alive:
-        return ""
+        return ()
     there = NodeAffinitySchedulingStrategy(alive[found["ip"]], soft=False)
     try:
-        lines: list[str] = ray.get(_tail.options(scheduling_strategy=there).remote(int(found["pid"])), timeout=TAIL_S)
+        about: tuple[str, str] = ray.get(
+            _look.options(scheduling_strategy=there).remote(int(found["pid"])), timeout=LOOK_S
+        )
     except RayError as error:
-        log.warning("the last lines of process %s on node %s cannot be read: %s", found["pid"], found["ip"], error)
-        return ""
-    return " | ".join(lines)
+        log.warning("node %s does not tell why its process %s died: %s", found["ip"], found["pid"], error)
+        return ()
+    return about
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _tail(pid: int) -> list[str]:
-    """The last lines of a worker process of this node; Ray's own, which begin with a colon, are left out."""
+def _look(pid: int) -> tuple[str, str]:
+    """This node's memory, and the last lines that one of its worker processes wrote to stderr."""
     folder = Path(ray._private.worker._global_node.get_logs_dir_path())
     lines = [
         line for path in folder.glob(f"worker-*-{pid}.err") for line in path.read_text(errors="replace").splitlines()
     ]
-    return [line.strip() for line in lines if line.strip() and not line.startswith(":")][-LAST_LINES:]
+    # Ray's own begin with a colon.
+    last = [line.strip() for line in lines if line.strip() and not line.startswith(":")][-LAST_LINES:]
+    return _memory(Path("/proc")), f"it last wrote: {' | '.join(last)}" if last else ""
+
+
+def _memory(proc: Path) -> str:
+    """How much of a Linux machine's memory is in use, and how often its kernel had to kill a process for it."""
+    if not (proc / "vmstat").exists():
+        return ""
+    gb = {name: int(rest.split()[0]) / 1e6 for name, rest in _fields(proc / "meminfo", ":")}
+    kills = dict(_fields(proc / "vmstat", " ")).get("oom_kill", "an unknown number of")
+    used = gb["MemTotal"] - gb["MemAvailable"]
+    return (
+        f"{used:.1f} of {gb['MemTotal']:.1f} GB are in use there now, and its kernel has killed {kills} processes for "
+        f"memory since it started"
+    )
+
+
+def _fields(path: Path, separator: str) -> Iterator[tuple[str, str]]:
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(separator)
+        yield name, value
 
 
 def rank(config: dict[str, StudentJob]) -> None:

@@ -51,6 +51,7 @@ def test_ranks_that_die_at_their_start_fail_the_student_and_say_why(tmp_path: Pa
     reason = rank_failure(failed.value)
     assert reason.startswith("its ranks failed 2 times, max_failures is 1; the last time: process ")
     assert "ended without a Python error" in reason and "lower the student's micro_batch" in reason
+    assert "GB are in use there now" in reason
     assert reason.endswith("; it last wrote: this node has no luck today")
     _, phases, _ = ray.get(board.since.remote(0))
     assert phases["small"].startswith("starting again (1 of 1): process ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from ray.train.v2._internal.execution.controller.state import ErroredState, Resc
 
 from cluster.board import NO_PLACE, has_no_rank
 from cluster.errors import RunError
-from cluster.students.steering import Restarts, rank_failure
+from cluster.students.steering import Restarts, _memory, rank_failure
 from tests.cluster.test_errors import text
 
 
@@ -81,3 +82,14 @@ def test_the_rank_that_died_is_named_not_those_that_lost_their_connection_to_it(
     died = WorkerHealthCheckFailedError("A worker health check failed.", RayActorError("0" * 32, text("killed")))
     assert rank_failure(raised(RuntimeError("Connection closed by peer"), died)).startswith("rank 1: process 13543 on")
     assert rank_failure(raised(ValueError("one"), ValueError("two"))) == "rank 0: ValueError: one"
+
+
+def test_a_node_tells_its_memory_and_what_its_kernel_has_killed(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:       16000000 kB\nMemAvailable:    1500000 kB\nHugePages_Total:  0\n")
+    (tmp_path / "vmstat").write_text("nr_free_pages 1\noom_kill 3\n")
+    assert _memory(tmp_path) == (
+        "14.5 of 16.0 GB are in use there now, and its kernel has killed 3 processes for memory since it started"
+    )
+    (tmp_path / "vmstat").unlink()
+    assert _memory(tmp_path) == ""
+    assert "GB are in use there now" in _memory(Path("/proc"))
