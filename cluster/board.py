@@ -10,6 +10,12 @@ FAMILY = ""
 
 # What a student does that has no rank running: at first, and after its ranks have died.
 NO_PLACE = "waiting for a place"
+STARTING_AGAIN = "starting again"
+
+
+def has_no_rank(phase: str) -> bool:
+    """Whether a student in this phase has no rank running."""
+    return phase == NO_PLACE or phase.startswith(STARTING_AGAIN)
 
 
 @dataclass(frozen=True)

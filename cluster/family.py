@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.board import NO_PLACE, Board
+from cluster.board import Board, has_no_rank
 from cluster.capacity import Need, Unplaced
 from cluster.corpus.batches import CORPUS_FOLDER, Batches, CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
@@ -206,7 +206,7 @@ def _distil(
                 raise RunError(status.stats.error)
             give_back_places()
             actors.stream.beside.remote(others())
-            unplaced.look([name for name in tasks.values() if status.students[name].phase == NO_PLACE])
+            unplaced.look([name for name in tasks.values() if has_no_rank(status.students[name].phase)])
             for ref in done:
                 ends.take(ref)
             ends.champions.look({name: student.phase for name, student in status.students.items()})

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 
 from cluster.board import FAMILY, NO_PLACE, Point
 from cluster.errors import RunError, first_line
+from cluster.session import ACTOR_LOST
 from cluster.stream.figures import StreamStats
 
 # Batches that may be on their way to the store without a word.
@@ -116,7 +117,7 @@ class Watch:
         """
         try:
             self._stats = ray.get(self._stream.stats.remote(), timeout=ANSWER_S)
-        except (RayActorError, GetTimeoutError) as error:
+        except (*ACTOR_LOST, GetTimeoutError) as error:
             away_s = time.monotonic() - self._answered_at
             if away_s > self._longest_s:
                 raise RunError(

@@ -120,7 +120,7 @@ class CorpusSpec(Section):
     """Share of the text that no student trains on; fidelity is measured there. Whole documents are held out, chosen by
     a hash of their text; only a text that is longer than this share is cut."""
     seed: int = 0
-    """Decides the order. Batch i is a function of (corpus, seed)."""
+    """Decides the order, and what each student's dropout draws. Batch i is a function of (corpus, seed)."""
 
 
 class StreamSpec(Section):
@@ -143,14 +143,19 @@ class CheckpointSpec(Section):
     """What a student keeps on the way, so that `--resume` can go on from it."""
 
     every: PositiveInt | None = None
-    """Batches between checkpoints; none means only the finished student is kept."""
+    """Batches between checkpoints; none means by the clock, see `minutes`. More than the pass has keeps the finished
+    student only."""
+    minutes: PositiveFloat = 10.0
+    """Minutes between checkpoints where `every` is not given. A crash costs at most twice that, as one checkpoint may
+    still be on its way to the storage."""
     keep: PositiveInt = 2
-    """Checkpoints that are kept per student."""
+    """Checkpoints that are kept per student while it trains. Once it has finished, only its model is."""
 
     @model_validator(mode="after")
-    def _keep_has_effect(self) -> CheckpointSpec:
-        if self.every is None and self.keep != type(self).model_fields["keep"].default:
-            raise ValueError("keep has no effect without every; set checkpoints.every or leave keep out")
+    def _minutes_have_effect(self) -> CheckpointSpec:
+        # Compared with the default, not with what was set, so that a resolved spec can be read back.
+        if self.every is not None and self.minutes != type(self).model_fields["minutes"].default:
+            raise ValueError("minutes has no effect with every; leave one of them out")
         return self
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import ray
 from ray.actor import ActorHandle
 
-from cluster.errors import StillhouseError, first_line
+from cluster.errors import first_line
 from cluster.evaluate.figures import Champion
 from cluster.students.job import StudentJob
 from cluster.teacher.replica import is_loss
@@ -91,8 +91,7 @@ class Champions:
                 log.warning("the champion of %s is measured again: %s", at.student, error)
                 self._measure(at.student, at.version, at.tries + 1)
             else:
-                cause = getattr(error, "cause", None)
-                self._give_up(at, str(cause) if isinstance(cause, StillhouseError) else first_line(error))
+                self._give_up(at, first_line(error))
         return True
 
     def look(self, phases: Mapping[str, str]) -> None:

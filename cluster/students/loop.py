@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,6 +16,8 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from torch import Tensor
+from transformers import set_seed
 
 from cluster import tracing
 from cluster.audit import AuditLog
@@ -36,6 +42,22 @@ from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
 from cluster.students.zero import adamw, gathered_state, reduce_nothing, schedule_of, use_plain_gloo, zero_config
 
+log = logging.getLogger(__name__)
+
+
+def seed_micro_batch(seed: int, student: str, batch: int, row: int) -> None:
+    """Seed Python, NumPy and torch (all devices) before one micro-batch, so that its dropout depends on nothing else.
+
+    A resumed student therefore draws what it would have drawn without the interruption, whatever ran in between and on
+    whatever number of ranks, and no random state has to be committed.
+
+    Args:
+        seed: the corpus' seed.
+        row: the micro-batch's first sequence in the global batch.
+    """
+    digest = hashlib.sha256(f"{seed} {student} {batch} {row}".encode()).digest()
+    set_seed(int.from_bytes(digest[:4], "big"))
+
 
 class _Rank:
     """One rank of one student, for as long as its process lives."""
@@ -54,6 +76,7 @@ class _Rank:
         self.before: Fidelity | None = None
         self.audit: AuditLog | None = None
         self.trained_s = 0.0
+        self.commit_is_due = False
 
     def _build(self) -> None:
         import deepspeed
@@ -97,9 +120,23 @@ class _Rank:
         if last is None:
             return 0
         self.before, self.trained_s = Fidelity(**last["before"]), last["seconds"]
+        # A commit from before micro_batch was recorded has none.
+        made_on = {name: last.get(name) for name in ("ranks", "micro_batch")}
+        if self.rank == 0 and made_on != (now := self._layout()):
+            log.warning(
+                "student %s resumes after batch %d with %s, committed with %s; sums are added in another order%s",
+                self.job.name,
+                last["batch"] - 1,
+                now,
+                made_on,
+                "" if made_on["micro_batch"] == now["micro_batch"] else ", and dropout draws other masks from here on",
+            )
         if last["batch"] < self.job.batches:
             self.commits.take_up(self.engine)
         return int(last["batch"])
+
+    def _layout(self) -> dict[str, int]:
+        return {"ranks": self.spec.ranks, "micro_batch": self.spec.micro_batch}
 
     def commit(self, batch: int, after: Fidelity | None = None, last: bool = False) -> None:
         """Commit the number of batches learnt with the training state; with ``after`` the finished model instead.
@@ -109,7 +146,7 @@ class _Rank:
         assert self.before is not None
         facts = {
             "batch": batch,
-            "ranks": self.spec.ranks,
+            **self._layout(),
             "seconds": self.trained_s,
             "parameters": self.parameters,
             "before": asdict(self.before),
@@ -145,7 +182,7 @@ class _Rank:
 
         Raises:
             LabelError: the labels must not be learnt from.
-            RunError: the loss is not finite; no step is taken on it.
+            RunError: the loss or the gradient is not finite; nothing of this batch is committed.
         """
         job, device = self.job, self.device
         waits_ns = time.time_ns()
@@ -159,22 +196,18 @@ class _Rank:
         # divided by its loss tokens, however it is cut up.
         scale = self.spec.ranks * (rows // size) / delivery.loss_tokens
         sums = torch.zeros(4, dtype=torch.float64, device=device)
+        # The step also moves the schedule on: afterwards this is the next batch's.
+        rate = self.engine.get_lr()[0]
         for first in range(0, rows, size):
+            seed_micro_batch(job.family.corpus.seed, job.name, number, self.rank * rows + first)
             inputs = inputs_of(delivery.batch.rows(first, first + size), device)
             target = targets_of(labels.rows(first, first + size), inputs.next_T, self.measures.kept_head())
             use = partial(distillation_loss, target=target, objective=objective, vocabulary=job.teacher.vocabulary)
             loss, parts = self.engine(inputs, use)
-            if not loss.isfinite():
-                raise RunError(f"the loss of batch {number} is not finite ({loss.item()}); no step was taken on it")
             self.engine.backward(loss * scale)
             self.engine.step()
             sums += torch.cat([loss.detach().double()[None], parts])
-        facts = labels.sums()
-        sums = torch.cat([sums, torch.tensor(list(facts.values()), dtype=torch.float64, device=device)])
-        if self.spec.ranks > 1:
-            torch.distributed.all_reduce(sums)
-        names = ["loss", "divergence", "kl", "cross_entropy", *facts]
-        means = dict(zip(names, (sums / delivery.loss_tokens).tolist(), strict=True))
+        means = self._means(number, sums, labels.sums(), delivery.loss_tokens)
         # A GPU has done all of its work only now that the sums are here.
         seconds = time.perf_counter() - started
         self.trained_s += seconds
@@ -184,7 +217,39 @@ class _Rank:
         speed = {"tokens_per_second": delivery.loss_tokens / seconds}
         if (mfu := self.work.mfu(self.spec.ranks * delivery.batch.tokens_BS.size, seconds)) is not None:
             speed["mfu"] = mfu
-        self._post(number, {**means, **speed})
+        self._post(number, {**means, **speed, "lr": rate})
+
+    def _means(self, number: int, sums: Tensor, facts: Mapping[str, float], loss_tokens: int) -> dict[str, float]:
+        """Means over the global batch's loss tokens, and its gradient norm; also whether to commit after it.
+
+        The only place where a batch waits for the device on our part: all is read in one copy, when it is logged.
+
+        Args:
+            sums: this rank's, see :func:`~cluster.students.losses.fused.distillation_loss`.
+            facts: sums over this rank's labels.
+
+        Raises:
+            RunError: the loss or the gradient is not finite. DeepSpeed skips such a step, and only counts it.
+        """
+        # Rank 0 decides on the commit for all of them, for its clock is not theirs.
+        due = float(self.rank == 0 and self.commits.due(number + 1))
+        more = torch.tensor([*facts.values(), due], dtype=torch.float64, device=self.device)
+        sums = torch.cat([sums, more])
+        if self.spec.ranks > 1:
+            torch.distributed.all_reduce(sums)
+        # DeepSpeed's: over all ranks, before clipping; a tensor on the device, or inf where it has skipped the step.
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64, device=self.device)
+        *totals, due, gradient_norm = torch.cat([sums, norm[None]]).tolist()
+        self.commit_is_due = due > 0
+        names = ["loss", "divergence", "kl", "cross_entropy", *facts]
+        means = {name: total / loss_tokens for name, total in zip(names, totals, strict=True)}
+        if not (math.isfinite(means["loss"]) and math.isfinite(gradient_norm)):
+            raise RunError(
+                f"student {self.job.name}, batch {number}: loss {means['loss']:g}, gradient norm {gradient_norm:g}; "
+                f"both must be finite, and nothing of this batch was committed. Lower lr, lengthen schedule.warmup, or "
+                f"use precision: float32, in a new run"
+            )
+        return {**means, "gradient_norm": gradient_norm}
 
     def _post(self, number: int, metrics: dict[str, float]) -> None:
         """Add what is measured at this batch only, and put all of it on the board."""
@@ -192,7 +257,6 @@ class _Rank:
         if every and number % every == 0 and (angle := self.measures.gradient_angle(number)) is not None:
             metrics["gradient_angle"] = angle
         if self.rank == 0:
-            metrics["lr"] = self.engine.get_lr()[0]
             self.job.board.post.remote(Point(self.job.name, number + 1, metrics))
 
 
@@ -228,7 +292,6 @@ def _train(job: StudentJob) -> None:
         rank.say("measuring before")
         rank.before = rank.measures.fidelity()
     rank.say("training")
-    every = job.family.checkpoints.every
     for number in range(first, job.batches):
         try:
             rank.learn(number)
@@ -239,7 +302,7 @@ def _train(job: StudentJob) -> None:
                 rank.commit(number, last=True)
             rank.say("stopped")
             return
-        if every and (number + 1) % every == 0 and number + 1 < job.batches:
+        if rank.commit_is_due and number + 1 < job.batches:
             rank.commit(number + 1)
     if rank.rank == 0:
         # The last batch ended with a collective, so the other ranks have read it too.

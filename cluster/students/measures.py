@@ -114,9 +114,11 @@ class Measures:
         target = targets_of(labels, inputs.next_T, None)
         objective = objective_at(job.spec.loss, job.family.labels, number, job.batches)
         use = partial(angle_sums, target=target, exact=exact, objective=objective)
-        dot, own, whole = self._all_ranks(
-            self._engine.module(inputs, partial(use, vocabulary=job.teacher.vocabulary))
-        ).tolist()
+        # Without dropout, as it is the labels' angle that is asked for, and nothing may be drawn.
+        self._engine.eval()
+        sums = self._engine.module(inputs, partial(use, vocabulary=job.teacher.vocabulary))
+        self._engine.train()
+        dot, own, whole = self._all_ranks(sums).tolist()
         if not own or not whole:
             return None
         return math.degrees(math.acos(max(-1.0, min(1.0, dot / math.sqrt(own * whole)))))

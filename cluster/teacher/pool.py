@@ -30,6 +30,8 @@ T = TypeVar("T")
 # hardware differ by rounding; a half-loaded teacher differs by orders of magnitude more.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
+LESS_MEMORY = "lower teacher.tokens_per_chunk, raise teacher.shards, or run fewer families on that node"
+
 
 @dataclass
 class PoolStats:
@@ -127,7 +129,7 @@ class TeacherPool:
                 await self._replace(replica, error)
                 return
             # The model itself cannot be loaded or run: another try would end the same way.
-            self._unfit(replica, f"teacher replica {replica.index} cannot start: {first_line(error)}")
+            self._unfit(replica, f"teacher replica {replica.index} cannot start: {first_line(error, LESS_MEMORY)}")
             return
         try:
             self._proves_itself(replica, probe)
@@ -188,15 +190,15 @@ class TeacherPool:
     async def _replace(self, replica: Replica, error: BaseException) -> None:
         """Start a dead replica again, a little later each time, until its restarts are used up."""
         replica.stop()
-        log.warning("teacher replica %d died: %s", replica.index, error)
-        self.stats.last_error = f"replica {replica.index}: {first_line(error)}"
+        log.warning("teacher replica %d died: %s", replica.index, first_line(error, LESS_MEMORY))
+        self.stats.last_error = f"replica {replica.index}: {first_line(error, LESS_MEMORY)}"
         if self._spared(replica, self.stats.last_error, self._spec.min_replicas):
             return
         self._deaths[replica.index] += 1
         if self._deaths[replica.index] > self._spec.max_restarts:
             reason = (
                 f"teacher replica {replica.index} died {self._deaths[replica.index]} times, which is more than "
-                f"teacher.max_restarts {self._spec.max_restarts}; the last time: {first_line(error)}"
+                f"teacher.max_restarts {self._spec.max_restarts}; the last time: {first_line(error, LESS_MEMORY)}"
             )
             # As long as another serves or may still do so, this one is no reason to end a night's work.
             if not self._spared(replica, reason, 1):
@@ -257,7 +259,7 @@ class TeacherPool:
             self.stats.growing = True
             self._proves_itself(replica, await replica.load())
         except Exception as error:
-            self.stats.last_error = f"a replica could not be added: {first_line(error)}"
+            self.stats.last_error = f"a replica could not be added: {first_line(error, LESS_MEMORY)}"
             log.warning("teacher replica %d was not added: %s", replica.index, error)
             self._scaling.failed(time.monotonic())
             return
@@ -341,10 +343,12 @@ class TeacherPool:
                     self._begin(self._replace(replica, error))
                     # A range of replicas can be refilled for ever, and what kills each of them would go on to do so.
                     if deaths > self._spec.max_replicas * (1 + self._spec.max_restarts):
-                        self._fail(f"{deaths} teacher replicas died over {what}; the last: {first_line(error)}")
+                        self._fail(
+                            f"{deaths} teacher replicas died over {what}; the last: {first_line(error, LESS_MEMORY)}"
+                        )
                     continue
                 # The model itself fails on this input: another replica would too.
-                reason = f"the teacher failed on {what}: {first_line(error)}"
+                reason = f"the teacher failed on {what}: {first_line(error, LESS_MEMORY)}"
                 self._fail(reason)
                 raise RunError(reason) from error
             self._release(replica)

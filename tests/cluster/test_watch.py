@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError
 
 from cluster import watch
 from cluster.board import FAMILY
@@ -58,7 +58,7 @@ class Answers:
         return self.stream
 
 
-@pytest.mark.parametrize("error", [ActorDiedError(), GetTimeoutError("no answer")])
+@pytest.mark.parametrize("error", [ActorDiedError(), OutOfMemoryError("killed"), GetTimeoutError("no answer")])
 def test_a_stream_that_stays_away_ends_the_run_and_one_that_comes_back_does_not(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -80,7 +81,10 @@ def test_ctrl_c_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_resume_after_ctrl_c_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_path: Path) -> None:
-    path = write_sixty_batches(tmp_path, tiny)
+    # Its students have its dropout.
+    config = Path(shutil.copytree(tiny, tmp_path / "tiny")) / "teacher" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.2}))
+    path = write_sixty_batches(tmp_path, tmp_path / "tiny")
     homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
     homes[1].mkdir()
     run_until_ctrl_c(path, homes[0])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.students.snapshot import LIST_FILE, keep, mend
+from cluster.students.snapshot import LIST_FILE, keep, keep_last_only, mend
 
 
 def write_list(folder: Path, names: str) -> str:
@@ -68,3 +68,19 @@ def test_without_a_kept_list_or_a_checkpoint_the_student_begins_anew(tmp_path: P
     (tmp_path / LIST_FILE).write_text("")
     mend(tmp_path)
     assert not (tmp_path / LIST_FILE).exists()
+
+
+def test_a_finished_student_s_last_checkpoint_alone_stays(run: Path) -> None:
+    write_list(run, "abc")
+    keep_last_only(run)
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["c"]
+    # Ray Train refuses a list that names a checkpoint which is gone; so it does one that was put back.
+    (run / LIST_FILE).write_text("")
+    for _ in range(2):
+        mend(run)
+        state = json.loads((run / LIST_FILE).read_text())
+        assert [each["checkpoint_dir_name"] for each in state["checkpoint_results"]] == ["c"]
+        assert state["checkpoint_report_indices"] == [2]
+        assert state["latest_checkpoint_result"]["checkpoint_dir_name"] == "c"
+    keep_last_only(run)
+    assert (run / "c").is_dir()
