@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
+from cluster.loading import read_config
 from cluster.registry import fetch_model
 
 
@@ -72,11 +73,10 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
     Raises:
         UserError: not a causal language model that transformers knows, or one whose logits are not hidden @ head.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code)
     except Exception as error:  # whatever goes wrong here is wrong with the file that was given
         raise UserError(f"{field}: cannot use {folder}/config.json: {_one_line(error)}") from None
     for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):

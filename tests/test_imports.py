@@ -63,12 +63,12 @@ def test_the_cluster_imports_nothing_downstream(downstream: str) -> None:
 
 
 def test_serving_takes_little_from_the_cluster() -> None:
-    """Errors, the spec's words, YAML, traces, the registry; the pool in one file, which scores a sample of answers."""
+    """Errors, the model loader, the spec's words, YAML, traces, the registry; in one file, to score answers, the pool."""
     judge = ROOT / "serving/control/judge.py"
     others = [file for file in sources("serving") if file != judge]
     assert len(others) > 30
     allowed = tuple(
-        f"cluster.{room}" for room in ("devices.", "errors.", "registry.", "spec.", "tracing", "yaml_file.")
+        f"cluster.{room}" for room in ("devices.", "errors.", "loading.", "registry.", "spec.", "tracing", "yaml_file.")
     )
     assert offenders(others, "cluster", allowed) + offenders(sources("serving"), "jobs") == []
     assert offenders([judge], "cluster", (*allowed, "cluster.corpus.", "cluster.labels.", "cluster.models.")) == [
@@ -81,3 +81,17 @@ def test_only_the_registry_knows_mlflow() -> None:
     others = [file for file in sources("cluster", "jobs", "serving") if file not in registry]
     assert offenders(others, "mlflow") == []
     assert offenders(registry, "mlflow")
+
+
+def test_only_one_function_loads_weights() -> None:
+    """``from_pretrained`` of a model class fills what a checkpoint lacks with random numbers; ours raises."""
+    classes = {"AutoModelForCausalLM", "AutoModel", "PreTrainedModel"}
+    callers = [
+        str(source.relative_to(ROOT))
+        for source in sources("cluster", "jobs", "serving", "infra", "benchmarks")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr == "from_pretrained"
+        and not (isinstance(node.value, ast.Name) and node.value.id not in classes)
+    ]
+    assert sorted(set(callers)) == ["cluster/loading.py"]

@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from cluster.devices import see_no_gpu
 from cluster.errors import UserError
 from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of
 from cluster.evaluate.figures import Champion
 from cluster.labels.make import as_tensor
+from cluster.loading import load_model
 from cluster.memory import keep_memory
 from cluster.models import load_config, load_tokenizer, tokenizer_fingerprint
 from cluster.registry import fetch_model
@@ -44,10 +44,9 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
         if reason := why_not_comparable(folder, job):
             return Champion(version, None, f"champion v{version} cannot be compared: {reason}")
         student = Student(
-            AutoModelForCausalLM.from_pretrained(
+            load_model(
                 folder,
                 dtype=torch.bfloat16 if job.spec.precision == "bfloat16" else torch.float32,
-                use_safetensors=True,
                 trust_remote_code=job.family.teacher.trust_remote_code,
             )
         ).to(device)
