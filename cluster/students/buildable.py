@@ -149,19 +149,21 @@ def check_scratch(field: str, config: Any, init: Scratch, trust_remote_code: boo
 def _check_kv_heads(field: str, config: Any, init: Scratch, trust_remote_code: bool, layers: nn.Module) -> None:
     """Whether every layer has the key-value heads that were asked for, as many as ``heads`` where none were."""
     kind, asked = config.model_type, init.kv_heads or init.heads
-    for module in layers.modules():
-        groups = getattr(module, "num_key_value_groups", None)
-        made = init.heads // groups if isinstance(groups, int) and groups else asked
-        made = next((n for name in KV_NAMES if isinstance(n := getattr(module, name, None), int)), made)
-        if made != asked:
-            raise UserError(f"{field}.kv_heads: got {asked}; a {kind} model would have {made}; give kv_heads: {made}")
-    if asked != init.heads:
-        full = init.model_copy(update={"kv_heads": init.heads})
-        other = meta_model(_student_config(field, kind, scratch_config, config, full), field, trust_remote_code)
-        if _shapes(other.get_submodule(layer_stack(other, init.layers))) == _shapes(layers):
-            raise UserError(
-                f"{field}.kv_heads: got {asked}; a {kind} model has no key-value heads of its own: leave kv_heads out"
-            )
+    modules = list(layers.modules())
+    made = {n for module in modules for name in KV_NAMES if isinstance(n := getattr(module, name, None), int)}
+    if not made:
+        groups = {n for module in modules if isinstance(n := getattr(module, "num_key_value_groups", None), int) and n}
+        made = {init.heads // n for n in groups}
+        if asked != init.heads:
+            full = init.model_copy(update={"kv_heads": init.heads})
+            other = meta_model(_student_config(field, kind, scratch_config, config, full), field, trust_remote_code)
+            if _shapes(other.get_submodule(layer_stack(other, init.layers))) == _shapes(layers):
+                made = {init.heads}
+    if others := sorted(made - {asked}):
+        raise UserError(
+            f"{field}.kv_heads: got {asked}; a {kind} model of this size would have {others[0]}; give "
+            f"kv_heads: {others[0]}"
+        )
 
 
 def _check_width(field: str, config: Any, init: Scratch, trust_remote_code: bool, layers: nn.Module) -> None:
@@ -187,11 +189,11 @@ def _check_width(field: str, config: Any, init: Scratch, trust_remote_code: bool
                     f"{field}.intermediate_size: got {asked}; layer {layer} of a {kind} model would have {made}"
                 )
         return
-    made = max(_feed_forward_widths(layers, init.hidden_size), default=0)
-    if made != asked:
+    fixed = max(_feed_forward_widths(layers, init.hidden_size), default=0)
+    if fixed != asked:
         raise UserError(
             f"{field}.intermediate_size: got {asked}; a {kind} model has no such setting: its feed-forward layers are "
-            f"{made} wide where hidden_size is {init.hidden_size}; give intermediate_size: {made}"
+            f"{fixed} wide where hidden_size is {init.hidden_size}; give intermediate_size: {fixed}"
         )
 
 

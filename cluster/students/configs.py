@@ -8,7 +8,7 @@ installed version has; :mod:`cluster.students.initial` verifies the result on th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from cluster.spec import Scratch
@@ -74,9 +74,9 @@ def _with_layers(config: Any, source: Sequence[int]) -> dict[str, Any]:
         elif key == "ple_layer_ids" and value:  # counted from 1
             fields[key] = [new + 1 for new, old in enumerate(source) if old + 1 in value]
         elif key in _LEADING and isinstance(value, int):
-            fields[key] = _leading(source, lambda old, first=value: old < first)
+            fields[key] = _leading([old < value for old in source])
         elif key in _TRAILING and isinstance(value, int):
-            fields[key] = _leading(source[::-1], lambda old, last=value: old >= total - last)
+            fields[key] = _leading([old >= total - value for old in reversed(source)])
         elif isinstance(value, list | tuple) and len(value) == total and ("layer" in key or key in _PER_LAYER):
             fields[key] = [value[old] for old in source]
     fields.update(_rules(config, fields, source))
@@ -84,9 +84,9 @@ def _with_layers(config: Any, source: Sequence[int]) -> dict[str, Any]:
     return fields
 
 
-def _leading(source: Sequence[int], holds: Callable[[int], bool]) -> int:
+def _leading(holds: list[bool]) -> int:
     """How many layers there are at the start for all of which something holds."""
-    return next((new for new, old in enumerate(source) if not holds(old)), len(source))
+    return [*holds, False].index(False)
 
 
 def _rules(config: Any, fields: dict[str, Any], source: Sequence[int]) -> dict[str, Any]:

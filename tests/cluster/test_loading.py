@@ -43,8 +43,10 @@ def refusals(folder: Path) -> tuple[str, str]:
     return str(checked.value), str(loaded.value)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [*((kind, False) for kind in TYPES), *((kind, True) for kind in ("gpt2", "llama", "mixtral", "opt", "qwen3_moe"))],
+)
 def test_what_save_pretrained_writes_is_whole(kind: str, tied: bool, tmp_path: Path) -> None:
     model = tiny_model(tiny_config(kind, tie_word_embeddings=tied))
     model.save_pretrained(tmp_path)
@@ -55,7 +57,7 @@ def test_what_save_pretrained_writes_is_whole(kind: str, tied: bool, tmp_path: P
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", ["bloom", "gpt2", "gptj", "llama", "mixtral", "opt", "phi", "qwen3_moe"])
 def test_a_layer_that_is_missing_is_named(kind: str, tmp_path: Path) -> None:
     lost: list[str] = []
 
@@ -195,8 +197,7 @@ def test_a_pointer_of_git_lfs_is_refused_with_what_to_do(tmp_path: Path) -> None
         check(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
-@pytest.mark.parametrize("pad", [64, 1000, -100])
+@pytest.mark.parametrize(("kind", "pad"), [("llama", 64), ("opt", 1000), ("phi", -100), ("gpt2", 64)])
 def test_a_padding_token_outside_the_embedding_is_dropped(kind: str, pad: int, tmp_path: Path) -> None:
     folder = write_tiny_type(tmp_path, kind)
     tree = json.loads((folder / "config.json").read_text())
