@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from common import TEACHER, arguments, device, hardware, packed_text, write
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from cluster.labels.kinds import Labels, TopK
 from cluster.labels.make import make_labels
 from cluster.labels.wire import Stamp, encode
+from cluster.loading import load_model
 from cluster.spec import DenseLabels, LabelsSpec, SampledLabels, TeacherLayers, TopKLabels
 from cluster.students.angle import angle_sums
 from cluster.students.initial import initial_student
@@ -87,7 +87,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.on = device()
-        self.teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).to(self.on).eval()
+        self.teacher = load_model(TEACHER, dtype=torch.float32).to(self.on)
         init = TeacherLayers(source="teacher", layers=24)
         where: dict[str, Any] = {"teacher_dir": str(TEACHER), "student_dir": None, "dtype": torch.float32}
         self.student = initial_student(init, **where).to(self.on)

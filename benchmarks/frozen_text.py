@@ -2,9 +2,9 @@
 
     python benchmarks/frozen_text.py TEACHER TEXT.jsonl MODEL [MODEL ...]
 
-Nothing of Stillhouse is imported, so two versions of it can be compared by the models that they export. Each document is
-read by itself (no packing), in float32, over the whole vocabulary. Prints one JSON line per model: the mean over tokens
-of KL(teacher || model) in nats, the share of tokens whose most likely successor agrees, and the model's perplexity.
+It imports nothing of Stillhouse, so it compares two versions of it by the models that they export. Each document is
+read by itself (no packing), in float32, over the whole vocabulary. It prints one JSON line per model: the mean over
+tokens of KL(teacher || model) in nats, the share of tokens whose most likely successor agrees, and the perplexity.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cluster.labels.make import make_labels
 from cluster.labels.wire import Stamp, encode
+from cluster.loading import load_model
 from cluster.memory import keep_memory
 from cluster.prefill import last_hidden
 from cluster.spec import HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
@@ -42,7 +43,7 @@ SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
 def load(shape: str | None, dtype: torch.dtype, on: torch.device) -> Any:
     """The demo teacher, or a Llama of some shape whose weights are random."""
     if shape is None:
-        return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=dtype).to(on).eval()
+        return load_model(TEACHER, dtype=dtype).to(on)
     width, inner, layers, heads, kv_heads = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=128_256,

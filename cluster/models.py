@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
+from cluster.loading import read_config
 from cluster.registry import fetch_model
 
 
@@ -71,7 +72,6 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
         UserError: not a causal language model that transformers knows, one whose logits are not hidden @ head, an
             adapter, or one whose trusted code lies in another repository.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if (folder / "adapter_config.json").is_file():
@@ -80,7 +80,7 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
             f"{field}: {folder} holds an adapter (adapter_config.json); merge it into its base model and save that"
         )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code)
     except Exception as error:  # whatever goes wrong here is wrong with the file that was given
         raise UserError(f"{field}: cannot use {folder}/config.json: {_one_line(error)}") from None
     own_code = getattr(config, "auto_map", None) or {}

@@ -57,11 +57,11 @@ def test_the_cluster_imports_nothing_downstream(downstream: str) -> None:
 
 
 def test_serving_takes_little_from_the_cluster() -> None:
-    """Errors, the spec's words, YAML, traces, the registry; the pool in one file, which scores a sample of answers."""
+    """Errors, the model loader, the spec, YAML, traces, the registry; the pool in one file, which scores answers."""
     judge = ROOT / "serving/control/judge.py"
     others = [file for file in sources("serving") if file != judge]
     assert len(others) > 30
-    rooms = ("devices", "errors", "registry", "spec", "tracing", "yaml_file")
+    rooms = ("devices", "errors", "loading", "registry", "spec", "tracing", "yaml_file")
     assert [room for room in rooms if not list((ROOT / "cluster").glob(f"{room}*"))] == []
     allowed = tuple(f"cluster.{room}" + "." * (room != "tracing") for room in rooms)
     assert offenders(others, "cluster", allowed) + offenders(sources("serving"), "jobs") == []
@@ -75,3 +75,17 @@ def test_only_the_registry_knows_mlflow() -> None:
     others = [file for file in sources("cluster", "jobs", "serving") if file not in registry]
     assert offenders(others, "mlflow") == []
     assert offenders(registry, "mlflow")
+
+
+def test_only_one_function_loads_weights() -> None:
+    """``from_pretrained`` of a model class fills what a checkpoint lacks with random numbers; ours raises."""
+    without_weights = {"AutoConfig", "AutoTokenizer", "GenerationConfig"}
+    callers = [
+        str(source.relative_to(ROOT))
+        for source in sources("cluster", "jobs", "serving", "infra", "benchmarks")
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr == "from_pretrained"
+        and not (isinstance(node.value, ast.Name) and node.value.id in without_weights)
+    ]
+    assert sorted(set(callers)) == ["cluster/loading.py"]

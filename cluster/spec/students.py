@@ -56,7 +56,7 @@ class Scratch(Section):
     kv_heads: PositiveInt | None = None
     """Key-value heads; none means as many as `heads`."""
     intermediate_size: PositiveInt
-    """Width of the feed-forward layer."""
+    """Width of the feed-forward layers; in a mixture of experts, of every expert."""
     seed: int = 0
     """Decides the random weights."""
 

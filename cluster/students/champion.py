@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from cluster.devices import see_no_gpu
 from cluster.errors import UserError
@@ -14,6 +13,7 @@ from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of
 from cluster.evaluate.figures import Champion
 from cluster.fingerprint import tokenizer_fingerprint
 from cluster.labels.make import as_tensor
+from cluster.loading import load_model
 from cluster.memory import keep_memory
 from cluster.models import load_config, load_tokenizer
 from cluster.registry import fetch_model
@@ -45,10 +45,9 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
         if reason := why_not_comparable(folder, job):
             return Champion(version, None, f"champion v{version} cannot be compared: {reason}")
         student = Student(
-            AutoModelForCausalLM.from_pretrained(
+            load_model(
                 folder,
                 dtype=torch.bfloat16 if job.spec.precision == "bfloat16" else torch.float32,
-                use_safetensors=True,
                 trust_remote_code=job.family.teacher.trust_remote_code,
             )
         ).to(device)

@@ -18,6 +18,7 @@ from cluster.errors import LabelError
 from cluster.flops import FORWARD, Work, parameters_of, peak_flops
 from cluster.labels.kinds import Labels, TopK
 from cluster.labels.wire import Stamp, encode
+from cluster.loading import load_model
 from cluster.memory import keep_memory
 from cluster.models import TeacherModel
 from cluster.registry import on_this_node
@@ -54,11 +55,14 @@ class Shard:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def join(self, host: str, port: int) -> None:
-        """Form the replica's process group and load this rank's part of the weights."""
+        """Form the replica's process group and load this rank's part of the weights.
+
+        Raises:
+            UserError: the weight files do not hold exactly the model's weights.
+        """
         if not self._spec.gpus_per_shard:
             see_no_gpu()
         import torch
-        from transformers import AutoModelForCausalLM
 
         self._device = torch.device("cuda", 0) if self._spec.gpus_per_shard else torch.device("cpu")
         torch.set_num_threads(max(1, int(self._spec.cpus_per_shard)))
@@ -68,13 +72,12 @@ class Shard:
             options["distributed_config"] = self._tensor_parallel(host, port)
         else:
             options["device_map"] = self._device
-        self._model = AutoModelForCausalLM.from_pretrained(
+        self._model = load_model(
             on_this_node(self._teacher.folder),
             dtype=getattr(torch, self._spec.dtype),
-            use_safetensors=True,
             trust_remote_code=self._spec.trust_remote_code,
             **options,
-        ).eval()
+        )
         self._work = Work(parameters_of(self._model), FORWARD, peak_flops(self._device), self._spec.shards)
 
     def _tensor_parallel(self, host: str, port: int) -> Any:
@@ -98,6 +101,11 @@ class Shard:
 
         from cluster.prefill import last_hidden
 
+        if (largest := int(batch.tokens_BS.max())) >= self._teacher.vocabulary:
+            raise LabelError(
+                f"batch {batch.number} holds token {largest}; the teacher's vocabulary ends at "
+                f"{self._teacher.vocabulary - 1}: its tokenizer makes tokens that the model's embedding does not have"
+            )
         tokens = torch.from_numpy(batch.tokens_BS.astype(np.int64)).to(self._device)
         positions = None
         if batch.packed:
