@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
+from cluster.heads import probe_config
 from cluster.registry import fetch_model
 
 
@@ -70,7 +71,7 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
     """The model's transformers configuration.
 
     Raises:
-        UserError: not a causal language model that transformers knows, or one whose logits are not hidden @ head.
+        UserError: not a causal language model that transformers knows, or one whose logits :func:`probe_config` refuses.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -79,14 +80,11 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever goes wrong here is wrong with the file that was given
         raise UserError(f"{field}: cannot use {folder}/config.json: {_one_line(error)}") from None
-    for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(config, setting, None)
-        if value not in (None, 1, 1.0):
-            raise UserError(f"{field}: {folder} sets {setting} {value}, which the fused losses do not know yet")
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
         trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     ):
         raise UserError(f"{field}: {folder} is a {config.model_type} model, not a causal language model")
+    probe_config(config, f"{field}: {folder}", trust_remote_code)
     return config
 
 
