@@ -71,7 +71,7 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
     """The model's transformers configuration.
 
     Raises:
-        UserError: not a causal language model that transformers knows, or one whose logits :func:`probe_config` refuses.
+        UserError: not a causal language model that transformers knows, or one that :func:`probe_config` refuses.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -169,7 +169,7 @@ def test_over_all_draws_a_student_that_is_the_teacher_has_nothing_to_learn(tempe
     target = SampledTargets(next_N, ids_NK, counts_NK / case.draws, entropy_N)
     case.chunk = len(even_N)
     many_ND = case.hidden_TD.repeat_interleave(offsets, 0)
-    loss, sums = distillation_loss(many_ND, case.weight_VD, target, case.objective, vocabulary=VOCABULARY)
+    loss, sums = distillation_loss(many_ND, case.head, target, case.objective, vocabulary=VOCABULARY)
     assert abs(float(sums[0])) / len(even_N) < 1e-3
     assert largest_share(gradients(case, loss / offsets), stranger) < 1e-3
 
@@ -351,6 +351,20 @@ def test_the_loss_is_a_sum_over_its_tokens(kind: str) -> None:
         loss, sums = distillation_loss(case.hidden_TD[rows], case.head, part, case.objective, vocabulary=VOCABULARY)
         total += torch.cat([loss.detach().double()[None], sums])
     torch.testing.assert_close(total, torch.cat([whole[0].detach().double()[None], whole[1]]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@every_pair
+def test_a_teacher_changed_at_one_token_moves_that_row_s_gradient_alone(
+    kind: str, divergence: Divergence, head: dict[str, Any]
+) -> None:
+    case, row = Case(kind, divergence, chunk=7, **head), 12
+    before = gradients(case)[0]
+    case.teacher_TD[row] *= -1
+    case.learn_from(case.teacher_TD, case.teacher_head)
+    moved_T = (gradients(case)[0] - before).norm(dim=-1)
+    assert float(moved_T[row]) > 1e-3
+    assert moved_T.nonzero().flatten().tolist() == [row]
 
 
 def test_a_target_is_cut_by_rows_in_every_column() -> None:
