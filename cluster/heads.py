@@ -74,7 +74,7 @@ class OutputHead(Generic[A]):
         return z_TV.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
 
     def product_gradient(self, grad_TV: Tensor, logits_TV: Tensor) -> Tensor:
-        """Gradient by the product from that by the logits: times ``scale * (1 - tanh^2)``. May overwrite the latter."""
+        """Gradient by the product from that by the logits: times ``scale * (1 - tanh^2)``. May overwrite ``grad_TV``."""
         if self.softcap is not None:
             grad_TV = grad_TV.mul_(1 - (logits_TV / self.softcap).square_())
         return grad_TV if self.scale == 1.0 else grad_TV.mul_(self.scale)
@@ -121,7 +121,7 @@ def probe_head(model: Any, field: str) -> None:
     """
     try:
         misfit = _misfit(model)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         misfit = f"cannot be run on tokens alone: {' '.join(str(error).split())[:200]}"
     if misfit:
         raise UserError(f"{field}: {type(model).__name__} {misfit}; use another model")
@@ -155,8 +155,10 @@ def _misfit(model: Any) -> str | None:
     }
     largest = float(own_SV.abs().max())
     for what, off in checks.items():
-        difference = float(off.abs().max())
-        if not difference <= _TOLERANCE[head.weight_VD.dtype.itemsize] * largest:  # NaN too
+        off_S, floats = off.abs().amax(-1), head.weight_VD.dtype.itemsize
+        # In 16 bits, rounding can send a single token to other experts; what is looked for changes every token.
+        difference = float(off_S.max() if floats > 2 else off_S.median())
+        if not difference <= _TOLERANCE[floats] * largest:  # NaN too
             return f"{what}; they differ by {difference:.3g} where the largest is {largest:.3g}"
     return None
 

@@ -7,7 +7,7 @@ Under ZeRO-3 a parameter is whole only inside the ``forward`` of the module that
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,11 +28,11 @@ class Head(nn.Module):
     def __init__(self, head: OutputHead[Any]) -> None:
         super().__init__()
         self.weight, self.bias = head.weight_VD, head.bias_V
-        self._settings = replace(head, weight_VD=None, bias_V=None)
+        self.scale, self.softcap = head.scale, head.softcap
 
     def forward(self, hidden_TD: Tensor, use: Callable[[Tensor, OutputHead[Tensor]], R]) -> R:
         """``use(hidden_TD, head)`` while the head's parameters are whole."""
-        return use(hidden_TD, replace(self._settings, weight_VD=self.weight, bias_V=self.bias))
+        return use(hidden_TD, OutputHead(self.weight, self.bias, self.scale, self.softcap))
 
 
 @dataclass(frozen=True)
