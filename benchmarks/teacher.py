@@ -22,6 +22,7 @@ from common import TEACHER, arguments, device, hardware, packed_text, seconds_in
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from cluster.heads import head_of
 from cluster.labels.make import make_labels
 from cluster.labels.wire import Stamp, encode
 from cluster.loading import load_model
@@ -82,7 +83,7 @@ class Scorer:
     def score(self, spec: LabelsSpec) -> None:
         """All of it: forward pass, head, labels, bytes."""
         options: dict[str, Any] = {"vocabulary": self.vocabulary, "address": "0" * 32, "chunk": self.chunk}
-        labels = make_labels(spec, self.hidden(), self.mask_BS, self.model.get_output_embeddings(), **options)
+        labels = make_labels(spec, self.hidden(), self.mask_BS, head_of(self.model).logits, **options)
         assert labels is not None
         encode(labels, STAMP)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
+from cluster.heads import probe_config
 from cluster.loading import read_config
 from cluster.registry import fetch_model
 
@@ -69,7 +70,7 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
     """The model's transformers configuration.
 
     Raises:
-        UserError: not a causal language model that transformers knows, one whose logits are not hidden @ head, an
+        UserError: not a causal language model that transformers knows, one that :func:`probe_config` refuses, an
             adapter, or one whose trusted code lies in another repository.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -90,14 +91,11 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
             f"{field}: {folder} runs code of another repository ({elsewhere[0]}), which may change at any time; put "
             f"its .py files into the model's directory and drop the repository from auto_map in config.json"
         )
-    for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(config, setting, None)
-        if value not in (None, 1, 1.0):
-            raise UserError(f"{field}: {folder} sets {setting} {value}, which the fused losses do not know yet")
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
         trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     ):
         raise UserError(f"{field}: {folder} is a {config.model_type} model, not a causal language model")
+    probe_config(config, f"{field}: {folder}", trust_remote_code)
     return config
 
 

@@ -19,6 +19,7 @@ from cluster.audit import ScoringLog
 from cluster.capacity import Need, student_needs
 from cluster.corpus.batches import CORPUS_FOLDER, Batch, Batches
 from cluster.errors import RunError, StillhouseError, first_line
+from cluster.heads import OutputHead
 from cluster.labels.store.store import LabelStore
 from cluster.limits import NO_LIMIT, Most
 from cluster.models import TeacherModel
@@ -313,8 +314,8 @@ class Stream:
         blocks = await asyncio.shield(self._held_out[number])
         return self._deliver(batch, blocks, rank, self._consumers[student].ranks)
 
-    async def teacher_head(self) -> np.ndarray:
-        """The teacher's head weight [V, D], fetched once."""
+    async def teacher_head(self) -> OutputHead[np.ndarray]:
+        """The teacher's head, fetched once."""
         source = await self._labels_from()
         if self._head is None:
             self._head = asyncio.ensure_future(source.head())

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import ray
@@ -14,6 +14,7 @@ import tenacity
 from ray.actor import ActorHandle
 from ray.exceptions import ObjectLostError
 
+from cluster.heads import OutputHead
 from cluster.session import ACTOR_LOST
 from cluster.stream.figures import Delivery
 
@@ -123,8 +124,8 @@ class Reader:
 
         return self._through(read, _nothing)
 
-    def teacher_head(self) -> Any:
-        """The teacher's head weight [V, D], read-only."""
+    def teacher_head(self) -> OutputHead[np.ndarray]:
+        """The teacher's head, cut to the vocabulary; its arrays are read-only."""
         return self._through(lambda: ray.get(self._stream.teacher_head.remote()), _nothing)
 
     def detach(self) -> None:

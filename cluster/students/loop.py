@@ -26,6 +26,7 @@ from cluster.devices import see_no_gpu
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
 from cluster.flops import TRAINING, Work, parameters_of, peak_flops
+from cluster.heads import probe_head
 from cluster.memory import keep_memory
 from cluster.registry import on_this_node
 from cluster.space import NoRoomError
@@ -89,6 +90,7 @@ class _Rank:
             dtype=dtype,
             trust_remote_code=self.job.family.teacher.trust_remote_code,
         ).to(self.device)
+        probe_head(self.model, f"students.{self.job.name}")
         self.model.train()
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()

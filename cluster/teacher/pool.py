@@ -17,6 +17,7 @@ import ray
 from cluster.capacity import Need, first_without_room
 from cluster.corpus.batches import Batch
 from cluster.errors import RunError, first_line
+from cluster.heads import OutputHead
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
 from cluster.teacher.replica import Replica, is_loss
@@ -373,8 +374,8 @@ class TeacherPool:
         """Last hidden states of a batch, one reference per block."""
         return await self._call("hidden", batch)
 
-    async def head(self) -> np.ndarray:
-        """The teacher's head weight, see :meth:`Shard.head`."""
+    async def head(self) -> OutputHead[np.ndarray]:
+        """The teacher's head, see :meth:`Shard.head`."""
         return await self._run("its head", lambda replica: replica.head())
 
     def stop(self) -> None:

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import tracing
 from cluster.errors import first_line
+from cluster.heads import OutputHead
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
 from cluster.teacher.shard import Receipt, Shard
@@ -138,8 +139,8 @@ class Replica:
             raise
         return receipt, first[1:]
 
-    async def head(self) -> np.ndarray:
-        """The teacher's head weight, see :meth:`Shard.head`."""
+    async def head(self) -> OutputHead[np.ndarray]:
+        """The teacher's head, see :meth:`Shard.head`."""
         return (await _all_or_death([shard.head.remote() for shard in self._shards]))[0]
 
     def stop(self) -> None:

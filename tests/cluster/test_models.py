@@ -75,12 +75,6 @@ def test_a_model_that_is_no_causal_language_model_is_refused(model: Path, kind: 
     assert f"a {kind} model, not a causal language model" in refusal(model)
 
 
-def test_a_model_whose_logits_are_not_hidden_times_head_is_refused(model: Path) -> None:
-    assert "final_logit_softcapping 30.0" in refusal(
-        configured(model, model_type="gemma2", final_logit_softcapping=30.0)
-    )
-
-
 @pytest.mark.parametrize("spoil", ["delete", "{", "{}"])
 def test_a_broken_tokenizer_is_refused(model: Path, spoil: str) -> None:
     if spoil == "delete":

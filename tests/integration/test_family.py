@@ -1,4 +1,7 @@
-"""A whole family on real parts: three students on ZeRO-1, 2 and 3 from one pass, into a real registry and back."""
+"""A whole family on real parts: three students on ZeRO-1, 2 and 3 from one pass, into a real registry and back.
+
+The teacher is a Phi, whose head has a bias: what a student must learn, gather, keep and be measured with.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.report import write_report
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
 from cluster.registry import fetch_model
+from cluster.students.module import inputs_of
 from cluster.watch import Status
+from tests.headed import write_headed_model
 from tests.integration.otlp import Sink, Span
 from tests.tiny import run_here, write_family
 
@@ -41,7 +47,9 @@ STUDENTS = {
 @pytest.fixture(scope="module")
 def family(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checked, FamilyResult, list[Status]]:
     folder = tmp_path_factory.mktemp("family")
-    path = write_family(folder, tiny, STUDENTS, corpus={"max_batches": BATCHES, "held_out": 0.2}, serving={})
+    teacher = {"model": str(write_headed_model(folder / "phi", "phi"))}
+    corpus = {"max_batches": BATCHES, "held_out": 0.2}
+    path = write_family(folder, tiny, STUDENTS, teacher=teacher, corpus=corpus, serving={})
     return run_here(path)
 
 
@@ -173,6 +181,32 @@ def test_the_model_that_left_zero_3_is_the_one_that_was_measured(
     assert (logits["three"] - start).abs().max() > 0.1
 
 
+def test_what_is_reported_is_what_the_models_themselves_compute(
+    family: tuple[Checked, FamilyResult, list[Status]],
+) -> None:
+    """The divergence on the held-out text from both models' own logits, as anybody who loads them gets it."""
+    checked, result, _ = family
+    teacher = AutoModelForCausalLM.from_pretrained(checked.teacher.folder, dtype=torch.float32).eval()
+    held_out = Batches(result.run.folder / CORPUS_FOLDER, checked.spec.corpus, checked.spec.evaluation.batches)
+    for name in STUDENTS:
+        folder = fetch_model(f"models:/tiny-{name}@challenger", checked.tracking_uri)
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        assert not torch.equal(student.lm_head.bias, teacher.lm_head.bias)  # it has been learnt too
+        kl, tokens = 0.0, 0
+        for number in range(held_out.held_out_count):
+            inputs = inputs_of(held_out.held_out(number), torch.device("cpu"))
+            with torch.no_grad():
+                log_p_TV, log_q_TV = (
+                    model(inputs.tokens_BS, position_ids=inputs.positions_BS, use_cache=False)
+                    .logits[inputs.loss_mask_BS][:, : checked.teacher.vocabulary]
+                    .log_softmax(-1)
+                    for model in (teacher, student)
+                )
+            kl += float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
+            tokens += len(log_p_TV)
+        assert kl / tokens == pytest.approx(result.students[name].after.kl, rel=1e-4)
+
+
 def test_the_status_said_what_was_going_on(family: tuple[Checked, FamilyResult, list[Status]]) -> None:
     _, _, seen = family
     phases = list(dict.fromkeys(status.phase for status in seen))
@@ -200,10 +234,13 @@ def test_a_student_that_fails_harms_no_other(tiny: Path, tmp_path: Path) -> None
     weights = tmp_path / "torn" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     torn = {"init": {"source": "pretrained", "model": str(tmp_path / "torn")}, "max_failures": 0}
-    students = {"small": {**SAME, "max_failures": 0}, "torn": torn}
-    path = write_family(tmp_path, tiny, students, corpus={"max_batches": 4, "held_out": 0.2})
+    whole = {**SAME, "init": {"source": "teacher", "layers": 4}, "max_failures": 0}
+    students = {"small": whole, "torn": torn}
+    teacher = {"model": str(write_headed_model(tmp_path / "phi", "phi"))}
+    path = write_family(tmp_path, tiny, students, teacher=teacher, corpus={"max_batches": 4, "held_out": 0.2})
     _, result, _ = run_here(path)
     assert list(result.students) == ["small"]
     assert result.students["small"].batches == 4
+    assert abs(result.students["small"].before.kl) < 1e-6  # it began as an exact copy of its teacher
     assert "torn" in result.failed
     assert "rank 0" in result.failed["torn"] and "Error" in result.failed["torn"]

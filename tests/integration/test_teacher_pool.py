@@ -19,6 +19,7 @@ import ray
 
 from cluster.corpus.batches import Batch, content_address
 from cluster.errors import RunError
+from cluster.heads import OutputHead
 from cluster.labels.kinds import TopK, joined
 from cluster.labels.wire import decode
 from cluster.models import TeacherModel
@@ -59,7 +60,7 @@ def read(blocks: list[np.ndarray]) -> TopK:
 
 
 def test_two_shards_give_the_labels_of_one_process(tiny: Path) -> None:
-    async def both() -> tuple[TopK, TopK, np.ndarray, np.ndarray]:
+    async def both() -> tuple[TopK, TopK, OutputHead[np.ndarray], OutputHead[np.ndarray]]:
         labels, heads = [], []
         for shards in (1, 2):
             pool = pool_of(tiny, shards=shards)
@@ -75,8 +76,8 @@ def test_two_shards_give_the_labels_of_one_process(tiny: Path) -> None:
     np.testing.assert_array_equal(one.ids_TK, two.ids_TK)
     np.testing.assert_allclose(one.buckets()[0], two.buckets()[0], atol=5e-4)  # and the rounding of 16 bits
     np.testing.assert_allclose(one.log_tail_T, two.log_tail_T, atol=1e-4)
-    assert head_one.shape == (VOCABULARY, 64)
-    np.testing.assert_array_equal(head_one, head_two)
+    assert head_one.weight_VD.shape == (VOCABULARY, 64)
+    np.testing.assert_array_equal(head_one.weight_VD, head_two.weight_VD)
 
 
 @pytest.mark.parametrize("shards", [1, 2])
