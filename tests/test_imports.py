@@ -88,4 +88,5 @@ def test_only_one_function_loads_weights() -> None:
         and node.attr == "from_pretrained"
         and not (isinstance(node.value, ast.Name) and node.value.id in without_weights)
     ]
-    assert sorted(set(callers)) == ["cluster/loading.py"]
+    # The benchmark compares versions of Stillhouse, so it uses none of it.
+    assert sorted(set(callers)) == ["benchmarks/frozen_text.py", "cluster/loading.py"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cluster.errors import UserError
 from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
+from cluster.heads import OutputHead
 from cluster.labels.store.store import LabelStore
 from cluster.labels.wire import Stamp, encode
 from cluster.models import load_tokenizer
@@ -56,7 +57,7 @@ def test_what_one_precision_has_stored_is_not_found_by_another(check: Any, tmp_p
 
     half, full = stamp("bfloat16"), stamp("float32")
     store.put(encode(random_labels("topk", mask_BS), half), half)
-    store.put_head(half.teacher, np.zeros((VOCABULARY, 8), np.uint16))
+    store.put_head(half.teacher, OutputHead(np.zeros((VOCABULARY, 8), np.uint16)))
     assert (store.get(full), store.get_head(full.teacher)) == (None, None)
     assert store.get(half) is not None and store.get_head(half.teacher) is not None
 

@@ -17,9 +17,10 @@ from cluster.board import Point
 from cluster.corpus.batches import Batch, content_address, positions_of
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
+from cluster.fingerprint import tokenizer_fingerprint
 from cluster.labels.make import make_labels
 from cluster.labels.wire import Stamp, encode
-from cluster.models import TeacherModel, load_tokenizer, tokenizer_fingerprint
+from cluster.models import TeacherModel, load_tokenizer
 from cluster.spec import FamilySpec
 from cluster.stream.figures import Delivery
 from cluster.students import commits, loop
