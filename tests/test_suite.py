@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-from pytest import ExitCode
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parents[1]
@@ -36,7 +35,7 @@ def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.
 @pytest.mark.parametrize(
     ("fixture", "ends"), [("absent", pytest.ExitCode.USAGE_ERROR), ("tmp_path", pytest.ExitCode.OK)]
 )
-def test_a_fixture_that_is_not_there_ends_the_run_though_its_test_is_skipped_or_not_chosen(
+def test_a_missing_fixture_ends_the_run_though_its_test_is_skipped_or_deselected(
     suite: pytest.Pytester, mark: str, fixture: str, ends: pytest.ExitCode
 ) -> None:
     suite.makepyfile(test_first=SKIPPED.format(mark=mark, fixture=fixture), test_second="def test_it(): ...")
