@@ -21,7 +21,7 @@ hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000
 hypothesis.settings.load_profile("change")
 # `make unit` does not read these folders.
 UNIT_FREE = {Path(__file__).parent / name for name in ("integration", "chaos")}
-KINDS = ("unit", "integration", "chaos", "slow", "gpu")
+KINDS = ("unit", "integration", "chaos", "nightly", "slow", "gpu")
 
 
 def pytest_report_header() -> str:
