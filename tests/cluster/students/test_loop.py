@@ -31,7 +31,7 @@ from tests.tiny import VOCABULARY, tiny_family, write_tiny_tokenizer
 
 BATCHES, STOPPED_AFTER, SEQUENCES, LENGTH, WIDTH = 6, 3, 4, 12, 16
 # DeepSpeed's four optimisers, of which the others take long to start.
-SLOW = (pytest.mark.integration, pytest.mark.slow)
+SLOW = (pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly)
 EVERY_ENGINE = pytest.mark.parametrize(
     ("stage", "precision"),
     [
