@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from tests.tiny import VOCABULARY, tiny_family, write_tiny_tokenizer
 
 BATCHES, STOPPED_AFTER, SEQUENCES, LENGTH, WIDTH = 6, 3, 4, 12, 16
 # DeepSpeed's four optimisers, of which the others take long to start.
-SLOW = (pytest.mark.integration, pytest.mark.slow)
+SLOW = (pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly)
 EVERY_ENGINE = pytest.mark.parametrize(
     ("stage", "precision"),
     [
@@ -202,6 +203,18 @@ def test_a_resumed_student_with_dropout_ends_with_identical_weights(start: Start
     timeless = ("loss", "kl", "gradient_norm", "lr")
     curve = [[point.metrics[name] for name in timeless] for point in whole_points]
     assert [[p.metrics[name] for name in timeless] for p in stopped_points[:STOPPED_AFTER] + resumed_points] == curve
+
+
+def test_a_resume_in_other_micro_batches_is_logged(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    rank, _ = start()
+    learn(rank, 0, 1)
+    rank.commit(1)
+    with caplog.at_level(logging.WARNING, logger=loop.__name__):
+        start()[0].restore()
+        assert caplog.text == ""
+        start(micro_batch=1)[0].restore()
+    assert "student small resumes after batch 0 with {'ranks': 1, 'micro_batch': 1}" in caplog.text
+    assert "dropout draws other masks from here on" in caplog.text
 
 
 def test_dropout_is_on_and_each_micro_batch_draws_its_own(start: Start) -> None:
