@@ -74,7 +74,7 @@ class OutputHead(Generic[A]):
         return z_TV.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
 
     def product_gradient(self, grad_TV: Tensor, logits_TV: Tensor) -> Tensor:
-        """Gradient by the product from that by the logits: times ``scale * (1 - tanh^2)``. May overwrite ``grad_TV``."""
+        """Gradient by the product from the one by the logits, times ``scale * (1 - tanh^2)``; overwrites the latter."""
         if self.softcap is not None:
             grad_TV = grad_TV.mul_(1 - (logits_TV / self.softcap).square_())
         return grad_TV if self.scale == 1.0 else grad_TV.mul_(self.scale)
