@@ -111,7 +111,10 @@ def _field_of(path: str, rows: Iterator[tuple[int, Any]], field: str) -> Iterato
         texts: list[str | None] = []
         for number, row in part:
             if not isinstance(row, dict):
-                raise UserError(f"corpus.paths: {path}: row {number} is no JSON object: {json.dumps(row)[:40]}")
+                raise UserError(
+                    f"corpus.paths: {path}: row {number} is no JSON object: {json.dumps(row)[:40]}; a file that is no "
+                    f"part of the corpus can be left out by a glob, such as folder/*.jsonl"
+                )
             names.update(dict.fromkeys(row))
             text = row.get(field)
             if not isinstance(text, str | None):
