@@ -71,7 +71,7 @@ class CorpusFacts:
 
     def lines(self) -> list[str]:
         """What a person should know of the corpus, a line each."""
-        told = [f"{self.documents:,} documents, {self.tokens:,} tokens in {self.sequences:,} sequences"]
+        told = [f"{_count(self.documents, 'document')}, {self.tokens:,} tokens in {_count(self.sequences, 'sequence')}"]
         for count, what in (
             (self.repeats, "repeats, dropped" if self.repeats_dropped else "repeats, kept"),
             (self.blank, "without text"),
@@ -81,12 +81,15 @@ class CorpusFacts:
             told += [f"{count:,} {what}"] if count else []
         lines = ["; ".join(told)]
         if self.held_out is not None:
-            known = 100 * self.ngrams_known / self.ngrams if self.ngrams else 0.0
-            cut = f" ({self.cut_documents:,} of them cut)" if self.cut_documents else ""
-            lines.append(
-                f"held out: {self.held_out:,} sequences of {self.held_out_documents:,} documents{cut}; {known:.1f} % "
-                f"of their 13-grams also occur in the training text, {self.held_out_seen:,} sequences nearly whole"
-            )
+            cut = f" ({self.cut_documents:,} cut)" if self.cut_documents else ""
+            overlap = "too short for 13-grams to compare"
+            if self.ngrams:
+                overlap = (
+                    f"{100 * self.ngrams_known / self.ngrams:.1f} % of their 13-grams also occur in the training text, "
+                    f"{_count(self.held_out_seen, 'sequence')} nearly whole"
+                )
+            source = f"{_count(self.held_out, 'sequence')} of {_count(self.held_out_documents, 'document')}{cut}"
+            lines.append(f"held out: {source}; {overlap}")
         if not self.packed:
             share = 100 * self.pad_tokens / (self.pad_tokens + self.tokens)
             lines.append(f"not packed: {self.pad_tokens:,} tokens of padding ({share:.0f} %)")
@@ -102,6 +105,10 @@ class CorpusFacts:
     def read(folder: Path) -> CorpusFacts:
         """The facts that lie beside the tokens."""
         return CorpusFacts(**json.loads((folder / FACTS_FILE).read_text()))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True)

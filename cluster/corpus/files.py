@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,8 @@ PARQUET = ".parquet"
 # Suffix of a compressed file, and the name of its codec.
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 ALLOWED = ".jsonl, .json, .txt (each also with .gz or .zst) or .parquet"
+# Files whose first byte is read at a time: in a bucket each takes a round trip.
+READS = 16
 # Reasons for which a file of a folder or a glob is not read, beside its suffix.
 HIDDEN, EMPTY, BROKEN_LINK, REPEATED = "hidden", "empty", "broken link", "named twice"
 
@@ -255,18 +258,23 @@ def find_files(paths: Sequence[str]) -> CorpusFiles:
     Raises:
         UserError: see :func:`select_each`; or a file that is empty, cannot be read or is not compressed as named.
     """
-    import pyarrow as pa
-
     found = select_files(paths)
     filesystems = filesystems_of(found.files)
-    for path in found.files:
-        known = format_of(path)
-        assert known is not None
-        try:
-            inner = path.removeprefix(S3)
-            with filesystems[path.startswith(S3)].open_input_stream(inner, compression=known[1]) as stream:
-                if not stream.read(1):
-                    raise UserError(f"corpus.paths: {path} is empty")
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"corpus.paths: cannot read {path}: {_reason(error)}") from None
+    with ThreadPoolExecutor(READS) as threads:
+        # In order, so that the first file that cannot be read is the one that is named.
+        for _ in threads.map(lambda path: _check_readable(path, filesystems[path.startswith(S3)]), found.files):
+            pass
     return found
+
+
+def _check_readable(path: str, filesystem: Any) -> None:
+    import pyarrow as pa
+
+    known = format_of(path)
+    assert known is not None
+    try:
+        with filesystem.open_input_stream(path.removeprefix(S3), compression=known[1]) as stream:
+            if not stream.read(1):
+                raise UserError(f"corpus.paths: {path} is empty")
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"corpus.paths: cannot read {path}: {_reason(error)}") from None

@@ -44,7 +44,7 @@ _TEXTS = pa.schema([(TEXT, pa.large_string()), (_REFUSED, pa.string())])
 _SCHEMA = pa.schema(
     [("ids", pa.large_list(pa.int32())), ("hash", pa.uint64()), ("spelled", pa.bool_()), (_REFUSED, pa.string())]
 )
-# How far before the wanted place a long document's cut looks for the end of a line, in tokens.
+# How far before the wanted place a long document's cut looks for a blank line, in tokens.
 LINE_SEARCH = 512
 
 
@@ -149,12 +149,15 @@ def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str) -> _Doc
 
 
 def _line_end_before(ids: npt.NDArray[np.int32], at: int, tokenizer_dir: str) -> int:
-    """The last token at or before ``at`` that follows the end of a line; ``at`` where there is none near."""
-    tokenizer = _tokenizer(tokenizer_dir)
-    for place in range(at, max(0, at - LINE_SEARCH), -1):
-        if "\n" in tokenizer.decode([int(ids[place - 1])]):
+    """The last token at or before ``at`` that follows a blank line; else the end of a line; else ``at``."""
+    tokenizer, line_end = _tokenizer(tokenizer_dir), at
+    for place in range(at, max(1, at - LINE_SEARCH), -1):
+        last, both = (tokenizer.decode(ids[first:place].tolist()) for first in (place - 1, place - 2))
+        if "\n" in last and "\n\n" in both:
             return place
-    return at
+        if "\n" in last and line_end == at:
+            line_end = place
+    return line_end
 
 
 def _spans(spec: CorpusSpec, documents: _Documents, pack: bool, tokenizer_dir: str) -> tuple[Split, int]:
@@ -197,6 +200,11 @@ def prepare_corpus(
     """
     before = CorpusFacts.read(folder) if (folder / FACTS_FILE).exists() else None
     if before is not None and before.held_out is None:
+        if not pack:
+            raise UserError(
+                "--resume: the run was begun with packed text, and its teacher or a student does not keep packed "
+                "documents apart; start a new run without --resume"
+            )
         log.warning("the run was begun with text that was split by sequence; it keeps that text, unread")
         return before
     context = ray.data.DataContext.get_current()

@@ -50,6 +50,9 @@ def read_texts(path: str, inner: str, filesystem: Any, field: str) -> Iterator[p
             yield from _field_of(path, rows, field)
     except UnicodeDecodeError as error:
         raise UserError(f"corpus.paths: {path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+    except UnicodeEncodeError as error:
+        where = f"half of a surrogate pair, {error.object[error.start : error.end]!r}"
+        raise UserError(f"corpus.paths: {path} holds {where}, which is no character") from None
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"corpus.paths: {path} cannot be read as {suffix}: {reason}") from None
@@ -108,7 +111,10 @@ def _field_of(path: str, rows: Iterator[tuple[int, Any]], field: str) -> Iterato
         texts: list[str | None] = []
         for number, row in part:
             if not isinstance(row, dict):
-                raise UserError(f"corpus.paths: {path}: row {number} is no JSON object: {json.dumps(row)[:40]}")
+                raise UserError(
+                    f"corpus.paths: {path}: row {number} is no JSON object: {json.dumps(row)[:40]}; a file that is no "
+                    f"part of the corpus can be left out by a glob, such as folder/*.jsonl"
+                )
             names.update(dict.fromkeys(row))
             text = row.get(field)
             if not isinstance(text, str | None):

@@ -100,22 +100,25 @@ def test_one_document_is_cut_into_a_part_to_train_on_and_a_part_to_hold_out(prep
     assert facts.cut_documents == 1
     assert tokens_NS[-25:].reshape(-1).tolist() == list(range(800, 1000))
     assert tokens_NS[:-25].reshape(-1).tolist() == list(range(800))
-    assert "25 sequences of 1 documents (1 of them cut)" in facts.lines()[1]
+    assert "25 sequences of 1 document (1 cut)" in facts.lines()[1]
 
 
-def test_a_cut_is_after_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cut_is_after_a_blank_line_or_at_least_after_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class Letters:
         def decode(self, ids: list[int]) -> str:
-            return {0: "\n", 1: ".\n\n"}.get(ids[0], "x")
+            return "".join({0: "\n", 1: ".\n\n"}.get(token, "x") for token in ids)
 
     monkeypatch.setattr(prepare, "_tokenizer", lambda _: Letters())
-    ids = np.full(2000, 9, dtype=np.int32)
-    ids[[100, 300]] = [0, 1]
-    assert prepare._line_end_before(ids, 350, "t") == 301
+    ids = np.full(3000, 9, dtype=np.int32)
+    ids[[100, 101, 300, 400, 1000]] = [0, 0, 1, 0, 0]
+    assert prepare._line_end_before(ids, 450, "t") == 301  # two lines end there, at 401 one
     assert prepare._line_end_before(ids, 301, "t") == 301
-    assert prepare._line_end_before(ids, 300, "t") == 101
-    assert prepare._line_end_before(ids, 1500, "t") == 1500
+    assert prepare._line_end_before(ids, 300, "t") == 102
+    assert prepare._line_end_before(ids, 1400, "t") == 1001
+    assert prepare._line_end_before(ids, 1001, "t") == 1001
+    assert prepare._line_end_before(ids, 2500, "t") == 2500
     assert prepare._line_end_before(ids, 40, "t") == 40
+    assert prepare._line_end_before(ids, 1, "t") == 1
 
 
 def test_padded_each_sequence_is_a_document_or_a_piece_and_nothing_is_scored_on_padding(
@@ -210,6 +213,8 @@ def test_a_run_of_before_documents_were_split_keeps_its_text(prepared: Any, tmp_
     facts = prepared(of_lengths(LENGTHS))
     assert (facts.documents, facts.address, facts.held_out) == (7, "a", None)
     assert np.array_equal(np.load(tmp_path / TOKENS_FILE), tokens_NS)
+    with pytest.raises(UserError, match="does not keep packed documents apart"):
+        prepared(of_lengths(LENGTHS), pack=False)
     assert facts.lines() == ["7 documents, 400 tokens in 50 sequences"]
     spec = CorpusSpec.model_validate({"paths": ["x"], "sequence_length": LENGTH, "batch_sequences": 2, "held_out": 0.2})
     assert Batches(tmp_path, spec, 1).held_out(0).tokens_BS[0, 0] == 40 * LENGTH

@@ -101,6 +101,7 @@ def test_other_fields_may_hold_anything(tmp_path: Path) -> None:
         ("a.json", b'[{"text": "a"},\n {]', "an array of JSON: line 2"),
         ("a.json", b'{\n"text": "a"\n}', "lines of JSON: line 1"),
         ("a.txt", "é".encode("latin-1"), "not UTF-8 text: byte 0"),
+        ("a.jsonl", b'{"text": "a \\ud800 b"}', r"half of a surrogate pair, '\ud800'"),
         ("a.jsonl", '{"text": "é"}'.encode("latin-1"), "not UTF-8 text"),
         ("a.parquet", b"PAR1 and then nothing", "cannot be read as .parquet"),
     ],
