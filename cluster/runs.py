@@ -32,6 +32,8 @@ class Run:
             champion then; empty until the students begin.
         ds: the date that its corpus was rendered for, YYYY-MM-DD; "" in a run from before there were dates.
         promotions: what was decided of them, by student: the fields of a :class:`~cluster.evaluate.gate.Verdict`.
+        logged: how many of each student's points MLflow has, and under ``""`` of the family's. Logging some again does
+            no harm.
     """
 
     folder: Path
@@ -42,6 +44,7 @@ class Run:
     warm_start: dict[str, int | None] = field(default_factory=dict)
     ds: str = ""
     promotions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    logged: dict[str, int] = field(default_factory=dict)
     resumed: bool = False
     text_is_kept: bool = False
 

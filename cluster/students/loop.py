@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import asdict
@@ -12,6 +13,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.exceptions import RayActorError
 
 from cluster import tracing
 from cluster.audit import AuditLog
@@ -36,6 +38,11 @@ from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
 from cluster.students.zero import adamw, gathered_state, reduce_nothing, schedule_of, use_plain_gloo, zero_config
 
+log = logging.getLogger(__name__)
+
+# How long a commit waits for a board that is being started again.
+BOARD_S = 60.0
+
 
 class _Rank:
     """One rank of one student, for as long as its process lives."""
@@ -52,6 +59,9 @@ class _Rank:
         self.reader = Reader(job.stream, job.name, self.rank, job.batches)
         self.measures = Measures(job, self.engine, self.reader, self.device)
         self.before: Fidelity | None = None
+        self.finished = False
+        # Points that the board has not acknowledged.
+        self._posted: list[ray.ObjectRef] = []
         self.audit: AuditLog | None = None
         self.trained_s = 0.0
 
@@ -92,12 +102,13 @@ class _Rank:
     # -- resuming and committing -----------------------------------------------------------------------------------
 
     def restore(self) -> int:
-        """Take up the last commit. Returns the first batch that is still to be learnt."""
+        """Load the last commit. Returns the first batch that is still to be learnt; ``finished`` when all is done."""
         last = self.commits.last
         if last is None:
             return 0
         self.before, self.trained_s = Fidelity(**last["before"]), last["seconds"]
-        if last["batch"] < self.job.batches:
+        self.finished = last["after"] is not None
+        if not self.finished:
             self.commits.take_up(self.engine)
         return int(last["batch"])
 
@@ -107,6 +118,7 @@ class _Rank:
         That, and the ``last`` of a run that ends before, is waited for until it is stored, see :meth:`Commits.make`.
         """
         assert self.before is not None
+        self._await_board()
         facts = {
             "batch": batch,
             "ranks": self.spec.ranks,
@@ -193,7 +205,18 @@ class _Rank:
             metrics["gradient_angle"] = angle
         if self.rank == 0:
             metrics["lr"] = self.engine.get_lr()[0]
-            self.job.board.post.remote(Point(self.job.name, number + 1, metrics))
+            self._posted.append(self.job.board.post.remote(Point(self.job.name, number + 1, metrics)))
+            _, self._posted = ray.wait(self._posted, num_returns=len(self._posted), timeout=0)
+
+    def _await_board(self) -> None:
+        """Wait until the board has the points so far: what is committed is not learnt again, so nor is it posted again.
+
+        Ray makes the calls again that a board died over, for as long as this process lives.
+        """
+        if self._posted:
+            _, self._posted = ray.wait(self._posted, num_returns=len(self._posted), timeout=BOARD_S)
+        if self._posted:
+            log.warning("the board has not acknowledged %d points for %g s", len(self._posted), BOARD_S)
 
 
 def train_student(job: StudentJob) -> None:
@@ -219,33 +242,38 @@ def _train(job: StudentJob) -> None:
         use_plain_gloo()
     rank = _Rank(job)
     first = rank.restore()
-    if first >= job.batches:
+    if rank.finished:
         rank.say("finished")
         return
     rank.reader.attach(first)
     rank.begin(first)
-    if rank.before is None:
-        rank.say("measuring before")
-        rank.before = rank.measures.fidelity()
-    rank.say("training")
-    every = job.family.checkpoints.every
-    for number in range(first, job.batches):
-        try:
+    learnt = first
+    try:
+        if rank.before is None:
+            rank.say("measuring before")
+            rank.before = rank.measures.fidelity()
+        rank.say("training")
+        every = job.family.checkpoints.every
+        for number in range(first, job.batches):
             rank.learn(number)
-        except HeldError:
-            # The run is to end. All ranks of the student hear of it before the same batch.
-            rank.say("saving")
-            if number > first:
-                rank.commit(number, last=True)
-            rank.say("stopped")
-            return
-        if every and (number + 1) % every == 0 and number + 1 < job.batches:
-            rank.commit(number + 1)
-    if rank.rank == 0:
-        # The last batch ended with a collective, so the other ranks have read it too.
-        rank.reader.detach()
-    rank.say("measuring after")
-    after = rank.measures.fidelity()
+            learnt = number + 1
+            if every and learnt % every == 0 and learnt < job.batches:
+                rank.commit(learnt)
+        if rank.rank == 0:
+            # The last batch ended with a collective, so the other ranks have read it too.
+            rank.reader.detach()
+        rank.say("measuring after")
+        after = rank.measures.fidelity()
+    except (HeldError, RayActorError) as error:
+        # The run is to end. All ranks of the student hear of a held pass before the same batch; of a stream that is
+        # gone for good they do not, and with a peer that has read one more batch there is no common commit.
+        if isinstance(error, RayActorError) and job.spec.ranks > 1:
+            raise
+        rank.say("saving")
+        if learnt > first:
+            rank.commit(learnt, last=True)
+        rank.say("stopped")
+        return
     rank.say("saving")
     rank.commit(job.batches, after)
     rank.say("finished")

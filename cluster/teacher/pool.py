@@ -19,7 +19,7 @@ from cluster.corpus.batches import Batch
 from cluster.errors import RunError, first_line
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
-from cluster.teacher.replica import Replica, is_loss
+from cluster.teacher.replica import Replica, is_loss, may_pass
 from cluster.teacher.scaling import PACE, Demand, Look, Pace, Scaling
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class TeacherPool:
         try:
             probe = await replica.start()
         except Exception as error:
-            if is_loss(error):
+            if is_loss(error) or may_pass(error):
                 await self._replace(replica, error)
                 return
             # The model itself cannot be loaded or run: another try would end the same way.
@@ -186,16 +186,17 @@ class TeacherPool:
             self._failed.exception()  # marks it as seen, for a pool may end before anyone waits
 
     async def _replace(self, replica: Replica, error: BaseException) -> None:
-        """Start a dead replica again, a little later each time, until its restarts are used up."""
+        """Start a replica again that died or did not start, later each time, until its restarts are used up."""
         replica.stop()
-        log.warning("teacher replica %d died: %s", replica.index, error)
+        what = "died" if is_loss(error) else "failed to start"
+        log.warning("teacher replica %d %s: %s", replica.index, what, error)
         self.stats.last_error = f"replica {replica.index}: {first_line(error)}"
         if self._spared(replica, self.stats.last_error, self._spec.min_replicas):
             return
         self._deaths[replica.index] += 1
         if self._deaths[replica.index] > self._spec.max_restarts:
             reason = (
-                f"teacher replica {replica.index} died {self._deaths[replica.index]} times, which is more than "
+                f"teacher replica {replica.index} {what} {self._deaths[replica.index]} times, which is more than "
                 f"teacher.max_restarts {self._spec.max_restarts}; the last time: {first_line(error)}"
             )
             # As long as another serves or may still do so, this one is no reason to end a night's work.
