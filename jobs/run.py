@@ -161,7 +161,8 @@ def _only_warned_of(what: str, result: FamilyResult) -> Iterator[None]:
         yield
     except Exception as error:
         traceback.print_exc()  # into the log
-        result.warnings.append(f"warning: {what}: {first_line(error)}")
+        reason = str(error) if isinstance(error, StillhouseError) else first_line(error)
+        result.warnings.append(f"warning: {what}: {reason}")
 
 
 def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:

@@ -30,6 +30,8 @@ TRANSIENT = (
 )
 # What it calls a model, a version or a run that is not there.
 MISSING = "RESOURCE_DOES_NOT_EXIST"
+# What it calls one that is there already.
+EXISTS = "RESOURCE_ALREADY_EXISTS"
 
 
 def client_of(tracking_uri: str) -> Any:
@@ -67,12 +69,16 @@ def is_away(error: BaseException) -> bool:
 def _is_passing(error: BaseException) -> bool:
     """Whether this error alone, without what caused it, may pass."""
     import requests
+    from botocore.exceptions import ConnectionError as S3ConnectionError
     from botocore.exceptions import HTTPClientError
 
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return True
-    unreachable = (ConnectionError, TimeoutError, requests.ConnectionError, requests.Timeout, HTTPClientError)
-    if isinstance(error, unreachable) or getattr(error, "error_code", None) in TRANSIENT:
+    of_requests, of_s3 = (requests.ConnectionError, requests.Timeout), (S3ConnectionError, HTTPClientError)
+    if (
+        isinstance(error, (ConnectionError, TimeoutError, *of_requests, *of_s3))
+        or getattr(error, "error_code", None) in TRANSIENT
+    ):
         return True
     # An HTTP answer, as requests and botocore keep it.
     answer = getattr(error, "response", None)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.board import FAMILY, Point
-from cluster.registry.client import CHALLENGER, client_of, one_try, patiently
+from cluster.registry.client import CHALLENGER, EXISTS, client_of, one_try, patiently
 from cluster.registry.models import WEIGHTS, Models, weights_digest
 
 PARENT = FAMILY
@@ -153,6 +153,7 @@ class Registry:
 
         if known := client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
             return max(int(version.version) for version in known)
+        self._make_model(client, name)
         with mlflow.start_run(run_id=run_id):
             info = mlflow.transformers.log_model(
                 transformers_model=model_dir,
@@ -164,6 +165,19 @@ class Registry:
                 await_registration_for=300,
             )
         return int(info.registered_model_version)
+
+    def _make_model(self, client: Any, name: str) -> None:
+        """Create the registered model if there is none. Where a prompt has its name, MLflow would add to the prompt."""
+        from mlflow.exceptions import MlflowException
+
+        if Models(self._uri, patience_s=0.0).standing(name) is not None:
+            return
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            # Another family may have been faster.
+            if error.error_code != EXISTS or Models(self._uri, patience_s=0.0).standing(name) is None:
+                raise
 
     def finish(self, runs: Mapping[str, str], failed: Iterable[str], killed: bool = False) -> None:
         """Close all runs: FINISHED, or FAILED where a student failed, or KILLED.

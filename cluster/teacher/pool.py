@@ -30,6 +30,9 @@ T = TypeVar("T")
 # hardware differ by rounding; a half-loaded teacher differs by orders of magnitude more.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
+# A replica is started again after twice this, and each time after twice as long, in seconds.
+AGAIN_S = 0.5
+
 
 @dataclass
 class PoolStats:
@@ -204,7 +207,7 @@ class TeacherPool:
                 self._fail(f"{reason}. See to the cluster, or raise teacher.max_restarts, and go on with --resume")
             return
         self.stats.restarts += 1
-        await asyncio.sleep(min(30.0, 0.5 * 2 ** self._deaths[replica.index]))
+        await asyncio.sleep(min(30.0, AGAIN_S * 2 ** self._deaths[replica.index]))
         self._begin(self._start(replica))
 
     # -- following the students ------------------------------------------------------------------------------------
