@@ -78,7 +78,9 @@ class Board:
         self._journal, self._state_file = Path(folder) / POINTS_FILE, Path(folder) / STATE_FILE
         self._points = list(_read(self._journal))
         self._known = {point.key for point in self._points}
-        state = json.loads(self._state_file.read_bytes()) if again and self._state_file.exists() else {}
+        if not again:  # it is of an earlier session
+            self._state_file.unlink(missing_ok=True)
+        state = json.loads(self._state_file.read_bytes()) if self._state_file.exists() else {}
         self._phases: dict[str, str] = state.get("phases", {})
         self._stop: str = state.get("stop", "")
         self._unwritten = b""

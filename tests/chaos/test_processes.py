@@ -18,7 +18,7 @@ from cluster.family import run_family
 from cluster.preflight import preflight
 from cluster.runs import open_run
 from cluster.spec import StreamSpec
-from cluster.specfile import load_spec
+from cluster.specfile import home, load_spec
 from cluster.watch import Status
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived, lives_of
 from tests.chaos.faults import BOARD, RANK, REGISTRY, SHARD, STREAM, STUDENT, TRAINERS, Faults, kill
@@ -153,7 +153,7 @@ def test_the_registry_and_the_board_are_killed(
     assert lives == {"alone": 1, "two": 1}
     assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
     assert (result.unregistered, result.warnings) == ({}, [])
-    client = mlflow.MlflowClient(mlflow.get_tracking_uri())
+    client = mlflow.MlflowClient(f"sqlite:///{home() / 'mlflow.db'}")
     for name in lives:
         run_id = result.run.mlflow[name]
         versions = client.search_model_versions(f"name='tiny-{name}'")

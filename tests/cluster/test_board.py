@@ -42,6 +42,7 @@ def test_a_resumed_run_has_the_points_of_before_and_no_phase_and_no_reason_to_st
     first.stop("the disk is full")
     news = board_of(tmp_path, []).since(0)
     assert (news.points, news.phases, news.stop) == (POINTS, {}, "")
+    assert board_of(tmp_path, [], again=True).since(0).stop == ""
 
 
 def test_a_point_that_is_posted_again_counts_once(tmp_path: Path) -> None:
