@@ -201,12 +201,26 @@ class _Rank:
     def _post(self, number: int, metrics: dict[str, float]) -> None:
         """Add what is measured at this batch only, and put all of it on the board."""
         every = self.job.family.evaluation.angle_every
-        if every and number % every == 0 and (angle := self.measures.gradient_angle(number)) is not None:
+        if every and number % every == 0 and (angle := self._angle(number)) is not None:
             metrics["gradient_angle"] = angle
         if self.rank == 0:
             metrics["lr"] = self.engine.get_lr()[0]
             self._posted.append(self.job.board.post.remote(Point(self.job.name, number + 1, metrics)))
             _, self._posted = ray.wait(self._posted, num_returns=len(self._posted), timeout=0)
+
+    def _angle(self, number: int) -> float | None:
+        """The gradient's angle after batch ``number``; none where the labels for it cannot be had.
+
+        Raises:
+            RunError: the stream is gone for good. Not its own error: the step on this batch has been taken already.
+        """
+        try:
+            return self.measures.gradient_angle(number)
+        except HeldError as error:
+            log.warning("%s: no gradient angle at batch %d: %s", self.job.name, number, error)
+            return None
+        except RayActorError as error:
+            raise RunError(f"no gradient angle at batch {number}: {error}") from error
 
     def _await_board(self) -> None:
         """Wait until the board has the points so far: what is committed is not learnt again, so nor is it posted again.
