@@ -134,7 +134,9 @@ def _misfit(model: Any) -> str | None:
     from cluster.prefill import last_hidden
 
     head, was_training = whole_head_of(model), model.training
-    rows, half, at_S = len(head.weight_VD), PROBE_TOKENS // 2, torch.arange(PROBE_TOKENS, device=head.weight_VD.device)
+    rows = len(head.weight_VD)
+    length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
+    half, at_S = length // 2, torch.arange(length, device=head.weight_VD.device)
     tokens_S = at_S * 7919 % rows
     changed_S = torch.where(at_S < half, tokens_S, (tokens_S + 1) % rows)
     model.eval()  # dropout would make every pass differ

@@ -33,6 +33,8 @@ class Run:
         ds: the date that its corpus was rendered for, YYYY-MM-DD; "" in a run from before there were dates.
         teacher: fingerprints of the teacher and its tokenizer; "" in a run from before they were kept.
         promotions: what was decided of them, by student: the fields of a :class:`~cluster.evaluate.gate.Verdict`.
+        logged: how many of each student's points MLflow has, and under ``""`` of the family's. Logging some again does
+            no harm.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class Run:
     ds: str = ""
     teacher: str = ""
     promotions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    logged: dict[str, int] = field(default_factory=dict)
     resumed: bool = False
     text_is_kept: bool = False
 

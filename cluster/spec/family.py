@@ -216,7 +216,8 @@ class FamilySpec(Section):
     """When a new student takes the champion's place. Leave out to promote by hand only; it stays `challenger` then."""
     limits: LimitsSpec = LimitsSpec()
     patience_s: PositiveFloat = 600.0
-    """Seconds that a run waits for room on its disk, or for a place on the cluster, before it stops for `--resume`."""
+    """Seconds that a run waits for room on its disk, for a place on the cluster, or for its students' last commits,
+    before it stops for `--resume`. MLflow is waited for at least an hour after all students have ended."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> FamilySpec:

@@ -29,6 +29,7 @@ from cluster.flops import TRAINING, Work, parameters_of, peak_flops
 from cluster.heads import probe_head
 from cluster.memory import keep_memory
 from cluster.registry import on_this_node
+from cluster.session import ACTOR_LOST
 from cluster.space import NoRoomError
 from cluster.stream.figures import HeldError
 from cluster.stream.reader import Reader
@@ -60,6 +61,10 @@ def seed_micro_batch(seed: int, student: str, batch: int, row: int) -> None:
     set_seed(int.from_bytes(digest[:4], "big"))
 
 
+# How long a commit waits for a board that is being started again.
+BOARD_S = 60.0
+
+
 class _Rank:
     """One rank of one student, for as long as its process lives."""
 
@@ -75,6 +80,9 @@ class _Rank:
         self.reader = Reader(job.stream, job.name, self.rank, job.batches)
         self.measures = Measures(job, self.engine, self.reader, self.device)
         self.before: Fidelity | None = None
+        self.finished = False
+        # Points that the board has not acknowledged.
+        self._posted: list[ray.ObjectRef] = []
         self.audit: AuditLog | None = None
         self.trained_s = 0.0
         self.commit_is_due = False
@@ -117,11 +125,12 @@ class _Rank:
     # -- resuming and committing -----------------------------------------------------------------------------------
 
     def restore(self) -> int:
-        """Take up the last commit. Returns the first batch that is still to be learnt."""
+        """Load the last commit. Returns the first batch that is still to be learnt; ``finished`` when all is done."""
         last = self.commits.last
         if last is None:
             return 0
         self.before, self.trained_s = Fidelity(**last["before"]), last["seconds"]
+        self.finished = last["after"] is not None
         # A commit from before micro_batch was recorded has none.
         made_on = {name: last.get(name) for name in ("ranks", "micro_batch")}
         if self.rank == 0 and made_on != (now := self._layout()):
@@ -133,7 +142,7 @@ class _Rank:
                 made_on,
                 "" if made_on["micro_batch"] == now["micro_batch"] else ", and dropout draws other masks from here on",
             )
-        if last["batch"] < self.job.batches:
+        if not self.finished:
             self.commits.take_up(self.engine)
         return int(last["batch"])
 
@@ -146,6 +155,7 @@ class _Rank:
         That, and the ``last`` of a run that ends before, is waited for until it is stored, see :meth:`Commits.make`.
         """
         assert self.before is not None
+        self._await_board()
         facts = {
             "batch": batch,
             **self._layout(),
@@ -256,10 +266,35 @@ class _Rank:
     def _post(self, number: int, metrics: dict[str, float]) -> None:
         """Add what is measured at this batch only, and put all of it on the board."""
         every = self.job.family.evaluation.angle_every
-        if every and number % every == 0 and (angle := self.measures.gradient_angle(number)) is not None:
+        if every and number % every == 0 and (angle := self._angle(number)) is not None:
             metrics["gradient_angle"] = angle
         if self.rank == 0:
-            self.job.board.post.remote(Point(self.job.name, number + 1, metrics))
+            self._posted.append(self.job.board.post.remote(Point(self.job.name, number + 1, metrics)))
+            _, self._posted = ray.wait(self._posted, num_returns=len(self._posted), timeout=0)
+
+    def _angle(self, number: int) -> float | None:
+        """The gradient's angle after batch ``number``; none where the labels for it cannot be had.
+
+        Raises:
+            RunError: the stream is gone for good. Not its own error: the step on this batch has been taken already.
+        """
+        try:
+            return self.measures.gradient_angle(number)
+        except HeldError as error:
+            log.warning("%s: no gradient angle at batch %d: %s", self.job.name, number, error)
+            return None
+        except ACTOR_LOST as error:
+            raise RunError(f"no gradient angle at batch {number}: {error}") from error
+
+    def _await_board(self) -> None:
+        """Wait until the board has the points so far: what is committed is not learnt again, so nor is it posted again.
+
+        Ray makes the calls again that a board died over, for as long as this process lives.
+        """
+        if self._posted:
+            _, self._posted = ray.wait(self._posted, num_returns=len(self._posted), timeout=BOARD_S)
+        if self._posted:
+            log.warning("the board has not acknowledged %d points for %g s", len(self._posted), BOARD_S)
 
 
 def train_student(job: StudentJob) -> None:
@@ -285,32 +320,37 @@ def _train(job: StudentJob) -> None:
         use_plain_gloo()
     rank = _Rank(job)
     first = rank.restore()
-    if first >= job.batches:
+    if rank.finished:
         rank.say("finished")
         return
     rank.reader.attach(first)
     rank.begin(first)
-    if rank.before is None:
-        rank.say("measuring before")
-        rank.before = rank.measures.fidelity()
-    rank.say("training")
-    for number in range(first, job.batches):
-        try:
+    learnt = first
+    try:
+        if rank.before is None:
+            rank.say("measuring before")
+            rank.before = rank.measures.fidelity()
+        rank.say("training")
+        for number in range(first, job.batches):
             rank.learn(number)
-        except HeldError:
-            # The run is to end. All ranks of the student hear of it before the same batch.
-            rank.say("saving")
-            if number > first:
-                rank.commit(number, last=True)
-            rank.say("stopped")
-            return
-        if rank.commit_is_due and number + 1 < job.batches:
-            rank.commit(number + 1)
-    if rank.rank == 0:
-        # The last batch ended with a collective, so the other ranks have read it too.
-        rank.reader.detach()
-    rank.say("measuring after")
-    after = rank.measures.fidelity()
+            learnt = number + 1
+            if rank.commit_is_due and learnt < job.batches:
+                rank.commit(learnt)
+        if rank.rank == 0:
+            # The last batch ended with a collective, so the other ranks have read it too.
+            rank.reader.detach()
+        rank.say("measuring after")
+        after = rank.measures.fidelity()
+    except (HeldError, *ACTOR_LOST) as error:
+        # The run is to end. All ranks of the student hear of a held pass before the same batch; of a stream that is
+        # gone for good they do not, and with a peer that has read one more batch there is no common commit.
+        if isinstance(error, ACTOR_LOST) and job.spec.ranks > 1:
+            raise
+        rank.say("saving")
+        if learnt > first:
+            rank.commit(learnt, last=True)
+        rank.say("stopped")
+        return
     rank.say("saving")
     rank.commit(job.batches, after)
     rank.say("finished")

@@ -22,6 +22,10 @@ from cluster.students.snapshot import keep_last_only, mend
 log = logging.getLogger(__name__)
 
 
+class StoppedError(RunError):
+    """A student ended before its last batch because the pass was held: not its failure, and the run is to stop."""
+
+
 class Trainers:
     """A Ray actor that waits for the students' Ray Train runs, one thread each.
 
@@ -44,6 +48,7 @@ def run_student(job: StudentJob) -> StudentResult:
     or a rank before it has been told what to do, and that it cannot write down what it has, because the disk is full.
 
     Raises:
+        StoppedError: the pass was held.
         RunError: its ranks failed more often than ``max_failures`` allows.
         NoRoomError: the disk stayed full; the run is told to stop.
     """
@@ -112,7 +117,8 @@ def _fit(job: StudentJob) -> StudentResult:
     )
     result = trainer.fit()
     if result.checkpoint is None:
-        raise RunError("it ended without a checkpoint")
+        raise StoppedError("it was stopped before its first commit")
+    return student_result(job.name, Path(result.checkpoint.path))
     finished = student_result(job.name, Path(result.checkpoint.path))
     when_there_is_room(job.folder, partial(keep_last_only, job.folder), job.family.patience_s)
     return finished
@@ -134,11 +140,11 @@ def student_result(name: str, folder: Path) -> StudentResult:
     """What the last checkpoint of a finished student says of it.
 
     Raises:
-        RunError: it has not finished.
+        StoppedError: it has not finished.
     """
     commit = json.loads((folder / COMMIT_FILE).read_text())
     if commit["after"] is None:
-        raise RunError(f"it was told to stop after batch {commit['batch'] - 1}")
+        raise StoppedError(f"it was stopped after batch {commit['batch'] - 1}, which is committed")
     return StudentResult(
         name=name,
         model_dir=str(folder / MODEL_FOLDER),

@@ -20,7 +20,7 @@ from cluster.errors import RunError, first_line
 from cluster.heads import OutputHead
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
-from cluster.teacher.replica import Replica, is_loss
+from cluster.teacher.replica import Replica, is_loss, may_pass
 from cluster.teacher.scaling import PACE, Demand, Look, Pace, Scaling
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ T = TypeVar("T")
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 LESS_MEMORY = "lower teacher.tokens_per_chunk, raise teacher.shards, or run fewer families on that node"
+# A replica is started again after twice this, and each time after twice as long, in seconds.
+AGAIN_S = 0.5
 
 
 @dataclass
@@ -126,7 +128,7 @@ class TeacherPool:
         try:
             probe = await replica.start()
         except Exception as error:
-            if is_loss(error):
+            if is_loss(error) or may_pass(error):
                 await self._replace(replica, error)
                 return
             # The model itself cannot be loaded or run: another try would end the same way.
@@ -189,16 +191,17 @@ class TeacherPool:
             self._failed.exception()  # marks it as seen, for a pool may end before anyone waits
 
     async def _replace(self, replica: Replica, error: BaseException) -> None:
-        """Start a dead replica again, a little later each time, until its restarts are used up."""
+        """Start a replica again that died or did not start, later each time, until its restarts are used up."""
         replica.stop()
-        log.warning("teacher replica %d died: %s", replica.index, first_line(error, LESS_MEMORY))
+        what = "died" if is_loss(error) else "failed to start"
+        log.warning("teacher replica %d %s: %s", replica.index, what, first_line(error, LESS_MEMORY))
         self.stats.last_error = f"replica {replica.index}: {first_line(error, LESS_MEMORY)}"
         if self._spared(replica, self.stats.last_error, self._spec.min_replicas):
             return
         self._deaths[replica.index] += 1
         if self._deaths[replica.index] > self._spec.max_restarts:
             reason = (
-                f"teacher replica {replica.index} died {self._deaths[replica.index]} times, which is more than "
+                f"teacher replica {replica.index} {what} {self._deaths[replica.index]} times, which is more than "
                 f"teacher.max_restarts {self._spec.max_restarts}; the last time: {first_line(error, LESS_MEMORY)}"
             )
             # As long as another serves or may still do so, this one is no reason to end a night's work.
@@ -206,7 +209,7 @@ class TeacherPool:
                 self._fail(f"{reason}. See to the cluster, or raise teacher.max_restarts, and go on with --resume")
             return
         self.stats.restarts += 1
-        await asyncio.sleep(min(30.0, 0.5 * 2 ** self._deaths[replica.index]))
+        await asyncio.sleep(min(30.0, AGAIN_S * 2 ** self._deaths[replica.index]))
         self._begin(self._start(replica))
 
     # -- following the students ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import tracing
-from cluster.errors import first_line
+from cluster.errors import LabelError, UserError, first_line
 from cluster.heads import OutputHead
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
@@ -42,6 +42,16 @@ def is_loss(error: BaseException) -> bool:
     if isinstance(error, (ReplicaLostError, TimeoutError)):
         return True
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+
+
+# What Python and the libraries raise about the model itself, or about our own code: the next try meets the same model.
+PERSISTENT = (UserError, LabelError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a replica that failed to start may start later: a file or a mount that is slow to appear, a port that is
+    taken, a device that another process has not left yet. Whatever is not known to be the model's fault may pass."""
+    return not isinstance(getattr(error, "cause", None) or error, PERSISTENT)
 
 
 class Replica:

@@ -14,13 +14,15 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.report import write_report
 from cluster.evaluate.result import FamilyResult
-from cluster.preflight import Checked
+from cluster.preflight import Checked, preflight
 from cluster.registry import fetch_model
+from cluster.specfile import load_spec
 from cluster.students.module import inputs_of
 from cluster.watch import Status
 from tests.headed import write_headed_model
@@ -229,18 +231,32 @@ def test_the_report_is_one_page_with_all_students(family: tuple[Checked, FamilyR
 def test_a_student_that_fails_harms_no_other(tiny: Path, tmp_path: Path) -> None:
     import shutil
 
-    # Good enough for every check before the start, and not loadable: its weights end in the middle.
+    # Passes every check before the start, which reads no weights, and fails at its own: they are not numbers.
     shutil.copytree(tiny / "teacher", tmp_path / "torn")
     weights = tmp_path / "torn" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     torn = {"init": {"source": "pretrained", "model": str(tmp_path / "torn")}, "max_failures": 0}
-    whole = {**SAME, "init": {"source": "teacher", "layers": 4}, "max_failures": 0}
-    students = {"small": whole, "torn": torn}
+    whole = {**SAME, "init": {"source": "teacher", "layers": 4}, "max_failures": 0, "micro_batch": 1}
+    # MLflow refuses this one's name, which a prompt has taken; it ends before the other, which has more to do.
+    students = {"small": whole, "torn": torn, "refused": {**SAME}}
     teacher = {"model": str(write_headed_model(tmp_path / "phi", "phi"))}
     path = write_family(tmp_path, tiny, students, teacher=teacher, corpus={"max_batches": 4, "held_out": 0.2})
+    client = mlflow.MlflowClient(preflight(load_spec(path)).tracking_uri)
+    client.register_prompt("tiny-refused", "a prompt")
     _, result, _ = run_here(path)
-    assert list(result.students) == ["small"]
+    assert set(result.students) == {"small", "refused"}
     assert result.students["small"].batches == 4
     assert abs(result.students["small"].before.kl) < 1e-6  # it began as an exact copy of its teacher
     assert "torn" in result.failed
     assert "rank 0" in result.failed["torn"] and "Error" in result.failed["torn"]
+    # One that cannot be registered keeps its model, and harms no other either.
+    assert result.versions.keys() == {"small"} and result.unregistered.keys() == {"refused"}
+    assert "refuses" in result.unregistered["refused"] and "--resume" in result.unregistered["refused"]
+    assert Path(result.students["refused"].model_dir, "model.safetensors").is_file()
+    assert [line.partition(" ")[2].partition(" ")[0] for line in result.trouble] == ["torn", "refused"]
+    status = {name: client.get_run(run_id).info.status for name, run_id in result.run.mlflow.items()}
+    assert status == {"": "FAILED", "small": "FINISHED", "torn": "FAILED", "refused": "FAILED"}
+
+    client.delete_prompt("tiny-refused")
+    _, again, _ = run_here(path, resume=True)
+    assert again.unregistered == {} and again.versions == {"small": result.versions["small"], "refused": 1}
