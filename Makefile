@@ -6,20 +6,35 @@ export SOAK
 export STILLHOUSE_HOME ?= $(CURDIR)/.stillhouse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test nightly chaos up down status backup restore lint check clean
+# Unit tests start no process that the others could meet, so they run on two cores, a file at a time. The other folders
+# hold none, and their imports would take longer than some of the tests.
+UNIT := $(BIN)/pytest -q -m unit -n 2 --dist loadfile --ignore tests/integration --ignore tests/chaos
+
+.PHONY: demo test unit integration plan nightly chaos release-check up down status backup restore lint check clean
 
 demo: $(VENV)/demo.stamp  ## a real teacher, two students, one endpoint: the whole line in minutes
 	$(BIN)/python infra/local/fetch_demo.py .stillhouse/demo
 	$(BIN)/stillhouse run examples/demo.yaml
 
-test: $(VENV)/dev.stamp  ## every part once; starts real Ray, DeepSpeed, MLflow, Serve and S3 on loopback
-	$(BIN)/pytest -m "not chaos and not nightly"
+test: unit integration  ## every part once
 
-nightly: $(VENV)/dev.stamp  ## the tests that train whole families for minutes
+unit: $(VENV)/dev.stamp  ## the tests that start nothing
+	$(UNIT)
+
+integration: $(VENV)/dev.stamp  ## starts real Ray, DeepSpeed, MLflow, Serve and S3 on loopback
+	$(BIN)/pytest -m "not unit and not chaos and not nightly"
+
+plan: $(VENV)/dev.stamp  ## every test of every mark is collected and planned; nothing runs
+	$(BIN)/pytest -q --setup-plan >$(VENV)/plan.txt || { tail -n 40 $(VENV)/plan.txt; exit 1; }
+
+nightly: $(VENV)/dev.stamp  ## the tests that train whole families for minutes; properties on a thousand examples
 	$(BIN)/pytest -m nightly
+	$(UNIT) -m "unit and hypothesis" --hypothesis-profile nightly
 
 chaos: $(VENV)/dev.stamp  ## kills and cuts off the parts of running families; CHAOS_SEED=n repeats a run, SOAK=30m goes on
 	$(BIN)/pytest -m chaos $(if $(SOAK),tests/chaos/test_soak.py)
+
+release-check: lint plan test nightly chaos demo  ## all that there is, some hours; before a release is tagged
 
 up: $(VENV)/local.stamp  ## Ray, MLflow on PostgreSQL, S3 and Prometheus on this machine; down ends them and keeps their data
 	$(BIN)/python -m infra.local.stack up $(UP)
@@ -38,8 +53,7 @@ lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint  ## lint, types and unit tests
-	$(BIN)/pytest -q -m unit
+check: lint unit  ## lint, types and unit tests
 
 clean:  ## remove the environment and everything that was fetched or made
 	rm -rf $(VENV) .stillhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
@@ -52,14 +66,15 @@ $(VENV)/torch.stamp:
 	$(PIP) torch==2.13.0 setuptools wheel
 	@touch $@
 
+# Each extra holds the one before it, so one installation makes all stamps up to its own.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt
 	$(PIP) -e '.[demo]'
 	@touch $@
 
-$(VENV)/local.stamp: $(VENV)/demo.stamp
+$(VENV)/local.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt
 	$(PIP) -e '.[local]'
-	@touch $@
+	@touch $(VENV)/demo.stamp $@
 
-$(VENV)/dev.stamp: $(VENV)/local.stamp
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
-	@touch $@
+	@touch $(VENV)/demo.stamp $(VENV)/local.stamp $@

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from common import TEACHER, arguments, device, hardware, packed_text, write
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from cluster.heads import head_of
 from cluster.labels.kinds import Labels, TopK
 from cluster.labels.make import make_labels
 from cluster.labels.wire import Stamp, encode
+from cluster.loading import load_model
 from cluster.spec import DenseLabels, LabelsSpec, SampledLabels, TeacherLayers, TopKLabels
 from cluster.students.angle import angle_sums
 from cluster.students.initial import initial_student
@@ -87,7 +88,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.on = device()
-        self.teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.float32).to(self.on).eval()
+        self.teacher = load_model(TEACHER, dtype=torch.float32).to(self.on)
         init = TeacherLayers(source="teacher", layers=24)
         where: dict[str, Any] = {"teacher_dir": str(TEACHER), "student_dir": None, "dtype": torch.float32}
         self.student = initial_student(init, **where).to(self.on)
@@ -97,7 +98,7 @@ class Bench:
     def labels(self, spec: LabelsSpec, hidden_BSD: Tensor, tokens_BS: Tensor, address: str) -> Labels:
         """Labels of some sequences from the teacher's hidden states."""
         options: dict[str, Any] = {"vocabulary": self.vocabulary, "address": address, "chunk": 128}
-        made = make_labels(spec, hidden_BSD, mask_of(tokens_BS), self.teacher.lm_head, **options)
+        made = make_labels(spec, hidden_BSD, mask_of(tokens_BS), head_of(self.teacher).logits, **options)
         assert made is not None
         return made
 
@@ -113,7 +114,7 @@ class Bench:
     def loss(self, labels: Labels, hidden_TD: Tensor, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
         """The fused soft loss of a student's hidden states, and its sums."""
         target = self.target(labels, tokens_BS)
-        return distillation_loss(hidden_TD, self.student.lm_head.weight, target, SOFT, vocabulary=self.vocabulary)
+        return distillation_loss(hidden_TD, head_of(self.student), target, SOFT, vocabulary=self.vocabulary)
 
     def student_hidden(self, tokens_BS: Tensor) -> Tensor:
         """The student's hidden states at the loss tokens."""
@@ -169,7 +170,7 @@ class Bench:
         """Degrees between the head's gradient and the exact one on few tokens, as a run logs it."""
         target, exact = self.target(labels, tokens_BS), self.target(dense, tokens_BS)
         options = {"target": target, "exact": exact, "objective": SOFT, "vocabulary": self.vocabulary}
-        dot, own, whole = angle_sums(hidden_TD, self.student.lm_head.weight, **options).tolist()
+        dot, own, whole = angle_sums(hidden_TD, head_of(self.student), **options).tolist()
         return math.degrees(math.acos(min(1.0, dot / math.sqrt(own * whole))))
 
 

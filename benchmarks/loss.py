@@ -20,6 +20,7 @@ import torch
 from common import arguments, device, hardware, seconds_in_turn, write
 from torch import Tensor
 
+from cluster.heads import OutputHead
 from cluster.students.losses.fused import distillation_loss
 from cluster.students.losses.objective import Objective
 from cluster.students.losses.targets import (
@@ -71,7 +72,9 @@ def targets(name: str, size: Size, on: torch.device) -> Targets:
         return SampledTargets(next_T, ids_TK, shares / shares.sum(-1, keepdim=True), torch.ones(tokens, device=on))
     if name == "hidden":
         hidden = torch.randn(tokens, size.width, device=on, dtype=size.dtype)
-        return HiddenTargets(next_T, hidden, torch.randn(vocabulary, size.width, device=on, dtype=size.dtype) * 0.05)
+        return HiddenTargets(
+            next_T, hidden, OutputHead(torch.randn(vocabulary, size.width, device=on, dtype=size.dtype) * 0.05)
+        )
     return NoTargets(next_T)
 
 
@@ -103,7 +106,7 @@ class Case:
                 loss = naive(self.hidden_TD, self.weight_VD, target.chunk(slice(None)), objective)
             else:
                 options = {"vocabulary": self.size.vocabulary}
-                loss, _ = distillation_loss(self.hidden_TD, self.weight_VD, target, objective, **options)
+                loss, _ = distillation_loss(self.hidden_TD, OutputHead(self.weight_VD), target, objective, **options)
             loss.backward()
             self.hidden_TD.grad = self.weight_VD.grad = None
 

@@ -22,8 +22,10 @@ from common import TEACHER, arguments, device, hardware, packed_text, seconds_in
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from cluster.heads import head_of
 from cluster.labels.make import make_labels
 from cluster.labels.wire import Stamp, encode
+from cluster.loading import load_model
 from cluster.memory import keep_memory
 from cluster.prefill import backbone_of, last_hidden
 from cluster.spec import HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
@@ -42,7 +44,7 @@ SHAPES = {"8b": (4096, 14336, 32, 32, 8), "70b": (8192, 28672, 80, 64, 8)}
 def load(shape: str | None, dtype: torch.dtype, on: torch.device) -> Any:
     """The demo teacher, or a Llama of some shape whose weights are random."""
     if shape is None:
-        return AutoModelForCausalLM.from_pretrained(TEACHER, dtype=dtype).to(on).eval()
+        return load_model(TEACHER, dtype=dtype).to(on)
     width, inner, layers, heads, kv_heads = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=128_256,
@@ -81,7 +83,7 @@ class Scorer:
     def score(self, spec: LabelsSpec) -> None:
         """All of it: forward pass, head, labels, bytes."""
         options: dict[str, Any] = {"vocabulary": self.vocabulary, "address": "0" * 32, "chunk": self.chunk}
-        labels = make_labels(spec, self.hidden(), self.mask_BS, self.model.get_output_embeddings(), **options)
+        labels = make_labels(spec, self.hidden(), self.mask_BS, head_of(self.model).logits, **options)
         assert labels is not None
         encode(labels, STAMP)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.errors import UserError
+from cluster.heads import probe_config
+from cluster.loading import read_config
 from cluster.registry import fetch_model
 
 # How a model keeps documents apart that are packed into one sequence: by their positions alone, by an explicit mask, or
@@ -23,7 +23,7 @@ class TeacherModel:
     Attributes:
         folder: its local directory.
         vocabulary: the tokenizer's real size; padded model vocabularies are cut to it.
-        fingerprint, tokenizer: 16 hex digits each, which every label block carries.
+        fingerprint, tokenizer: 16 hex digits each, which every label block carries; see :mod:`cluster.fingerprint`.
         packing: how it scores packed documents.
     """
 
@@ -76,23 +76,32 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
     """The model's transformers configuration.
 
     Raises:
-        UserError: not a causal language model that transformers knows, or one whose logits are not hidden @ head.
+        UserError: not a causal language model that transformers knows, one that :func:`probe_config` refuses, an
+            adapter, or one whose trusted code lies in another repository.
     """
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if (folder / "adapter_config.json").is_file():
+        # transformers would load a base model from elsewhere where peft is installed, and drop the adapter elsewhere.
+        raise UserError(
+            f"{field}: {folder} holds an adapter (adapter_config.json); merge it into its base model and save that"
+        )
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code)
     except Exception as error:  # whatever goes wrong here is wrong with the file that was given
         raise UserError(f"{field}: cannot use {folder}/config.json: {_one_line(error)}") from None
-    for setting in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        value = getattr(config, setting, None)
-        if value not in (None, 1, 1.0):
-            raise UserError(f"{field}: {folder} sets {setting} {value}, which the fused losses do not know yet")
+    own_code = getattr(config, "auto_map", None) or {}
+    elsewhere = [own_code[part] for part in ("AutoConfig", "AutoModelForCausalLM") if "--" in own_code.get(part, "")]
+    if trust_remote_code and elsewhere:
+        raise UserError(
+            f"{field}: {folder} runs code of another repository ({elsewhere[0]}), which may change at any time; put "
+            f"its .py files into the model's directory and drop the repository from auto_map in config.json"
+        )
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
         trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     ):
         raise UserError(f"{field}: {folder} is a {config.model_type} model, not a causal language model")
+    probe_config(config, f"{field}: {folder}", trust_remote_code)
     return config
 
 
@@ -112,30 +121,3 @@ def load_tokenizer(folder: Path, field: str) -> Any:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits over the mapping of tokens to ids and the way text is split into them."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
-    # Padding and truncation are settings of a call, not of the vocabulary; chat templates never touch ids.
-    for setting in ("padding", "truncation"):
-        rules.pop(setting, None)
-    text = json.dumps([sorted(tokenizer.get_vocab().items()), rules], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def model_fingerprint(folder: Path) -> str:
-    """16 hex digits over the weight files' sizes and headers and the configuration: which model this is.
-
-    Reads the header and the first and last megabyte of each file, not every byte of a 140 GB teacher.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    edge = 1 << 20
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(edge))
-            file.seek(max(0, size - edge))
-            digest.update(file.read(edge))
-    return digest.hexdigest()[:16]

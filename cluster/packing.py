@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from cluster.errors import RunError, UserError, first_line
 from cluster.models import Packing
 from cluster.prefill import backbone_of, last_hidden
-from cluster.shrink import shrunk
+from cluster.shrink import shrunk, small_model
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +34,6 @@ FIRST_DOCUMENTS = ((1,), (5,), (17,), (5, 12))
 TOLERANCE = {2: 0.1, 4: 1e-3, 8: 1e-3}
 # States next to the boundary, where every leak is largest, by which a 16-bit model is judged.
 NEAREST = 4
-# A shrunk model with more parameters than this is not built.
-MOST_PARAMETERS = 100_000_000
 
 
 class NotCausalError(Exception):
@@ -76,28 +73,6 @@ def architecture_packing(config: Any, field: str, trust_remote_code: bool = Fals
 
 
 _found: dict[tuple[type, str], Packing] = {}
-
-
-def small_model(config: Any, trust_remote_code: bool = False) -> Any:
-    """A random model of a small configuration, see :func:`cluster.shrink.shrunk`; float32, on the CPU.
-
-    Its matrices are large enough for every layer to matter: some architectures begin with output projections of zero,
-    which would hide what they leak.
-
-    Raises:
-        ValueError: it is not small.
-    """
-    with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    if (size := sum(weight.numel() for weight in outline.parameters())) > MOST_PARAMETERS:
-        raise ValueError(f"it still has {size} parameters")
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=(weight.numel() / weight.shape[0]) ** -0.5)
-    return model.eval()
 
 
 def probe_packing(backbone: Any) -> Packing:

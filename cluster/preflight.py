@@ -9,19 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.corpus.files import find_files
+from cluster.corpus.files import find_files, skipped_line
 from cluster.errors import UserError
+from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
-from cluster.models import (
-    Packing,
-    TeacherModel,
-    load_config,
-    load_tokenizer,
-    local_model,
-    model_fingerprint,
-    tokenizer_fingerprint,
-)
+from cluster.loading import check_weights
+from cluster.models import Packing, TeacherModel, load_config, load_tokenizer, local_model
 from cluster.registry import champion_of, fetch_model
 from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers, TopKLabels
 from cluster.specfile import home
@@ -41,6 +35,7 @@ class Checked:
         store: where labels are kept; none where they are not.
         champions: per student with a warm start the version that it starts from; none where there is no champion yet.
         most: what it may hold of the cluster at a time.
+        skipped: files in the corpus' folders and globs that are not read, by reason.
         packing: how each student keeps packed documents apart; ``teacher`` knows it of the teacher. All are
             ``unpacked`` where one is, for all read the same batches.
         unpacked_because: per model that cannot keep packed documents apart the reason.
@@ -53,6 +48,7 @@ class Checked:
     store: str | None
     most: Most
     champions: dict[str, int | None] = dataclasses.field(default_factory=dict)
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     packing: dict[str, Packing] = dataclasses.field(default_factory=dict)
     unpacked_because: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -72,6 +68,11 @@ class Checked:
         """The registered version that a student starts from, such as ``demo-small v3``; none where from its init."""
         version = self.champions.get(student)
         return None if version is None else f"{self.spec.model_name(student)} v{version}"
+
+    def notices(self) -> list[str]:
+        """What a person should know before the start, a line each."""
+        skipped = skipped_line(self.skipped)
+        return [*([f"corpus: {skipped}"] if skipped else []), *self.warm_starts(), *self.packing_notices()]
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""
@@ -116,41 +117,44 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         raise UserError(f"labels.k: got {spec.labels.k}; the teacher's vocabulary has {vocabulary} tokens")
     _check_length(spec, config, "the teacher")
     _check_shards(spec, config)
+    _check_tokens(tokenizer, vocabulary, folder)
+    check_weights(folder, config, "teacher.model", teacher.trust_remote_code)
     decided = {"the teacher": _packing_of(config, "teacher.model", teacher.trust_remote_code)}
     dirs: dict[str, Path] = {}
     champions: dict[str, int | None] = {}
     for name, student in spec.students.items():
         place, init = f"students.{name}", student.init
-        _check_size(f"{place}.init", init, config)
+        _check_size(f"{place}.init", init, config, teacher.trust_remote_code)
         if isinstance(init, Pretrained):
             given = f"{place}.init.model"
             dirs[name] = local_model(init.model, revision=init.revision, tracking_uri=uri, field=given)
-            _check_existing(given, init.model, dirs[name], spec, tokenizer)
+            _check_existing(given, init.model, dirs[name], spec, tokenizer, vocabulary)
         if student.warm_start:
             model = spec.model_name(name)
             version = champions[name] = begun[name] if begun and name in begun else champion_of(model, uri)
             if version is not None:
                 dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
-                _check_existing(f"{place}.warm_start", f"the champion {model} v{version}", dirs[name], spec, tokenizer)
+                champion = f"the champion {model} v{version}"
+                _check_existing(f"{place}.warm_start", champion, dirs[name], spec, tokenizer, vocabulary)
         if name in dirs:
             decided[f"student {name}"] = _packing_of(load_config(dirs[name], place), place)
         else:
             decided[f"student {name}"] = _packing_of(_student_config(init, config), place, teacher.trust_remote_code)
-    if not text_is_kept:
-        find_files(spec.corpus.paths)
+    skipped = {} if text_is_kept else find_files(spec.corpus.paths).skipped
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
-    fingerprints = (model_fingerprint(folder), tokenizer_fingerprint(tokenizer))
     unpacked = {who: reason for who, (packing, reason) in decided.items() if packing == "unpacked"}
     teacher_packing, *of_students = ["unpacked" if unpacked else packing for packing, _ in decided.values()]
+    fingerprint = teacher_fingerprint(folder, teacher, vocabulary, teacher_packing)
     return Checked(
         spec,
-        TeacherModel(str(folder), vocabulary, *fingerprints, teacher_packing),
+        TeacherModel(str(folder), vocabulary, fingerprint, tokenizer_fingerprint(tokenizer), teacher_packing),
         dirs,
         uri,
         store,
         most,
         champions,
+        skipped,
         dict(zip(spec.students, of_students, strict=True)),
         unpacked,
     )
@@ -165,7 +169,8 @@ def _packing_of(config: Any, field: str, trust_remote_code: bool = False) -> tup
 
 def _student_config(init: TeacherLayers | Pretrained | Scratch, teacher_config: Any) -> Any:
     """The configuration of a student that is made from the teacher's, see :mod:`cluster.students.initial`."""
-    from cluster.students.initial import chosen_layers, cut_config, scratch_config
+    from cluster.students.configs import cut_config, scratch_config
+    from cluster.students.initial import chosen_layers
 
     if isinstance(init, Scratch):
         return scratch_config(teacher_config, init)
@@ -202,28 +207,56 @@ def _check_length(spec: FamilySpec, config: Any, who: str) -> None:
         raise UserError(f"corpus.sequence_length: got {length}; {who} reads at most {longest} tokens")
 
 
-def _check_size(field: str, init: TeacherLayers | Pretrained | Scratch, teacher_config: Any) -> None:
+def _check_tokens(tokenizer: Any, vocabulary: int, folder: Path) -> None:
+    """Whether the embedding has a row for every token that text becomes.
+
+    Special tokens behind its end, such as an added padding token, do no harm: no batch is padded with them.
+    """
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = (special | set(tokenizer.all_special_ids)) - {tokenizer.eos_token_id}
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= vocabulary and i not in special}
+    if beyond:
+        number = min(beyond)
+        raise UserError(
+            f"teacher.model: the tokenizer of {folder} gives {beyond[number]!r} the id {number}; ids must be below "
+            f"{vocabulary}, the smaller of the tokenizer's size and the model's embedding"
+        )
+
+
+def _check_size(
+    field: str, init: TeacherLayers | Pretrained | Scratch, teacher_config: Any, trust_remote_code: bool
+) -> None:
     """Whether a student can be made in the size that was asked for."""
+    if isinstance(init, Pretrained):
+        return
+    from cluster.students.buildable import check_cut, check_scratch
+    from cluster.students.initial import chosen_layers
+
     if isinstance(init, TeacherLayers):
-        total = teacher_config.num_hidden_layers
+        total = getattr(teacher_config, "num_hidden_layers", 0)
         highest = init.layers[-1] + 1 if isinstance(init.layers, list) else init.layers
-        if highest > total:
+        if 0 < total < highest:
             raise UserError(f"{field}.layers: got {init.layers}; the teacher has {total} layers, 0 to {total - 1}")
-    if isinstance(init, Scratch) and init.hidden_size // init.heads % 2:
+        layers = chosen_layers(init, total) if total else []
+        check_cut(field, teacher_config, layers, trust_remote_code)
+        return
+    if init.hidden_size // init.heads % 2:
         width = init.hidden_size // init.heads
         raise UserError(
             f"{field}: hidden_size {init.hidden_size} over heads {init.heads} makes heads of {width}; rotary position "
             f"embeddings need an even number"
         )
+    check_scratch(field, teacher_config, init, trust_remote_code)
 
 
-def _check_existing(field: str, model: str, folder: Path, spec: FamilySpec, tokenizer: Any) -> None:
+def _check_existing(field: str, model: str, folder: Path, spec: FamilySpec, tokenizer: Any, vocabulary: int) -> None:
     """Whether an existing model can learn from this teacher."""
     config = load_config(folder, field)
     own = load_tokenizer(folder, field)
-    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer) or config.vocab_size < len(tokenizer):
+    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer) or config.vocab_size < vocabulary:
         raise UserError(
             f"{field}: {model} has another tokenizer ({len(own)} tokens) than the teacher "
             f"({len(tokenizer)} tokens); labels are distributions over the teacher's tokens, so both must be the same"
         )
     _check_length(spec, config, field)
+    check_weights(folder, config, field)

@@ -31,7 +31,10 @@ class Run:
         warm_start: per student with a warm start the champion's version that it began with, none where there was no
             champion then; empty until the students begin.
         ds: the date that its corpus was rendered for, YYYY-MM-DD; "" in a run from before there were dates.
+        teacher: fingerprints of the teacher and its tokenizer; "" in a run from before they were kept.
         promotions: what was decided of them, by student: the fields of a :class:`~cluster.evaluate.gate.Verdict`.
+        logged: how many of each student's points MLflow has, and under ``""`` of the family's. Logging some again does
+            no harm.
     """
 
     folder: Path
@@ -41,7 +44,9 @@ class Run:
     versions: dict[str, int] = field(default_factory=dict)
     warm_start: dict[str, int | None] = field(default_factory=dict)
     ds: str = ""
+    teacher: str = ""
     promotions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    logged: dict[str, int] = field(default_factory=dict)
     resumed: bool = False
     text_is_kept: bool = False
 
@@ -95,20 +100,23 @@ def _saved(folder: Path, text_is_kept: bool = False) -> Run:
     return Run(folder=folder, resumed=True, text_is_kept=text_is_kept, **state)
 
 
-def open_run(spec: FamilySpec, resume: bool, ds: date | None = None, begun: Run | None = None) -> Run:
+def open_run(
+    spec: FamilySpec, resume: bool, ds: date | None = None, begun: Run | None = None, teacher: str = ""
+) -> Run:
     """A new run's folder, or with ``resume`` one that was begun.
 
     Args:
         ds: the date that ``corpus.paths`` was rendered for; none means today's. A resumed run keeps its own.
         begun: the run to go on with; none means the family's last one.
+        teacher: fingerprints of the teacher and its tokenizer; "" skips the check that a resumed run has the same.
 
     Raises:
-        UserError: nothing to resume, or it was started from a spec that would train other weights.
+        UserError: nothing to resume, or it was started from a spec or a teacher that would train other weights.
     """
     if not resume:
         name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder = _unused(_runs_folder() / spec.name, name)
-        run = Run(folder, folder.name, training_hash(spec), ds=(ds or date.today()).isoformat())
+        run = Run(folder, folder.name, training_hash(spec), ds=(ds or date.today()).isoformat(), teacher=teacher)
         (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))
         run.save()
         return run
@@ -118,6 +126,12 @@ def open_run(spec: FamilySpec, resume: bool, ds: date | None = None, begun: Run 
         raise UserError(
             f"--resume: {run.name} was started from another spec; differs in {', '.join(changed)}. Put these back or "
             f"start a new run without --resume"
+        )
+    if teacher and run.teacher not in ("", teacher):
+        raise UserError(
+            f"--resume: {run.name} was started with another teacher: the fingerprint of {spec.teacher.model} was "
+            f"{run.teacher} and is {teacher}; put its files and this version of Stillhouse back, or start a new run "
+            f"without --resume"
         )
     # The number of ranks may have changed.
     (run.folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 HIDDEN, HEADS, HEAD_DIM, VOCABULARY, WINDOW, POSITIONS, LAYERS = 128, 8, 32, 256, 8, 512, 4
+# A model with more parameters than this is not built.
+MOST_PARAMETERS = 100_000_000
 
 _TOKENS = r".*token_(id|index|ids)"
 _HIDDEN_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_dim")
@@ -63,6 +65,31 @@ def shrunk(config: Any) -> Any:
         config: a transformers configuration; it is not changed.
     """
     return type(config).from_dict(_shrunk(config.to_dict()))
+
+
+def small_model(config: Any, trust_remote_code: bool = False) -> Any:
+    """A random model of a small configuration, see :func:`cluster.shrink.shrunk`; float32, on the CPU.
+
+    Its matrices are large enough for every layer to matter: some architectures begin with output projections of zero,
+    which would hide what they leak.
+
+    Raises:
+        ValueError: it is not small.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if (size := sum(weight.numel() for weight in outline.parameters())) > MOST_PARAMETERS:
+        raise ValueError(f"it still has {size} parameters")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(std=(weight.numel() / weight.shape[0]) ** -0.5)
+    return model.eval()
 
 
 def _shrunk(given: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cluster.corpus.files import is_glob
 from cluster.errors import UserError
 from cluster.spec import FamilySpec
 from cluster.yaml_file import parse_yaml, read_mapping
@@ -88,7 +89,13 @@ def _anchor(path: str, folder: Path) -> str:
 def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     corpus, teacher, students = tree.get("corpus"), tree.get("teacher"), tree.get("students")
     if isinstance(corpus, dict) and isinstance(corpus.get("paths"), list):
-        corpus["paths"] = [_anchor(p, folder) if isinstance(p, str) else p for p in corpus["paths"]]
+        # A glob that ends in a slash names folders.
+        corpus["paths"] = [
+            _anchor(p, folder) + "/" * (is_glob(p) and p.endswith("/") and not p.startswith(REMOTE_SCHEMES))
+            if isinstance(p, str)
+            else p
+            for p in corpus["paths"]
+        ]
     inits = [s.get("init") for s in students.values() if isinstance(s, dict)] if isinstance(students, dict) else []
     if isinstance(store := tree.get("store"), dict) and isinstance(store.get("uri"), str):
         store["uri"] = _anchor(store["uri"], folder)

@@ -1,18 +1,25 @@
-"""Reads the board and the stream while a family runs, and says in one snapshot where it stands."""
+"""Reads the board and the stream while a family runs, and shows in one snapshot where it stands."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 
-from cluster.board import FAMILY, NO_PLACE, Point
+from cluster.board import FAMILY, NO_PLACE, News, Point
 from cluster.errors import RunError, first_line
+from cluster.session import ACTOR_LOST
 from cluster.stream.figures import StreamStats
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Batches that may be on their way to the store without a word.
 UNSAVED_SHOWN = 4
@@ -54,6 +61,8 @@ class Status:
         """Who waits for whom, in words; empty when nobody does."""
         if self.stats is None:
             return ""
+        if (pool := self.stats.pool).restarts and not pool.ready:
+            return f"the teacher is being started again ({pool.restarts} restarts): {pool.last_error}"
         if self.stats.unsaved > UNSAVED_SHOWN:
             return f"{self.stats.unsaved} batches wait for the label store to take them"
         if self.stats.blocked_by:
@@ -63,68 +72,99 @@ class Status:
         return ""
 
 
-class Watch:
-    """Collects the points of a run; each is handed on once.
+class _Source:
+    """An actor that is asked again and again, and may be away for a while: it is started again when it dies.
 
     Args:
-        patience_s: how long a full disk is waited for.
-
-    Attributes:
-        points: those of the students.
+        name: what it is, for the error.
+        longest_s: seconds without an answer after which the run cannot continue.
     """
 
-    def __init__(self, stream: ActorHandle, board: ActorHandle, students: list[str], patience_s: float) -> None:
-        self._longest_s = patience_s + AWAY_S
-        self._stream, self._board, self._students = stream, board, students
-        self._family_at, self._answered_at = float("-inf"), time.monotonic()
-        self.points: list[Point] = []
-        self._last: dict[str, Point] = {}
-        self._stats: StreamStats | None = None
+    def __init__(self, name: str, longest_s: float) -> None:
+        self._name, self._longest_s, self._answered_at = name, longest_s, time.monotonic()
 
-    def look(self, phase: str) -> tuple[Status, list[Point]]:
-        """The present status, and the points that are new since the last look, every few seconds the family's too.
-
-        Raises:
-            RunError: a part of the run has said that the whole cannot go on, and why, or the stream is gone for good.
-        """
-        new, phases, stop = ray.get(self._board.since.remote(len(self.points)))
-        if stop:
-            raise RunError(stop)
-        fresh = self._ask_stream()
-        stats = self._stats
-        self.points += new
-        self._last.update({point.student: point for point in new})
-        students = {}
-        for name in self._students:
-            point = self._last.get(name)
-            students[name] = StudentStatus(
-                phases.get(name, NO_PLACE),
-                point.batch if point else 0,
-                point.metrics if point else {},
-                stats.waited_s.get(name, 0.0) if stats else 0.0,
-            )
-        if fresh is not None and time.monotonic() - self._family_at >= FAMILY_EVERY_S:
-            self._family_at = time.monotonic()
-            new.append(family_point(students, fresh))
-        return Status(phase, students, stats), new
-
-    def _ask_stream(self) -> StreamStats | None:
-        """The stream's snapshot; none while it is away, when it is started again and its readers wait for it.
+    def ask(self, call: Callable[[], ray.ObjectRef[T]]) -> T | None:
+        """Its answer; none while it is away.
 
         Raises:
             RunError: it has been away for too long.
         """
         try:
-            self._stats = ray.get(self._stream.stats.remote(), timeout=ANSWER_S)
-        except (RayActorError, GetTimeoutError) as error:
+            answer: T = ray.get(call(), timeout=ANSWER_S)
+        except (*ACTOR_LOST, GetTimeoutError) as error:
             away_s = time.monotonic() - self._answered_at
             if away_s > self._longest_s:
                 raise RunError(
-                    f"the stream has not answered for {away_s:.0f} s: {first_line(error)}; go on with --resume"
+                    f"the {self._name} has not answered for {away_s:.0f} s: {first_line(error)}; go on with --resume"
                 ) from error
             return None
         self._answered_at = time.monotonic()
-        return self._stats
+        return answer
+
+
+class Watch:
+    """Collects the points of a run, those of its earlier sessions included.
+
+    Args:
+        patience_s: how long a full disk is waited for.
+
+    Attributes:
+        points: by student, and under ``FAMILY`` those of the family, in the order in which they were posted.
+    """
+
+    def __init__(self, stream: ActorHandle, board: ActorHandle, students: list[str], patience_s: float) -> None:
+        self._stream, self._board, self._students = stream, board, students
+        self._of_stream = _Source("stream", patience_s + AWAY_S)
+        self._of_board = _Source("board", patience_s + AWAY_S)
+        self._family_at = float("-inf")
+        self._seen: list[Point] = []
+        self.points: dict[str, list[Point]] = {name: [] for name in (FAMILY, *students)}
+        self._phases: dict[str, str] = {}
+        self._stats: StreamStats | None = None
+
+    def look(self, phase: str, ask_stream: bool = True) -> Status:
+        """The present status. Every few seconds a point of the family is posted too.
+
+        Args:
+            ask_stream: False once the stream has ended; its last figures are shown then.
+
+        Raises:
+            RunError: a part of the run has reported that the whole cannot continue, and why, or the stream or the board
+                is gone for good.
+        """
+        news = self._of_board.ask(lambda: self._board.since.remote(len(self._seen)))
+        if news is not None:
+            self._take(news)
+        fresh = self._of_stream.ask(self._stream.stats.remote) if ask_stream else None
+        self._stats = fresh or self._stats
+        stats, students = self._stats, {}
+        for name in self._students:
+            last = self.points[name][-1] if self.points[name] else Point(name, 0, {})
+            waited_s = stats.waited_s.get(name, 0.0) if stats else 0.0
+            students[name] = StudentStatus(self._phases.get(name, NO_PLACE), last.batch, last.metrics, waited_s)
+        if fresh is not None and time.monotonic() - self._family_at >= FAMILY_EVERY_S:
+            self._family_at = time.monotonic()
+            self._board.post.remote(family_point(students, fresh))
+        return Status(phase, students, stats)
+
+    def _take(self, news: News) -> None:
+        if news.total < len(self._seen):
+            log.warning("the board lost %d points with its process and gets them back", len(self._seen) - news.total)
+            self._board.put_back.remote(self._seen)
+            return
+        self._seen += news.points
+        for point in news.points:
+            # Of a student that the spec had in an earlier session only.
+            self.points.setdefault(point.student, []).append(point)
+        self._phases = news.phases
+        if news.stop:
+            raise RunError(news.stop)
+
+    @property
+    def curves(self) -> list[Point]:
+        """Every student's curve over the whole run, in order; of a batch that was learnt again the last point."""
+        last = {(name, point.batch): point for name in self._students for point in self.points[name]}
+        return sorted(last.values(), key=lambda point: (self._students.index(point.student), point.batch))
 
 
 def family_point(students: Mapping[str, StudentStatus], stats: StreamStats) -> Point:

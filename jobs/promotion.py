@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import typer
 
-from cluster.errors import UserError
+from cluster.errors import StillhouseError, UserError, first_line
 from cluster.evaluate.figures import Champion, StudentResult
 from cluster.evaluate.gate import KEPT, PROMOTED, Figures, Verdict, decide
 from cluster.evaluate.result import FamilyResult
@@ -20,6 +21,8 @@ from cluster.space import when_there_is_room
 from cluster.spec import FamilySpec, PromotionSpec
 from cluster.specfile import home
 from jobs.contexts import context_for
+
+log = logging.getLogger(__name__)
 
 SQLITE = "sqlite:///"
 # A person waits for the answer.
@@ -47,26 +50,41 @@ def settle(checked: Checked, result: FamilyResult, serving: Sequence[Mapping[str
     a run that is resumed carries out what it had decided, and leaves alone what a person has decided since.
 
     Args:
-        result: its ``verdicts`` are filled; stays without any where the spec has no ``promotion``.
+        result: its ``verdicts`` are filled, or ``undecided`` with the reason; stays without any where the spec has no
+            ``promotion``. A student that is not registered is passed over.
         serving: the comparison's rows; empty where nothing was served.
     """
-    margins, run = checked.spec.promotion, result.run
-    if margins is None:
+    if checked.spec.promotion is None:
         return
     models = Models(checked.tracking_uri)
     latencies = {row["arm"]: row["latency_ms"].get("p50") for row in serving}
-    for name, student in result.students.items():
-        model, version = checked.spec.model_name(name), result.versions[name]
-        verdict = models.verdict(model, version)
-        if verdict is None:
-            if name in run.promotions:
-                verdict = Verdict(**run.promotions[name])
-            else:
-                both = latencies.get(model), latencies.get(champion_arm(model))
-                verdict = judge(margins, student, version, result.champions[name], *both)
-                _remember(checked, result, name, verdict)
-            verdict = _carry_out(models, model, version, verdict)
-        _remember(checked, result, name, verdict)
+    for name in result.students:
+        if name not in result.versions or name in result.undecided:
+            continue
+        try:
+            _settle_one(checked, result, models, name, latencies)
+        except Exception as error:  # of MLflow, or of a full disk: the others are decided all the same
+            log.exception("the promotion of %s is not decided", name)
+            reason = str(error) if isinstance(error, StillhouseError) else first_line(error)
+            result.undecided[name] = f"{reason}; go on with --resume"
+
+
+def _settle_one(
+    checked: Checked, result: FamilyResult, models: Models, name: str, latencies: Mapping[str, float | None]
+) -> None:
+    margins, run = checked.spec.promotion, result.run
+    assert margins is not None
+    model, version = checked.spec.model_name(name), result.versions[name]
+    verdict = models.verdict(model, version)
+    if verdict is None:
+        if name in run.promotions:
+            verdict = Verdict(**run.promotions[name])
+        else:
+            both = latencies.get(model), latencies.get(champion_arm(model))
+            verdict = judge(margins, result.students[name], version, result.champions[name], *both)
+            _remember(checked, result, name, verdict)
+        verdict = _carry_out(models, model, version, verdict)
+    _remember(checked, result, name, verdict)
 
 
 def judge(

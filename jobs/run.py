@@ -8,8 +8,9 @@ import platform
 import shutil
 import signal
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.dates import has_macros, rendered
-from cluster.errors import NoPlaceError, RunError, StillhouseError, UserError
+from cluster.errors import NoPlaceError, RunError, StillhouseError, UserError, first_line
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked, preflight
 from cluster.runs import SPEC_FILE, Run, last_run, open_run, run_of
+from cluster.space import when_there_is_room
 from cluster.spec import Event
 from cluster.specfile import load_spec
 from cluster.watch import Status
@@ -49,14 +51,15 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
     checked = preflight(
         rendered(spec, ds), begun.warm_start if begun else None, text_is_kept=begun is not None and begun.text_is_kept
     )
-    folder = open_run(checked.spec, resume, ds, begun)
+    teacher = f"{checked.teacher.fingerprint}/{checked.teacher.tokenizer}"
+    folder = open_run(checked.spec, resume, ds, begun, teacher)
     signal.signal(signal.SIGTERM, _as_interrupt)
     with quiet(folder.log_path) as console:
         console.print(run_line(folder.name, folder.log_path, ds if has_macros(spec) else None), highlight=False)
-        for line in checked.warm_starts() + checked.packing_notices():
+        for line in checked.notices():
             console.print(line, highlight=False)
         try:
-            result, serving, trouble = _run(checked, folder, console)
+            result, serving = _run(checked, folder, console)
         except KeyboardInterrupt:
             # One that left the queue has no folder any more.
             again = f" Go on with: stillhouse run {path} --resume" if folder.folder.exists() else ""
@@ -77,6 +80,7 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
             _tell(console, checked, folder, "failed", error=broken)
             raise RunError(broken) from error
         _print_result(console, checked, result, serving)
+        trouble = result.trouble
         ended: Event = "failed" if trouble else "succeeded"
         wrong = "; ".join(trouble) or None
         _tell(console, checked, folder, ended, result, wrong)
@@ -115,8 +119,8 @@ def _discard_empty(run: Run) -> None:
         shutil.rmtree(run.folder)
 
 
-def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, list[dict[str, Any]], list[str]]:
-    """The family's result, the comparison's rows, and what went wrong without ending the run."""
+def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, list[dict[str, Any]]]:
+    """The family's result and the comparison's rows."""
     # Imported here, because they load Ray Data and MLflow, which a refused spec need not wait for.
     from cluster.evaluate.report import write_report
     from cluster.family import run_family
@@ -133,18 +137,33 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
             _discard_empty(run)
             raise
         result = run_family(checked, run, display.show, others=others)
-        trouble = [f"student {name} failed: {why}" for name, why in result.failed.items()]
         serving: list[dict[str, Any]] = []
-        if checked.spec.serving is not None:
+        if checked.spec.serving is not None and result.versions:
             display.show(Status("comparing the endpoints"))
-            try:
+            # The students are trained and registered all the same.
+            with _only_warned_of("the endpoints could not be compared", result):
                 serving = compare(checked, result)
-            except StillhouseError as error:  # the students are trained and registered all the same
-                trouble.append(f"the endpoints could not be compared: {error}")
         settle(checked, result, serving)
-        write_report(checked.spec, result, serving, environment())
-        attach_report(checked.tracking_uri, run.mlflow[""], run.report_path)
-    return result, serving, trouble
+        again = f"make it with: stillhouse run {run.name} --resume"
+        with _only_warned_of(f"the report {run.report_path} could not be written; {again}", result):
+            write = partial(write_report, checked.spec, result, serving, environment())
+            when_there_is_room(run.folder, write, checked.spec.patience_s)
+        if run.report_path.exists():
+            missing = f"the report is in {run.report_path} and not in MLflow; {again}"
+            with _only_warned_of(missing, result):
+                attach_report(checked.tracking_uri, run.mlflow[""], run.report_path)
+    return result, serving
+
+
+@contextlib.contextmanager
+def _only_warned_of(what: str, result: FamilyResult) -> Iterator[None]:
+    """Work after the students are registered, whose failure does not make the family a failed one."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()  # into the log
+        reason = str(error) if isinstance(error, StillhouseError) else first_line(error)
+        result.warnings.append(f"warning: {what}: {reason}")
 
 
 def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
@@ -162,7 +181,8 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
 
     spec, options = checked.spec, checked.spec.serving
     assert options is not None
-    arms = [Arm(spec.model_name(n), f"models:/{spec.model_name(n)}/{result.versions[n]}", 1.0) for n in result.students]
+    registered = [name for name in result.students if name in result.versions]
+    arms = [Arm(spec.model_name(n), f"models:/{spec.model_name(n)}/{result.versions[n]}", 1.0) for n in registered]
     arms += [Arm(name, source, 0.0) for name, source in champion_arms(spec, result).items()]
     if options.include_teacher:
         arms.append(Arm("teacher", checked.teacher.folder, 0.0))
@@ -220,7 +240,7 @@ def _print_result(
             f"{student.after.kl:.2f}",
             f"{100 * student.after.agreement:.0f} %",
             f"{student.after.student_perplexity:.4g}",
-            f"{model} v{result.versions[name]}",
+            f"{model} v{result.versions[name]}" if name in result.versions else "not registered",
             *latency(model),
         )
     if result.students:
@@ -236,6 +256,8 @@ def _print_result(
         + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),
         highlight=False,
     )
-    for line in promotion_lines(spec, result):
+    for line in [*(f"corpus: {line}" for line in result.corpus.lines()), *promotion_lines(spec, result)]:
+        console.print(line, markup=False, highlight=False)
+    for line in result.warnings:
         console.print(line, markup=False, highlight=False)
     console.print(f"MLflow {checked.tracking_uri}\nreport {result.run.report_path}", highlight=False)

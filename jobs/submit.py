@@ -8,13 +8,16 @@ import re
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import typer
 import yaml
 
+from cluster.corpus.files import S3, is_glob, select_each, skipped_line
 from cluster.dates import date_of, has_macros, rendered
 from cluster.errors import RunError, UserError
 from cluster.limits import DRIVER, DRIVER_SHARE, MAX_CPUS, MAX_GPUS
@@ -221,18 +224,22 @@ def submit_patiently(client: Any, **job: Any) -> None:
 def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
     """Write the resolved spec and copy its local corpus files into ``folder``; returns the bytes.
 
+    The files are those that a run would read here; what is skipped is shown, for the cluster never sees it.
+
     Model directories are not shipped: the cluster must see them at the same path.
 
     Args:
         context: says where the cluster keeps runs and labels, unless the spec does.
 
     Raises:
-        UserError: a file is not there, or more corpus than may travel with a job.
+        UserError: a file is not there or of an unknown kind, or more corpus than may travel with a job.
     """
-    local = [Path(p) for p in spec.corpus.paths if not p.startswith("s3://")]
-    if missing := [p for p in local if not p.exists()]:
-        raise UserError(f"corpus.paths: {missing[0]} is not there")
-    files = [f for p in local for f in ([p] if p.is_file() else sorted(p.rglob("*"))) if f.is_file()]
+    local = dict(select_each([path for path in spec.corpus.paths if not path.startswith(S3)]))
+    files = [Path(name) for found in local.values() for name in found.files]
+    skipped = sum((Counter(found.skipped) for found in local.values()), Counter[str]())
+    if line := skipped_line(skipped):
+        # Not to stdout, where a manifest may go.
+        typer.echo(f"corpus: {line}", err=True)
     sizes = {file: file.stat().st_size for file in files}
     size = sum(sizes.values())
     if size > SHIPPED_LIMIT:
@@ -245,13 +252,14 @@ def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
     tree = spec.model_dump(mode="json", exclude_unset=True)
     shipped = []
     for number, source in enumerate(spec.corpus.paths):
-        if source.startswith("s3://"):
+        if source.startswith(S3):
             shipped.append(source)
-            continue
-        target = folder / CORPUS_FOLDER / f"{number}-{Path(source).name}"
-        target.parent.mkdir(exist_ok=True)
-        (shutil.copytree if Path(source).is_dir() else shutil.copyfile)(source, target)
-        shipped.append(str(target.relative_to(folder)))
+        elif source in local and (found := local.pop(source).files):
+            target = folder / CORPUS_FOLDER / f"{number}-{'files' if is_glob(source) else Path(source).name}"
+            for name, place in zip(found, _places(source, found, target), strict=True):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(name, place)
+            shipped.append(str(target.relative_to(folder)))
     tree["corpus"]["paths"] = shipped
     if context.tracking_uri is not None:
         tree["tracking"] = {"uri": context.tracking_uri, **tree.get("tracking", {})}
@@ -259,3 +267,13 @@ def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
         tree["store"] = {"uri": context.store, **tree.get("store", {})}
     (folder / SPEC_FILE).write_text(yaml.safe_dump(tree, sort_keys=False))
     return size + (folder / SPEC_FILE).stat().st_size
+
+
+def _places(source: str, files: Sequence[str], target: Path) -> list[Path]:
+    """Where the files behind one of ``corpus.paths`` go, so that ``target`` is read as the path is here."""
+    if Path(source).is_file():
+        return [target]
+    if Path(source).is_dir():
+        return [target / Path(file).relative_to(source) for file in files]
+    # Of a glob: numbered, for the order, and because a hidden file that it asks for would be skipped in a folder.
+    return [target / f"{number:06d}-{Path(file).name}" for number, file in enumerate(files)]

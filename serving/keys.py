@@ -141,7 +141,7 @@ class KeyRing:
 
     def __init__(self, path: Path | None, doors: int = 1) -> None:
         self._path, self._doors = path, doors
-        self._changed: tuple[int, int] | None = None
+        self._changed: tuple[int, ...] | None = None
         self._by_hash: dict[str, Key] = {}
         self._rates: dict[str, RateLimitItem] = {}
         self._used = MovingWindowRateLimiter(MemoryStorage())
@@ -162,7 +162,8 @@ class KeyRing:
             return
         try:
             there = self._path.stat()
-            changed = (there.st_mtime_ns, there.st_size)
+            # A revoked key's line is as long as its successor's, and an editor may keep the modification time.
+            changed = (there.st_ino, there.st_ctime_ns, there.st_mtime_ns, there.st_size)
             if changed == self._changed:
                 return
             keys = read_keys(self._path)

@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from cluster.errors import RunError
+from cluster.errors import RunError, death_of
 from serving.arm_server import ArmServer
 from serving.arms import Arm, locate, pinned
 from serving.link.post import LEAVE_S, Post
@@ -25,6 +25,7 @@ ARM_DEPLOYMENT = "arm"
 """Name of the one deployment in an arm's application."""
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _POLL_S = 0.1
+LESS_MEMORY = "serve fewer arms on that node, or a smaller model"
 # Stands between the names in a route. Neither an endpoint's nor an arm's name has it (a dot they may have), so that no
 # endpoint takes another's arms for its own. Ray puts routes in file names and URLs, where it needs no escape.
 _BETWEEN = "~"
@@ -127,7 +128,8 @@ def _runs(name: str) -> bool:
         return False
     if app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
         why = [d.message.strip() for d in app.deployments.values() if d.message.strip()] or [app.message]
-        raise RunError(f"{name} did not start: {why[0].splitlines()[-1].strip()} (the Ray logs have the rest).")
+        cause = death_of(why[0], LESS_MEMORY) or why[0].splitlines()[-1].strip()
+        raise RunError(f"{name} did not start: {cause} (the Ray logs have the rest).")
     return bool(app.status == "RUNNING")
 
 

@@ -1,7 +1,8 @@
-"""What every test shares: a home of its own, a tiny teacher, and the rule that an unmarked test is a unit test."""
+"""What every test shares: a home of its own, and the rule that an unmarked test is a unit test."""
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -10,14 +11,17 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.tiny import write_tiny_corpus, write_tiny_model
-
+pytest_plugins = ["tests.fixtures"]
 # Decides when and what the chaos tests kill.
 CHAOS_SEED = int(os.environ.get("CHAOS_SEED") or random.randrange(10**6))
-# Examples are not timed: on a busy machine a fast one may take long, and nothing is proved by it.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
-KINDS = ("unit", "integration", "chaos", "slow", "gpu")
+# How many examples a property is tried on: few on each change, many with `--hypothesis-profile nightly`. They are not
+# timed: on a busy machine a fast one may take long, and nothing is proved by it.
+hypothesis.settings.register_profile("change", deadline=None, max_examples=40)
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("change")
+# `make unit` does not read these folders.
+UNIT_FREE = {Path(__file__).parent / name for name in ("integration", "chaos")}
+KINDS = ("unit", "integration", "chaos", "nightly", "slow", "gpu")
 
 
 def pytest_report_header() -> str:
@@ -26,13 +30,40 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _require_fixtures(items)
     for item in items:
         if not any(item.get_closest_marker(kind) for kind in KINDS):
+            if not UNIT_FREE.isdisjoint(item.path.parents):
+                raise pytest.UsageError(f"{item.nodeid} has no mark, and unit tests are not looked for in its folder")
             item.add_marker(pytest.mark.unit)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and (reason := _why_no_gpu()):
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later garbage collection what the imports have made: each one takes half a second less.
+
+    Ends of commands, doors and load generators collect before they are measured or print.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def _require_fixtures(items: list[pytest.Item]) -> None:
+    """End the run if any collected test needs a fixture that does not exist, selected, skipped or not.
+
+    pytest itself notices only when it sets the test up: never where the test is skipped or deselected.
+    """
+    missing = sorted(
+        f"{item.nodeid}: fixture {name!r} not found"
+        for item in items
+        if isinstance(item, pytest.Function)
+        for name in set(item._fixtureinfo.names_closure) - set(item._fixtureinfo.name2fixturedefs) - {"request"}
+    )
+    if missing:
+        raise pytest.UsageError("\n".join(missing))
 
 
 def _why_no_gpu() -> str | None:
@@ -57,25 +88,3 @@ def stillhouse_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Stillhouse home for one test."""
     monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path / "stillhouse"))
     return tmp_path / "stillhouse"
-
-
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a 4-layer Llama with random weights and a 300-token tokenizer. Not to be written to."""
-    return write_tiny_model(tmp_path_factory.mktemp("models") / "teacher")
-
-
-@pytest.fixture(scope="session")
-def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A jsonl file of 64 short documents. Not to be written to."""
-    return write_tiny_corpus(tmp_path_factory.mktemp("corpus") / "documents.jsonl")
-
-
-@pytest.fixture(scope="session")
-def empty_registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow's SQLite file without a model in it. To be copied, for MLflow takes seconds to make one."""
-    from cluster.registry import Models
-
-    path = tmp_path_factory.mktemp("registry") / "mlflow.db"
-    assert Models(f"sqlite:///{path}").standing("anything") is None
-    return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import resource
 import signal
@@ -56,7 +55,8 @@ class Row:
 
     Attributes:
         packing: exact, masked, unpacked or refused; "not built" where no small model could be built and run.
-        head: how its logits come from its last states; "" where that was not probed.
+        head: how its logits come from its last states: exact for a plain product, what is added to it, or refused; ""
+            where no layout of documents helps anyway.
         detail: why it was refused or not built.
     """
 
@@ -83,9 +83,9 @@ def config_of(name: str) -> Any:
 
 def probe(name: str) -> Row:
     """Build a type in small and probe it, in this process."""
-    from cluster.packing import NotCausalError, probe_packing, small_model
+    from cluster.packing import NotCausalError, probe_packing
     from cluster.prefill import backbone_of
-    from cluster.shrink import shrunk
+    from cluster.shrink import shrunk, small_model
 
     try:
         model = small_model(shrunk(config_of(name)))
@@ -99,17 +99,14 @@ def probe(name: str) -> Row:
 
 
 def _head(model: Any) -> str:
-    if importlib.util.find_spec("cluster.heads") is None:
-        return ""
-    from cluster.heads import head_of, probe_head  # type: ignore[import-not-found]
-
     from cluster.errors import UserError
+    from cluster.heads import head_of, probe_head
 
     try:
-        probe_head(model, "it")
+        probe_head(model, "")
+        head = head_of(model)
     except UserError as error:
-        return f"refused: {error}"
-    head = head_of(model)
+        return "refused: " + str(error).removeprefix(": ").split(";")[0]
     parts = {"bias": head.bias_V is not None, "scale": head.scale != 1.0, "soft-cap": head.softcap is not None}
     return ", ".join(part for part, there in parts.items() if there) or "exact"
 

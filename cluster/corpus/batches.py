@@ -1,6 +1,6 @@
-"""Numbered batches over packed tokens: batch ``i`` is a pure function of (corpus, seed).
+"""Numbered batches over tokenised text: batch ``i`` is a pure function of (corpus, seed).
 
-The packed tokens lie in one ``.npy`` file of [sequence, position] that is mapped, not read, so opening a corpus
+The tokens lie in one ``.npy`` file of [sequence, position] that is mapped, not read, so opening a corpus
 costs nothing and a batch costs its own bytes.
 """
 
@@ -8,38 +8,92 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.corpus.files import skipped_line
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
 
 # Folder of the packed corpus in a run's folder, and what lies in it.
 CORPUS_FOLDER = "corpus"
 TOKENS_FILE = "tokens.npy"
+# Of a packed corpus: where documents start. Of a padded one: tokens of each sequence, the rest of it is padding.
 STARTS_FILE = "starts.npy"
+LENGTHS_FILE = "lengths.npy"
 FACTS_FILE = "corpus.json"
 
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What is known of a packed corpus.
+    """What is known of a tokenised corpus.
 
     Attributes:
-        documents: texts that were read and were not empty.
-        tokens: tokens kept, after the last partial sequence was dropped.
-        sequences: packed sequences.
-        address: over the packed tokens and the documents' starts, the corpus' content address.
+        documents: texts that were read and used; those without text and dropped repeats are not among them.
+        tokens: tokens kept, without padding.
+        sequences: all of them, the held-out ones included.
+        address: over the tokens, what lies beside them and the place of the cut, the corpus' content address.
+        held_out: sequences that no student trains on, the last ones; None in a corpus of before documents were split.
+        held_out_documents: documents that they are from; ``cut_documents`` of these have their beginning on the
+            training side.
+        repeats: documents with the text of an earlier one; ``repeats_dropped`` tells whether they were dropped.
+        blank: rows and files without text.
+        spelled: documents whose text spells out a special token.
+        dropped_tokens: of the last partial sequence on either side, and of pieces of one token in a padded corpus.
+        packed: sequences hold several documents, end to end; else each holds one, or a piece of one, and padding.
+        pad_tokens: tokens of padding.
+        ngrams, ngrams_known, held_out_seen: see :class:`~cluster.corpus.overlap.Overlap`.
+        skipped: files that were not read, by reason, see :class:`~cluster.corpus.files.CorpusFiles`.
     """
 
     documents: int
     tokens: int
     sequences: int
     address: str
+    held_out: int | None = None
+    held_out_documents: int = 0
+    cut_documents: int = 0
+    repeats: int = 0
+    repeats_dropped: bool = False
+    blank: int = 0
+    spelled: int = 0
+    dropped_tokens: int = 0
+    packed: bool = True
+    pad_tokens: int = 0
+    ngrams: int = 0
+    ngrams_known: int = 0
+    held_out_seen: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """What a person should know of the corpus, a line each."""
+        told = [f"{_count(self.documents, 'document')}, {self.tokens:,} tokens in {_count(self.sequences, 'sequence')}"]
+        for count, what in (
+            (self.repeats, "repeats, dropped" if self.repeats_dropped else "repeats, kept"),
+            (self.blank, "without text"),
+            (self.spelled, "with the text of special tokens"),
+            (self.dropped_tokens, "tokens dropped"),
+        ):
+            told += [f"{count:,} {what}"] if count else []
+        lines = ["; ".join(told)]
+        if self.held_out is not None:
+            cut = f" ({self.cut_documents:,} cut)" if self.cut_documents else ""
+            overlap = "too short for 13-grams to compare"
+            if self.ngrams:
+                overlap = (
+                    f"{100 * self.ngrams_known / self.ngrams:.1f} % of their 13-grams also occur in the training text, "
+                    f"{_count(self.held_out_seen, 'sequence')} nearly whole"
+                )
+            source = f"{_count(self.held_out, 'sequence')} of {_count(self.held_out_documents, 'document')}{cut}"
+            lines.append(f"held out: {source}; {overlap}")
+        if not self.packed:
+            share = 100 * self.pad_tokens / (self.pad_tokens + self.tokens)
+            lines.append(f"not packed: {self.pad_tokens:,} tokens of padding ({share:.0f} %)")
+        return lines + [line for line in [skipped_line(self.skipped)] if line]
 
     def write(self, folder: Path) -> None:
         """Put the facts beside the tokens, whole or not at all."""
@@ -51,6 +105,10 @@ class CorpusFacts:
     def read(folder: Path) -> CorpusFacts:
         """The facts that lie beside the tokens."""
         return CorpusFacts(**json.loads((folder / FACTS_FILE).read_text()))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True)
@@ -109,10 +167,10 @@ def content_address(*columns: npt.NDArray[Any]) -> str:
 
 
 class Batches:
-    """The training batches and the held-out batches of one packed corpus.
+    """The training batches and the held-out batches of one corpus.
 
-    Documents were shuffled before they were packed, so the last ``held_out`` share of the sequences is a fair
-    sample, and at most one document lies on both sides of the cut.
+    The held-out sequences are the last ones; see :func:`cluster.corpus.split.split_documents` for how their documents
+    were chosen.
 
     Raises:
         UserError: too few sequences for one training batch and the held-out batches that were asked for.
@@ -121,10 +179,12 @@ class Batches:
     def __init__(self, folder: Path, spec: CorpusSpec, held_out_batches: int) -> None:
         self.facts = CorpusFacts.read(folder)
         self._tokens_NS = np.load(folder / TOKENS_FILE, mmap_mode="r")
-        self._starts_NS = np.load(folder / STARTS_FILE, mmap_mode="r")
+        beside = STARTS_FILE if self.facts.packed else LENGTHS_FILE
+        self._beside = np.load(folder / beside, mmap_mode="r")
         self._size, self._seed = spec.batch_sequences, spec.seed
         total = len(self._tokens_NS)
-        held_out = max(1, round(total * spec.held_out))
+        # A run of before documents were split goes on with the sequences that it has held out.
+        held_out = max(1, round(total * spec.held_out)) if self.facts.held_out is None else self.facts.held_out
         self._train = total - held_out
         self._per_epoch = self._train // self._size
         self.held_out_count = held_out_batches
@@ -144,9 +204,15 @@ class Batches:
         tokens_BS = np.ascontiguousarray(self._tokens_NS[sequences])
         loss_mask_BS = np.ones(tokens_BS.shape, dtype=np.bool_)
         loss_mask_BS[:, -1] = False
-        starts_BS = self._starts_NS[sequences]
-        loss_mask_BS[:, :-1] &= ~starts_BS[:, 1:]
-        positions_BS = positions_of(starts_BS)
+        beside = self._beside[sequences]
+        if self.facts.packed:
+            loss_mask_BS[:, :-1] &= ~beside[:, 1:]
+            positions_BS = positions_of(beside)
+        else:
+            place_S = np.arange(tokens_BS.shape[1], dtype=np.int32)
+            # By length: padding has the id of some token.
+            loss_mask_BS &= place_S < beside[:, None] - 1
+            positions_BS = np.tile(place_S, (len(tokens_BS), 1))
         address = content_address(tokens_BS, loss_mask_BS, positions_BS)
         return Batch(number, tokens_BS, loss_mask_BS, positions_BS, address)
 

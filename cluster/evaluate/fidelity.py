@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cluster.evaluate.figures import Fidelity
+from cluster.heads import OutputHead
 
 # Bins of equal width over the confidence, as in Guo et al. (2017).
 CALIBRATION_BINS = 15
@@ -36,7 +37,7 @@ def _calibration_error(sums: Tensor) -> float:
 
 def fidelity_sums(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: OutputHead[Tensor],
     *,
     teacher_logits: Callable[[slice], Tensor],
     next_T: Tensor,
@@ -46,14 +47,14 @@ def fidelity_sums(
     """Sums over tokens that ranks can add before :func:`fidelity_of` divides (float64, [FIDELITY_SUMS]).
 
     Args:
-        hidden_TD, weight_VD: the student's last hidden states at the loss tokens, and its head.
+        hidden_TD, head: the student's last hidden states at the loss tokens, and its head.
         teacher_logits: the teacher's logits [C, vocabulary] of some of these tokens, made when they are asked for.
         next_T: the token after each of them.
     """
-    sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=hidden_TD.device)
+    sums, head = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=hidden_TD.device), head.cut(vocabulary)
     for start in range(0, hidden_TD.shape[0], chunk):
         rows = slice(start, start + chunk)
-        z_CV, y_CV = (hidden_TD[rows] @ weight_VD[:vocabulary].T).float(), teacher_logits(rows).float()
+        z_CV, y_CV = head.logits(hidden_TD[rows]).float(), teacher_logits(rows).float()
         log_norm_q_C, log_norm_p_C = z_CV.logsumexp(-1), y_CV.logsumexp(-1)
         student_ce_C = log_norm_q_C - z_CV.gather(1, next_T[rows, None])[:, 0]
         teacher_ce_C = log_norm_p_C - y_CV.gather(1, next_T[rows, None])[:, 0]

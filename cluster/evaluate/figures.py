@@ -34,7 +34,7 @@ class StudentResult:
     Attributes:
         model_dir: the trained model with its tokenizer, in safetensors.
         parameters: number of weights, tied ones counted once.
-        seconds: from the first batch to the last, in the rank that wrote it (a resumed run counts its own part).
+        seconds: that its training steps took, before and after a resume, in the rank that wrote it.
     """
 
     name: str

@@ -17,14 +17,16 @@ class FamilyResult:
     """What a family came to.
 
     Attributes:
-        students: the finished ones; ``failed`` says of the others why.
-        versions: registered model version per finished student.
-        points: every student's curve, of this session.
+        students: the finished ones; ``failed`` holds the reasons of the others.
+        versions: registered model version per finished student; ``unregistered`` holds the reasons of those without.
+        points: every student's curve, of the whole run.
         seconds: of the whole family, without the comparison of its endpoints.
         champions: what each finished student is to be compared with, None where there is no champion yet; only of those
             that the family's ``promotion`` still has to decide on.
         notices: what the reader of its figures has to know, one line each.
         verdicts: whether they took the champion's place; filled when it is decided.
+        undecided: students whose promotion could not be decided or carried out, with the reason.
+        warnings: what is missing though the family succeeded, one line each.
     """
 
     run: Run
@@ -38,3 +40,15 @@ class FamilyResult:
     champions: dict[str, Champion | None] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
+    unregistered: dict[str, str] = field(default_factory=dict)
+    undecided: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def trouble(self) -> list[str]:
+        """What went wrong without ending the run, one line each; the command then ends as failed."""
+        return [
+            *(f"student {name} failed: {why}" for name, why in self.failed.items()),
+            *(f"student {name} is not registered: {why}" for name, why in self.unregistered.items()),
+            *(f"the promotion of student {name} is not decided: {why}" for name, why in self.undecided.items()),
+        ]

@@ -18,6 +18,7 @@ tails and entropies always, ids of ``topk`` at 8, 16 or 32 bits.
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 import zlib
 from dataclasses import dataclass, fields
@@ -46,8 +47,8 @@ class Stamp:
     """Where a block comes from, as hex digits: what a reader holds against what it expects.
 
     Attributes:
-        teacher, tokenizer: fingerprints, 16 digits.
-        labels: hash of the spec's labels section, 16 digits.
+        teacher, tokenizer: fingerprints, 16 digits, see :mod:`cluster.fingerprint`.
+        labels: hash of the spec's labels section, 16 digits, see :func:`labels_hash`.
         batch: content address of the batch, 32 digits.
     """
 
@@ -75,8 +76,13 @@ class Stamp:
 
 
 def labels_hash(spec: LabelsSpec) -> str:
-    """16 hex digits over the labels section of a spec."""
-    return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()[:16]
+    """16 hex digits over the kind and those of its settings that differ from its defaults.
+
+    A new optional setting therefore leaves every existing address as it is. In return, the default of a setting must
+    never change: give such a change a setting of another name.
+    """
+    settings = {**spec.model_dump(mode="json", exclude_defaults=True), "kind": spec.kind}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _padded(columns: list[Bytes]) -> list[Bytes]:

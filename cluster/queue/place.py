@@ -122,7 +122,11 @@ class _Holder:
 
     def _keep(self) -> None:
         while not self._over.wait(RENEW_S):
-            self.renew()
+            try:
+                self.renew()
+            except Exception:
+                # The queue would take a thread that ends for a driver that is gone, and give the place to another.
+                log.exception("the family's place in the queue was not renewed; it is tried again")
 
     def leave(self) -> None:
         """Give the place back. When the queue cannot be told, it finds out by itself."""

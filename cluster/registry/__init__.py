@@ -1,6 +1,7 @@
 """MLflow: runs, curves, registered models. Nothing else in Stillhouse knows MLflow's API."""
 
-from cluster.registry.client import CHALLENGER, CHAMPION, shown
+from cluster.registry.calls import Calls
+from cluster.registry.client import CHALLENGER, CHAMPION, PATIENCE_S, AwayError, RefusedError, shown
 from cluster.registry.family import Registry, attach_report, code_version
 from cluster.registry.files import fetch_model, on_this_node
 from cluster.registry.models import (
@@ -17,10 +18,14 @@ __all__ = [
     "CHALLENGER",
     "CHAMPION",
     "CHAMPIONS",
+    "PATIENCE_S",
     "PROMOTION",
     "REASON",
+    "AwayError",
+    "Calls",
     "ChampionMovedError",
     "Models",
+    "RefusedError",
     "Registry",
     "Standing",
     "attach_report",

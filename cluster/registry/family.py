@@ -6,15 +6,20 @@ import importlib.metadata
 import os
 import subprocess
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.board import FAMILY, Point
-from cluster.registry.client import CHALLENGER, PATIENCE_S, client_of, patiently
+from cluster.registry.client import CHALLENGER, EXISTS, client_of, one_try, patiently
 from cluster.registry.models import WEIGHTS, Models, weights_digest
 
 PARENT = FAMILY
+# Tag of all runs that one start of a family made.
+START = "stillhouse.start"
+# MLflow takes no more metrics than this at a time.
+MOST_METRICS = 1000
+# How long the report waits for MLflow: it can be made again.
+REPORT_PATIENCE_S = 60.0
 
 
 def code_version() -> str:
@@ -27,25 +32,35 @@ def code_version() -> str:
 
 
 class Registry:
-    """One family's runs. Used as a Ray actor, so that MLflow's start-up and uploads hold nobody up.
+    """MLflow as one family uses it: a Ray actor, so that MLflow's start-up and uploads hold nobody up.
+
+    Each method tries once and may be called again with the same arguments, also after this actor died over it: what was
+    done before is found and not done twice. The actor itself remembers nothing, so it may be restarted.
 
     Args:
         artifact_root: where a new experiment on a database keeps its artifacts; a tracking server decides itself.
+
+    Raises:
+        AwayError: from every method, when MLflow is away.
+        RefusedError: from every method, when MLflow refuses.
     """
 
     def __init__(self, tracking_uri: str, experiment: str, artifact_root: str) -> None:
         # Its process is its own. Registering a student takes a core for seconds; those that still learn go first.
         os.nice(19)
-        self._uri = tracking_uri
-        self._client = client_of(tracking_uri)
-        self._models = Models(tracking_uri)
-        root = None if tracking_uri.startswith("http") else f"{artifact_root}/{experiment}"
-        self._experiment: str = patiently(lambda: self._experiment_id(experiment, root))
-        self._runs: dict[str, str] = {}
+        # Whoever calls tries again, and reports that MLflow is away; its own client would be silent for minutes.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        self._uri, self._experiment, self._artifact_root = tracking_uri, experiment, artifact_root
 
-    def _experiment_id(self, name: str, root: str | None) -> str:
-        found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else self._client.create_experiment(name, root))
+    def _client(self) -> Any:
+        # Not kept: a client whose first connection failed would have to be made again anyway.
+        return client_of(self._uri)
+
+    def _experiment_id(self) -> str:
+        client, name = self._client(), self._experiment
+        root = None if self._uri.startswith("http") else f"{self._artifact_root}/{name}"
+        found = client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else client.create_experiment(name, root))
 
     def start(
         self,
@@ -54,6 +69,7 @@ class Registry:
         spec: Mapping[str, Any],
         tags: Mapping[str, str],
         known: Mapping[str, str],
+        key: str,
     ) -> dict[str, str]:
         """Open the parent run and one child run per student, each with the resolved spec.
 
@@ -61,71 +77,83 @@ class Registry:
             students: by name, each with the tags that only its own run gets.
             tags: that all runs get.
             known: run ids from an earlier session of the same run, which are opened again.
+            key: tells the runs of this start from all others, so that a second try finds what the first one made.
 
         Returns:
             Run ids: ``""`` for the parent, else by student.
         """
-        if known:
-            for run_id in known.values():
-                patiently(partial(self._client.update_run, run_id, status="RUNNING"))
-            self._runs = dict(known)
-            return self._runs
-        parent = self._client.create_run(self._experiment, run_name=run, tags=dict(tags)).info.run_id
-        self._runs = {PARENT: parent}
-        self._client.log_dict(parent, dict(spec), "spec.json")
-        for student, own in students.items():
-            child_tags = {**tags, **own, "mlflow.parentRunId": parent, "stillhouse.student": student}
-            child = self._client.create_run(self._experiment, run_name=f"{run}/{student}", tags=child_tags).info.run_id
-            self._runs[student] = child
-            self._client.log_dict(child, dict(spec), "spec.json")
-            for key, value in _flat(spec["students"][student]):
-                self._client.log_param(child, key, value)
-        return self._runs
+        with one_try(self._uri):
+            client = self._client()
+            if known:
+                for run_id in known.values():
+                    client.update_run(run_id, status="RUNNING")
+                return dict(known)
+            experiment, tags = self._experiment_id(), {**tags, START: key}
+            made = client.search_runs([experiment], filter_string=f"tags.`{START}` = '{key}'")
+            runs = {each.data.tags.get("stillhouse.student", PARENT): each.info.run_id for each in made}
+            if PARENT not in runs:
+                runs[PARENT] = client.create_run(experiment, run_name=run, tags=dict(tags)).info.run_id
+            client.log_dict(runs[PARENT], dict(spec), "spec.json")
+            for student, own in students.items():
+                if student not in runs:
+                    mark = {"mlflow.parentRunId": runs[PARENT], "stillhouse.student": student}
+                    child = client.create_run(experiment, run_name=f"{run}/{student}", tags={**tags, **own, **mark})
+                    runs[student] = child.info.run_id
+                client.log_dict(runs[student], dict(spec), "spec.json")
+                for name, value in _flat(spec["students"][student]):
+                    client.log_param(runs[student], name, value)
+            return runs
 
-    def log(self, points: Iterable[Point]) -> None:
-        """Add points to the curves of the students and the family; the step is the number of batches learnt."""
+    def log(self, run_id: str, points: Iterable[Point]) -> None:
+        """Add points to the curves of one run; the step is the number of batches learnt."""
         from mlflow.entities import Metric
 
-        by_student: dict[str, list[Any]] = {}
-        for point in points:
-            metrics = by_student.setdefault(point.student, [])
-            at = int(point.at * 1000)
-            metrics += [Metric(name, value, at, point.batch) for name, value in point.metrics.items()]
-        for student, metrics in by_student.items():
-            for start in range(0, len(metrics), 1000):  # MLflow takes at most 1,000 at a time
-                part = metrics[start : start + 1000]
+        metrics = [
+            Metric(name, value, int(point.at * 1000), point.batch)
+            for point in points
+            for name, value in point.metrics.items()
+        ]
+        with one_try(self._uri):
+            client = self._client()
+            for start in range(0, len(metrics), MOST_METRICS):
                 # The same point again, with the same time, is the same row to MLflow.
-                patiently(partial(self._client.log_batch, self._runs[student], metrics=part))
+                client.log_batch(run_id, metrics=metrics[start : start + MOST_METRICS])
 
-    def summarise(self, student: str, metrics: Mapping[str, float]) -> None:
-        """Final figures of one student."""
-        for name, value in metrics.items():
-            patiently(partial(self._client.log_metric, self._runs[student], name, value))
+    def register(
+        self, run_id: str, name: str, model_dir: str, tags: Mapping[str, str], figures: Mapping[str, float], at: float
+    ) -> int:
+        """Log a student's final figures and its model under its run, register it and point ``challenger`` at it.
 
-    def register(self, student: str, name: str, model_dir: str, tags: Mapping[str, str]) -> int:
-        """Log a model directory under the student's run, register it and point ``challenger`` at it.
+        Args:
+            at: when the figures were measured, in seconds since 1970.
 
         Returns:
             The new version's number.
         """
-        version = patiently(lambda: self._version(student, name, model_dir))
-        for key, value in {**tags, WEIGHTS: weights_digest(Path(model_dir))}.items():
-            patiently(partial(self._client.set_model_version_tag, name, str(version), key, value))
-        patiently(partial(self._client.set_registered_model_alias, name, CHALLENGER, str(version)))
-        return version
+        from mlflow.entities import Metric
+
+        with one_try(self._uri):
+            client = self._client()
+            client.log_batch(run_id, metrics=[Metric(key, value, int(at * 1000), 0) for key, value in figures.items()])
+            version = self._version(client, run_id, name, model_dir)
+            for key, value in {**tags, WEIGHTS: weights_digest(Path(model_dir))}.items():
+                client.set_model_version_tag(name, str(version), key, value)
+            client.set_registered_model_alias(name, CHALLENGER, str(version))
+            return version
 
     def champion(self, name: str) -> int | None:
         """The version that is a registered model's champion; None where there is none."""
-        standing = self._models.standing(name)
+        with one_try(self._uri):
+            standing = Models(self._uri, patience_s=0.0).standing(name)
         return None if standing is None else standing.champion
 
-    def _version(self, student: str, name: str, model_dir: str) -> int:
+    def _version(self, client: Any, run_id: str, name: str, model_dir: str) -> int:
         """The number of the version that this student's run registered, now or in a try whose answer was lost."""
         import mlflow
 
-        run_id = self._runs[student]
-        if known := self._client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
+        if known := client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
             return max(int(version.version) for version in known)
+        self._make_model(client, name)
         with mlflow.start_run(run_id=run_id):
             info = mlflow.transformers.log_model(
                 transformers_model=model_dir,
@@ -138,20 +166,43 @@ class Registry:
             )
         return int(info.registered_model_version)
 
-    def finish(self, failed: Iterable[str], killed: bool = False) -> None:
-        """Close all runs: FINISHED, or FAILED where a student failed, or KILLED."""
+    def _make_model(self, client: Any, name: str) -> None:
+        """Create the registered model if there is none. Where a prompt has its name, MLflow would add to the prompt."""
+        from mlflow.exceptions import MlflowException
+
+        if Models(self._uri, patience_s=0.0).standing(name) is not None:
+            return
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            # Another family may have been faster.
+            if error.error_code != EXISTS or Models(self._uri, patience_s=0.0).standing(name) is None:
+                raise
+
+    def finish(self, runs: Mapping[str, str], failed: Iterable[str], killed: bool = False) -> None:
+        """Close all runs: FINISHED, or FAILED where a student failed, or KILLED.
+
+        Args:
+            runs: run ids, as :meth:`start` returned them.
+        """
         broken = set(failed)
         if broken:
             broken.add(PARENT)
-        for student, run_id in self._runs.items():
-            status = "KILLED" if killed else "FAILED" if student in broken else "FINISHED"
-            # Whoever presses Ctrl-C does not wait for MLflow to come back.
-            patiently(partial(self._client.set_terminated, run_id, status), 0.0 if killed else PATIENCE_S)
+        with one_try(self._uri):
+            for student, run_id in runs.items():
+                status = "KILLED" if killed else "FAILED" if student in broken else "FINISHED"
+                self._client().set_terminated(run_id, status)
 
 
 def attach_report(tracking_uri: str, run_id: str, path: Path) -> None:
-    """Keep the family's report with its parent run."""
-    client_of(tracking_uri).log_artifact(run_id, str(path))
+    """Keep the family's report with its parent run.
+
+    Raises:
+        AwayError: MLflow has been away for a minute.
+        RefusedError: MLflow refuses.
+    """
+    with one_try(tracking_uri):
+        patiently(lambda: client_of(tracking_uri).log_artifact(run_id, str(path)), REPORT_PATIENCE_S)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -11,7 +11,17 @@ from typing import TypeVar
 
 from cluster.errors import RunError, UserError
 from cluster.evaluate.gate import KEPT, PROMOTED, ROLLED_BACK, Verdict
-from cluster.registry.client import CHALLENGER, CHAMPION, MISSING, PATIENCE_S, client_of, is_away, patiently, shown
+from cluster.registry.client import (
+    CHALLENGER,
+    CHAMPION,
+    MISSING,
+    PATIENCE_S,
+    AwayError,
+    client_of,
+    is_away,
+    patiently,
+    shown,
+)
 
 R = TypeVar("R")
 
@@ -42,7 +52,7 @@ class Models:
     """Promotes versions of registered models, and takes that back.
 
     Args:
-        patience_s: how long MLflow may be away; then a RunError says so.
+        patience_s: how long MLflow may be away; then an AwayError is raised.
     """
 
     def __init__(self, tracking_uri: str, patience_s: float = PATIENCE_S) -> None:
@@ -54,7 +64,7 @@ class Models:
         except Exception as error:
             if not is_away(error):
                 raise
-            raise RunError(f"MLflow {self._where} does not answer: {str(error).splitlines()[0]}") from error
+            raise AwayError(f"MLflow {self._where} does not answer: {str(error).splitlines()[0]}") from error
 
     def _if_there(self, work: Callable[..., R], *arguments: str) -> R | None:
         from mlflow.exceptions import MlflowException

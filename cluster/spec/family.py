@@ -96,10 +96,18 @@ class CorpusSpec(Section):
     """The text. It becomes numbered batches: the same bytes on every machine, every night."""
 
     paths: Annotated[list[str], Field(min_length=1)]
-    """Files, or folders of files, ending in .jsonl, .parquet or .txt; local or `s3://`. May hold macros: `{{ ds }}` is
-    `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same without dashes, `{{ ds_add(ds, -1) }}` the day before."""
+    """Files, folders of files, or globs such as `s3://bucket/x/**/*.jsonl.gz`; local or `s3://`. Formats: .jsonl,
+    .json and .txt, each also with .gz or .zst, and .parquet. Hidden files and other formats in a folder are skipped and
+    counted. May hold macros: `{{ ds }}` is `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same without dashes,
+    `{{ ds_add(ds, -1) }}` the day before."""
     text_field: str = "text"
-    """Field of a jsonl or parquet row that holds its text. A .txt file is one document."""
+    """Field of a JSON or parquet row that holds its text. A .json file has a row per line or is one array of rows; a
+    .txt file is one document."""
+    special_tokens: Literal["text", "control"] = "text"
+    """What becomes of a special token, such as `</s>`, that a document's text spells out: `text` encodes it like any
+    other text, `control` as the special token. The end token behind each document is added in either case."""
+    deduplicate: Literal["none", "exact"] = "none"
+    """`exact` keeps one of the documents that have the same text. Repeats are counted in either case."""
     sequence_length: Annotated[int, Field(ge=8)] = 512
     """Tokens in one sequence."""
     batch_sequences: PositiveInt = 8
@@ -109,9 +117,10 @@ class CorpusSpec(Section):
     epochs: PositiveInt = 1
     """Times the corpus is gone through, in a new order each time."""
     held_out: Share = 0.05
-    """Share of the sequences that no student trains on; fidelity is measured there."""
+    """Share of the text that no student trains on; fidelity is measured there. Whole documents are held out, chosen by
+    a hash of their text; only a text that is longer than this share is cut."""
     seed: int = 0
-    """Decides the order. Batch i is a function of (corpus, seed)."""
+    """Decides the order, and what each student's dropout draws. Batch i is a function of (corpus, seed)."""
 
 
 class StreamSpec(Section):
@@ -134,14 +143,19 @@ class CheckpointSpec(Section):
     """What a student keeps on the way, so that `--resume` can go on from it."""
 
     every: PositiveInt | None = None
-    """Batches between checkpoints; none means only the finished student is kept."""
+    """Batches between checkpoints; none means by the clock, see `minutes`. More than the pass has keeps the finished
+    student only."""
+    minutes: PositiveFloat = 10.0
+    """Minutes between checkpoints where `every` is not given. A crash costs at most twice that, as one checkpoint may
+    still be on its way to the storage."""
     keep: PositiveInt = 2
-    """Checkpoints that are kept per student."""
+    """Checkpoints that are kept per student while it trains. Once it has finished, only its model is."""
 
     @model_validator(mode="after")
-    def _keep_has_effect(self) -> CheckpointSpec:
-        if self.every is None and self.keep != type(self).model_fields["keep"].default:
-            raise ValueError("keep has no effect without every; set checkpoints.every or leave keep out")
+    def _minutes_have_effect(self) -> CheckpointSpec:
+        # Compared with the default, not with what was set, so that a resolved spec can be read back.
+        if self.every is not None and self.minutes != type(self).model_fields["minutes"].default:
+            raise ValueError("minutes has no effect with every; leave one of them out")
         return self
 
 
@@ -202,7 +216,8 @@ class FamilySpec(Section):
     """When a new student takes the champion's place. Leave out to promote by hand only; it stays `challenger` then."""
     limits: LimitsSpec = LimitsSpec()
     patience_s: PositiveFloat = 600.0
-    """Seconds that a run waits for room on its disk, or for a place on the cluster, before it stops for `--resume`."""
+    """Seconds that a run waits for room on its disk, for a place on the cluster, or for its students' last commits,
+    before it stops for `--resume`. MLflow is waited for at least an hour after all students have ended."""
 
     @model_validator(mode="after")
     def _batches_divide(self) -> FamilySpec:

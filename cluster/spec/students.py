@@ -56,7 +56,7 @@ class Scratch(Section):
     kv_heads: PositiveInt | None = None
     """Key-value heads; none means as many as `heads`."""
     intermediate_size: PositiveInt
-    """Width of the feed-forward layer."""
+    """Width of the feed-forward layers; in a mixture of experts, of every expert."""
     seed: int = 0
     """Decides the random weights."""
 
@@ -128,7 +128,8 @@ class StudentSpec(Section):
     gpus_per_rank: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs that one rank asks Ray for; 0 trains it on CPU. A single rank may take a part of one, beside others."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """Times its ranks are started again from the last checkpoint before the student counts as failed."""
+    """Times its ranks are started again from the last checkpoint before the student counts as failed. Failures at
+    their start count too."""
 
     @model_validator(mode="after")
     def _one_device_each(self) -> StudentSpec:

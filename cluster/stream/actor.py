@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -19,6 +19,7 @@ from cluster.audit import ScoringLog
 from cluster.capacity import Need, student_needs
 from cluster.corpus.batches import CORPUS_FOLDER, Batch, Batches
 from cluster.errors import RunError, StillhouseError, first_line
+from cluster.heads import OutputHead
 from cluster.labels.store.store import LabelStore
 from cluster.limits import NO_LIMIT, Most
 from cluster.models import TeacherModel
@@ -28,6 +29,8 @@ from cluster.stream.figures import Delivery, HeldError, StreamStats
 from cluster.stream.source import LabelSource
 from cluster.stream.window import Window
 from cluster.teacher.scaling import PACE, Demand, Pace
+
+T = TypeVar("T")
 
 # Batches that may be on their way from the store beside those that the teacher scores.
 READS = 4
@@ -93,6 +96,10 @@ class Stream:
         except (StillhouseError, OSError) as error:
             await self._fail(str(error))
             return
+        except Exception as error:
+            # Left alone, it would reach whoever asks next as that one's own failure.
+            await self._fail(f"the pass cannot begin: {first_line(error)}")
+            return
         self._spawn(self._dispatch())
 
     def _addresses(self) -> tuple[dict[int, str], list[str]]:
@@ -102,9 +109,21 @@ class Stream:
     async def _labels_from(self) -> LabelSource:
         await self.start()
         if self._error is not None:
-            raise RunError(self._error)
+            raise HeldError(self._error)
         assert self._source is not None
         return self._source
+
+    async def _or_held(self, fetched: asyncio.Task[T]) -> T:
+        """What is fetched for everybody who asks; when it cannot be had, the pass is held.
+
+        Raises:
+            HeldError: it cannot be had.
+        """
+        try:
+            return await asyncio.shield(fetched)
+        except RunError as error:
+            await self._fail(str(error))
+            raise HeldError(str(error)) from error
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -213,9 +232,10 @@ class Stream:
         self._window.forget([c.position for c in self._active()])
 
     async def _fail(self, reason: str) -> None:
+        """No further label can be had: the pass is held, so that the students commit what they have learnt."""
         async with self._changed:
-            self._error = reason
-            self._changed.notify_all()
+            self._error = self._error or reason
+            self._hold()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -234,10 +254,14 @@ class Stream:
     async def hold(self) -> None:
         """Give each student only what one of its ranks has already, so that all of them stop at the same batch."""
         async with self._changed:
+            self._hold()
+
+    def _hold(self) -> None:
+        if not self._held:
             self._held = True
             for consumer in self._consumers.values():
                 consumer.until = max(consumer.next_of_rank)
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     async def lost(self, number: int, labels: list[ray.ObjectRef], held_out: bool = False) -> None:
         """Blocks of a batch cannot be had any more, because a node died with them: have them fetched again.
@@ -283,10 +307,10 @@ class Stream:
             self._forget()
             self._changed.notify_all()
             while number not in self._window.ready or consumer.holds(number):
-                if self._error is not None:
-                    raise RunError(self._error)
                 if consumer.holds(number):
                     raise HeldError(f"the pass is held before batch {number}")
+                if self._error is not None:
+                    raise RunError(self._error)
                 await self._changed.wait()
                 if consumer.lives[rank] != life:
                     raise RunError(f"{student} rank {rank} has been started again; this call is from before")
@@ -304,21 +328,32 @@ class Stream:
         return Delivery(own, blocks[rank * share : (rank + 1) * share], batch.loss_tokens, trace)
 
     async def held_out(self, student: str, rank: int, number: int) -> Delivery:
-        """Held-out batch ``number`` with the teacher's hidden states; fetched once, kept for the whole run."""
-        source, batch = await self._labels_from(), self._batches.held_out(number)
+        """Held-out batch ``number`` with the teacher's hidden states; fetched once, kept for the whole run.
+
+        Raises:
+            HeldError: they cannot be had any more.
+        """
+        batch = self._batches.held_out(number)
+        if number not in self._held_out:
+            source = await self._labels_from()
         if number not in self._held_out:
             self._held_out[number] = asyncio.ensure_future(
                 source.hidden(batch, lambda lost: self._spawn(self.lost(number, lost, held_out=True)))
             )
-        blocks = await asyncio.shield(self._held_out[number])
+        blocks = await self._or_held(self._held_out[number])
         return self._deliver(batch, blocks, rank, self._consumers[student].ranks)
 
-    async def teacher_head(self) -> np.ndarray:
-        """The teacher's head weight [V, D], fetched once."""
-        source = await self._labels_from()
+    async def teacher_head(self) -> OutputHead[np.ndarray]:
+        """The teacher's head, fetched once.
+
+        Raises:
+            HeldError: it cannot be had any more.
+        """
+        if self._head is None:
+            source = await self._labels_from()
         if self._head is None:
             self._head = asyncio.ensure_future(source.head())
-        return await asyncio.shield(self._head)
+        return await self._or_held(self._head)
 
     async def detach(self, student: str) -> None:
         """A student needs no further batch: nobody waits for it any more."""
@@ -364,7 +399,8 @@ class Stream:
             window_used=len(self._window.ready),
             unsaved=source.unsaved,
             pool=source.stats,
-            error=self._error or source.error,
+            # Once somebody learns, the loss of the pool counts when a label is missing, for there may be enough.
+            error=self._error or (None if any(c.seen for c in self._consumers.values()) else source.error),
         )
 
     async def finish(self) -> None:

@@ -6,14 +6,16 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import ray
 import tenacity
 from ray.actor import ActorHandle
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError
 
+from cluster.heads import OutputHead
+from cluster.session import ACTOR_LOST
 from cluster.stream.figures import Delivery
 
 log = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ class Reader:
     def _through(self, work: Callable[[], R], again: Callable[[], None]) -> R:
         """Do some work; each time that an actor or an object it needs has died, ``again`` and then once more."""
         for attempt in tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type((RayActorError, ObjectLostError)),
+            retry=tenacity.retry_if_exception_type((*ACTOR_LOST, ObjectLostError)),
             wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=10.0),
             stop=lambda state: state.idle_for >= self._patience_s,
             reraise=True,
@@ -72,7 +74,7 @@ class Reader:
         Raises:
             RunError: the teacher is lost for good.
             HeldError: the pass is held before this batch, for every rank of the student.
-            RayActorError: the stream did not come back.
+            RayError: the stream did not come back.
         """
         coming, self._coming, self._needed = self._coming, None, number
         if coming is None:
@@ -122,8 +124,8 @@ class Reader:
 
         return self._through(read, _nothing)
 
-    def teacher_head(self) -> Any:
-        """The teacher's head weight [V, D], read-only."""
+    def teacher_head(self) -> OutputHead[np.ndarray]:
+        """The teacher's head, cut to the vocabulary; its arrays are read-only."""
         return self._through(lambda: ray.get(self._stream.teacher_head.remote()), _nothing)
 
     def detach(self) -> None:

@@ -16,6 +16,7 @@ from cluster import tracing
 from cluster.audit import ScoringLog
 from cluster.corpus.batches import Batch
 from cluster.errors import StillhouseError
+from cluster.heads import OutputHead
 from cluster.labels.kinds import joined
 from cluster.labels.store.leases import Lease
 from cluster.labels.store.objects import labels_prefix
@@ -163,8 +164,8 @@ class LabelSource:
         self._save(stamp, blocks, lambda: None, lost)
         return blocks
 
-    async def head(self) -> np.ndarray:
-        """The teacher's head weight [V, D]."""
+    async def head(self) -> OutputHead[np.ndarray]:
+        """The teacher's head, cut to the vocabulary."""
         teacher = self._teacher.fingerprint
         if self._store is not None and (kept := await self._tried(self._store.get_head, teacher)) is not None:
             return kept

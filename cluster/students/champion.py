@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from cluster.devices import see_no_gpu
 from cluster.errors import UserError
 from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of
 from cluster.evaluate.figures import Champion
+from cluster.fingerprint import tokenizer_fingerprint
+from cluster.heads import probe_head
 from cluster.labels.make import as_tensor
+from cluster.loading import load_model
 from cluster.memory import keep_memory
-from cluster.models import Packing, load_config, load_tokenizer, tokenizer_fingerprint
+from cluster.models import Packing, load_config, load_tokenizer
 from cluster.packing import NotCausalError, probe_packing
 from cluster.prefill import backbone_of
 from cluster.registry import fetch_model
@@ -46,23 +48,23 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
         folder = fetch_model(f"models:/{model}/{version}", tracking_uri, Path(put), job.family.patience_s)
         if reason := why_not_comparable(folder, job):
             return Champion(version, None, f"champion v{version} cannot be compared: {reason}")
-        loaded = AutoModelForCausalLM.from_pretrained(
+        whole = load_model(
             folder,
             dtype=torch.bfloat16 if job.spec.precision == "bfloat16" else torch.float32,
-            use_safetensors=True,
             trust_remote_code=job.family.teacher.trust_remote_code,
         ).to(device)
-    loaded.eval()
-    packing, reason = packing_beside(loaded, job.packing)
+    whole.eval()
+    probe_head(whole, f"the champion v{version}")
+    packing, reason = packing_beside(whole, job.packing)
     if reason:
         return Champion(version, None, f"champion v{version} cannot be compared: {reason}")
-    student = Student(loaded, packing).eval()
+    student = Student(whole, packing).eval()
     sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=device)
-    head_VD = None
+    head = None
     for rank in range(job.spec.ranks):
         reader = Reader(job.stream, job.name, rank, job.batches)
-        head_VD = as_tensor(reader.teacher_head()).to(device) if head_VD is None else head_VD
-        sums += held_out_sums(student, job, reader, head_VD, device)
+        head = reader.teacher_head().map(lambda kept: as_tensor(kept).to(device)) if head is None else head
+        sums += held_out_sums(student, job, reader, head, device)
     return Champion(version, fidelity_of(sums))
 
 

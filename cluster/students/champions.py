@@ -6,12 +6,14 @@ import logging
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import ray
 from ray.actor import ActorHandle
 
-from cluster.errors import StillhouseError, first_line
+from cluster.errors import first_line
 from cluster.evaluate.figures import Champion
+from cluster.registry import Calls
 from cluster.students.job import StudentJob
 from cluster.teacher.replica import is_loss
 
@@ -39,47 +41,63 @@ class Champions:
     Args:
         jobs: the students that promotion is to be decided of, by name.
         versions: what is registered of them already, by an earlier session of the run; may grow.
+        calls: to the registry, made again while MLflow is away.
 
     Attributes:
         found: what is known by now, see :class:`~cluster.evaluate.result.FamilyResult`.
+        unknown: students whose champion MLflow did not name, with the reason.
     """
 
     def __init__(
-        self, registry: ActorHandle, tracking_uri: str, jobs: Mapping[str, StudentJob], versions: Mapping[str, int]
+        self,
+        registry: ActorHandle,
+        tracking_uri: str,
+        jobs: Mapping[str, StudentJob],
+        versions: Mapping[str, int],
+        calls: Calls,
     ) -> None:
         self._registry, self._tracking_uri, self._jobs, self._versions = registry, tracking_uri, jobs, versions
+        self._calls = calls
         self.found: dict[str, Champion | None] = {}
-        self._looked_up: dict[ray.ObjectRef, str] = {}
+        self.unknown: dict[str, str] = {}
+        self._looked_up: set[str] = set()
         self._measured: dict[ray.ObjectRef, _Measuring] = {}
 
     @property
     def refs(self) -> list[ray.ObjectRef]:
-        """What is waited for."""
-        return [*self._looked_up, *self._measured]
+        """The measurements that are waited for."""
+        return list(self._measured)
 
     @property
     def busy(self) -> Collection[str]:
         """The students whose place is still needed."""
-        return {*self._looked_up.values(), *(each.student for each in self._measured.values())}
+        return {*self._looked_up, *(each.student for each in self._measured.values())}
 
     def ask(self, student: str) -> None:
         """A student has ended well: look for its champion, unless nothing is to be decided of it."""
         if (job := self._jobs.get(student)) is not None:
-            self._looked_up[self._registry.champion.remote(job.family.model_name(student))] = student
+            self._looked_up.add(student)
+            call = partial(self._registry.champion.remote, job.family.model_name(student))
+            self._calls.ask(call, partial(self._is, student), partial(self._is_unknown, student))
+
+    def _is(self, student: str, version: int | None) -> None:
+        """The registry has named a student's champion."""
+        self._looked_up.discard(student)
+        if version is None:
+            self.found[student] = None
+        elif version == self._versions.get(student):
+            # Somebody has promoted it by hand, between two sessions of the run.
+            self.found[student] = Champion(version, None, "it was made champion by hand")
+        else:
+            self._measure(student, version, 1)
+
+    def _is_unknown(self, student: str, reason: str) -> None:
+        self._looked_up.discard(student)
+        log.warning("the champion of %s is not known: %s", student, reason)
+        self.unknown[student] = reason
 
     def take(self, ref: ray.ObjectRef) -> bool:
-        """Take up a result that has come; False where it is of something else."""
-        if ref in self._looked_up:
-            student = self._looked_up.pop(ref)
-            version = ray.get(ref)
-            if version is None:
-                self.found[student] = None
-            elif version == self._versions.get(student):
-                # Somebody has promoted it by hand, between two sessions of the run.
-                self.found[student] = Champion(version, None, "it was made champion by hand")
-            else:
-                self._measure(student, version, 1)
-            return True
+        """Process a measurement that has ended; False where the result is of something else."""
         if ref not in self._measured:
             return False
         at = self._measured.pop(ref)
@@ -91,8 +109,7 @@ class Champions:
                 log.warning("the champion of %s is measured again: %s", at.student, error)
                 self._measure(at.student, at.version, at.tries + 1)
             else:
-                cause = getattr(error, "cause", None)
-                self._give_up(at, str(cause) if isinstance(cause, StillhouseError) else first_line(error))
+                self._give_up(at, first_line(error))
         return True
 
     def look(self, phases: Mapping[str, str]) -> None:
@@ -114,7 +131,7 @@ class Champions:
         """Measure no more."""
         for ref in self._measured:
             ray.cancel(ref, force=True)
-        self._looked_up, self._measured = {}, {}
+        self._looked_up, self._measured = set(), {}
 
     def _give_up(self, at: _Measuring, why: str) -> None:
         log.warning("champion v%d of %s cannot be measured: %s", at.version, at.student, why)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,19 @@ class Commits:
             # What a rank that was killed over it has left.
             shutil.rmtree(self._universal, ignore_errors=True)
         self.last = _last_commit()
+        self._made_at = time.monotonic()
 
     @property
     def resharded(self) -> bool:
         """Whether another number of ranks made the last commit."""
         return self.last is not None and self.last["ranks"] != self._job.spec.ranks
+
+    def due(self, batch: int) -> bool:
+        """Whether to commit after ``batch`` batches, by ``checkpoints.every`` or by this rank's clock."""
+        spec = self._job.family.checkpoints
+        if spec.every is not None:
+            return batch % spec.every == 0
+        return time.monotonic() - self._made_at >= 60 * spec.minutes
 
     def take_up(self, engine: Any) -> None:
         """Load the training state of the last commit into a DeepSpeed engine. All ranks call it."""
@@ -87,6 +96,7 @@ class Commits:
         # Ray Train would queue any number of uploads. One at a time: then the room that is looked for is there, and a
         # crash never takes back more than the batches of two commits. An upload that fails ends the ranks by itself.
         _stored()
+        self._made_at = time.monotonic()
         # It is written aside first, often on the same disk. What all ranks of a student write is at most this.
         wait_for_room(Path(tempfile.gettempdir()), parameters * STATE_BYTES, self._patience_s)
         with self._staging.folder() as folder:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.errors import UserError
+from cluster.loading import load_model, read_config
 from cluster.spec import Pretrained, Scratch, TeacherLayers
+from cluster.students.configs import cut_config, scratch_config
 
 
 def evenly_spaced(keep: int, total: int) -> list[int]:
@@ -33,43 +35,32 @@ def chosen_layers(init: TeacherLayers, total: int) -> list[int]:
     return layers
 
 
-def cut_config(config: PretrainedConfig, layers: list[int]) -> PretrainedConfig:
-    """The teacher's configuration with these layers only; lists that hold one entry per layer are cut alike.
+def layer_stack(model: nn.Module, total: int) -> str:
+    """Name of the list of modules that holds a model's ``total`` layers.
 
-    Those are the ones with "layer" in their name, such as ``layer_types``; other lists may have that length by chance.
+    Lists inside a layer do not count, nor do those without weights, such as GraniteSWA's rotary tables.
+
+    Raises:
+        UserError: there is none, or more than one.
     """
-    fields = config.to_dict()
-    total = config.num_hidden_layers
-    for key, value in fields.items():
-        if "layer" in key and isinstance(value, list) and len(value) == total:
-            fields[key] = [value[i] for i in layers]
-    fields["num_hidden_layers"] = len(layers)
-    return type(config).from_dict(fields)
-
-
-def scratch_config(config: PretrainedConfig, init: Scratch) -> PretrainedConfig:
-    """The teacher's configuration in the student's own size."""
-    fields = config.to_dict()
-    fields.update(
-        num_hidden_layers=init.layers,
-        hidden_size=init.hidden_size,
-        num_attention_heads=init.heads,
-        num_key_value_heads=init.kv_heads or init.heads,
-        intermediate_size=init.intermediate_size,
-        head_dim=init.hidden_size // init.heads,
-    )
-    fields.pop("layer_types", None)
-    return type(config).from_dict(fields)
+    lists = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(True for _ in module.parameters())
+    }
+    outer = {name: size for name, size in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    whole = [name for name, size in outer.items() if size == total]
+    if len(whole) != 1:
+        found = ", ".join(f"{name} ({size})" for name, size in outer.items()) or "none"
+        raise UserError(f"{type(model).__name__} has no single list of {total} layers; its lists of modules: {found}")
+    return whole[0]
 
 
 def _cut_layers(teacher: PreTrainedModel, layers: list[int], dtype: torch.dtype) -> PreTrainedModel:
     """A new model of the teacher's class whose layer i holds the teacher's layer ``layers[i]``."""
     student = type(teacher)._from_config(cut_config(teacher.config, layers), dtype=dtype)
-    total = teacher.config.num_hidden_layers
-    stacks = [name for name, m in teacher.named_modules() if isinstance(m, nn.ModuleList) and len(m) == total]
-    if len(stacks) != 1:
-        raise UserError(f"init.source teacher cannot tell which modules of {type(teacher).__name__} are its layers")
-    layer = re.compile(rf"^{re.escape(stacks[0])}\.(\d+)\.")
+    stack = layer_stack(teacher, teacher.config.num_hidden_layers)
+    layer = re.compile(rf"^{re.escape(stack)}\.(\d+)\.")
     position = {old: new for new, old in enumerate(layers)}
     state = {}
     for name, tensor in teacher.state_dict().items():
@@ -77,7 +68,7 @@ def _cut_layers(teacher: PreTrainedModel, layers: list[int], dtype: torch.dtype)
         if not found:
             state[name] = tensor
         elif int(found[1]) in position:
-            state[layer.sub(f"{stacks[0]}.{position[int(found[1])]}.", name)] = tensor
+            state[layer.sub(f"{stack}.{position[int(found[1])]}.", name)] = tensor
     student.load_state_dict(state)
     student.generation_config = teacher.generation_config
     return student
@@ -98,16 +89,17 @@ def initial_student(
         student_dir: local directory of an existing model, which counts instead of ``init``: the one that
             :class:`Pretrained` names, or the champion of a warm start.
         trust_remote_code: run Python that comes with the teacher.
+
+    Raises:
+        UserError: the directory's weights are not those of its model, or its layers cannot be told.
     """
     if student_dir is not None:
-        return AutoModelForCausalLM.from_pretrained(student_dir, dtype=dtype, use_safetensors=True)
+        return load_model(student_dir, dtype=dtype)
     assert not isinstance(init, Pretrained), "it comes with its directory"
     if isinstance(init, Scratch):
-        config = scratch_config(AutoConfig.from_pretrained(teacher_dir, trust_remote_code=trust_remote_code), init)
+        config = scratch_config(read_config(teacher_dir, trust_remote_code), init)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(init.seed)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    teacher = AutoModelForCausalLM.from_pretrained(
-        teacher_dir, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    teacher = load_model(teacher_dir, dtype=dtype, trust_remote_code=trust_remote_code)
     return _cut_layers(teacher, chosen_layers(init, teacher.config.num_hidden_layers), dtype)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,6 +16,8 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from torch import Tensor
+from transformers import set_seed
 
 from cluster import tracing
 from cluster.audit import AuditLog
@@ -20,9 +26,11 @@ from cluster.devices import see_no_gpu
 from cluster.errors import RunError
 from cluster.evaluate.figures import Fidelity
 from cluster.flops import TRAINING, Work, parameters_of, peak_flops
+from cluster.heads import probe_head
 from cluster.memory import keep_memory
 from cluster.packing import verify_packing
 from cluster.registry import on_this_node
+from cluster.session import ACTOR_LOST
 from cluster.space import NoRoomError
 from cluster.stream.figures import HeldError
 from cluster.stream.reader import Reader
@@ -36,6 +44,26 @@ from cluster.students.losses.objective import objective_at
 from cluster.students.measures import Measures
 from cluster.students.module import Student, inputs_of
 from cluster.students.zero import adamw, gathered_state, reduce_nothing, schedule_of, use_plain_gloo, zero_config
+
+log = logging.getLogger(__name__)
+
+
+def seed_micro_batch(seed: int, student: str, batch: int, row: int) -> None:
+    """Seed Python, NumPy and torch (all devices) before one micro-batch, so that its dropout depends on nothing else.
+
+    A resumed student therefore draws what it would have drawn without the interruption, whatever ran in between and on
+    whatever number of ranks, and no random state has to be committed.
+
+    Args:
+        seed: the corpus' seed.
+        row: the micro-batch's first sequence in the global batch.
+    """
+    digest = hashlib.sha256(f"{seed} {student} {batch} {row}".encode()).digest()
+    set_seed(int.from_bytes(digest[:4], "big"))
+
+
+# How long a commit waits for a board that is being started again.
+BOARD_S = 60.0
 
 
 class _Rank:
@@ -53,8 +81,12 @@ class _Rank:
         self.reader = Reader(job.stream, job.name, self.rank, job.batches)
         self.measures = Measures(job, self.engine, self.reader, self.device)
         self.before: Fidelity | None = None
+        self.finished = False
+        # Points that the board has not acknowledged.
+        self._posted: list[ray.ObjectRef] = []
         self.audit: AuditLog | None = None
         self.trained_s = 0.0
+        self.commit_is_due = False
 
     def _build(self) -> None:
         import deepspeed
@@ -67,6 +99,7 @@ class _Rank:
             dtype=dtype,
             trust_remote_code=self.job.family.teacher.trust_remote_code,
         ).to(self.device)
+        probe_head(self.model, f"students.{self.job.name}")
         verify_packing(self.model, self.job.packing, f"student {self.job.name}")
         self.model.train()
         if self.spec.gradient_checkpointing:
@@ -94,14 +127,29 @@ class _Rank:
     # -- resuming and committing -----------------------------------------------------------------------------------
 
     def restore(self) -> int:
-        """Take up the last commit. Returns the first batch that is still to be learnt."""
+        """Load the last commit. Returns the first batch that is still to be learnt; ``finished`` when all is done."""
         last = self.commits.last
         if last is None:
             return 0
         self.before, self.trained_s = Fidelity(**last["before"]), last["seconds"]
-        if last["batch"] < self.job.batches:
+        self.finished = last["after"] is not None
+        # A commit from before micro_batch was recorded has none.
+        made_on = {name: last.get(name) for name in ("ranks", "micro_batch")}
+        if self.rank == 0 and made_on != (now := self._layout()):
+            log.warning(
+                "student %s resumes after batch %d with %s, committed with %s; sums are added in another order%s",
+                self.job.name,
+                last["batch"] - 1,
+                now,
+                made_on,
+                "" if made_on["micro_batch"] == now["micro_batch"] else ", and dropout draws other masks from here on",
+            )
+        if not self.finished:
             self.commits.take_up(self.engine)
         return int(last["batch"])
+
+    def _layout(self) -> dict[str, int]:
+        return {"ranks": self.spec.ranks, "micro_batch": self.spec.micro_batch}
 
     def commit(self, batch: int, after: Fidelity | None = None, last: bool = False) -> None:
         """Commit the number of batches learnt with the training state; with ``after`` the finished model instead.
@@ -109,9 +157,10 @@ class _Rank:
         That, and the ``last`` of a run that ends before, is waited for until it is stored, see :meth:`Commits.make`.
         """
         assert self.before is not None
+        self._await_board()
         facts = {
             "batch": batch,
-            "ranks": self.spec.ranks,
+            **self._layout(),
             "seconds": self.trained_s,
             "parameters": self.parameters,
             "before": asdict(self.before),
@@ -147,7 +196,7 @@ class _Rank:
 
         Raises:
             LabelError: the labels must not be learnt from.
-            RunError: the loss is not finite; no step is taken on it.
+            RunError: the loss or the gradient is not finite; nothing of this batch is committed.
         """
         job, device = self.job, self.device
         waits_ns = time.time_ns()
@@ -161,22 +210,18 @@ class _Rank:
         # divided by its loss tokens, however it is cut up.
         scale = self.spec.ranks * (rows // size) / delivery.loss_tokens
         sums = torch.zeros(4, dtype=torch.float64, device=device)
+        # The step also moves the schedule on: afterwards this is the next batch's.
+        rate = self.engine.get_lr()[0]
         for first in range(0, rows, size):
+            seed_micro_batch(job.family.corpus.seed, job.name, number, self.rank * rows + first)
             inputs = inputs_of(delivery.batch.rows(first, first + size), device)
             target = targets_of(labels.rows(first, first + size), inputs.next_T, self.measures.kept_head())
             use = partial(distillation_loss, target=target, objective=objective, vocabulary=job.teacher.vocabulary)
             loss, parts = self.engine(inputs, use)
-            if not loss.isfinite():
-                raise RunError(f"the loss of batch {number} is not finite ({loss.item()}); no step was taken on it")
             self.engine.backward(loss * scale)
             self.engine.step()
             sums += torch.cat([loss.detach().double()[None], parts])
-        facts = labels.sums()
-        sums = torch.cat([sums, torch.tensor(list(facts.values()), dtype=torch.float64, device=device)])
-        if self.spec.ranks > 1:
-            torch.distributed.all_reduce(sums)
-        names = ["loss", "divergence", "kl", "cross_entropy", *facts]
-        means = dict(zip(names, (sums / delivery.loss_tokens).tolist(), strict=True))
+        means = self._means(number, sums, labels.sums(), delivery.loss_tokens)
         # A GPU has done all of its work only now that the sums are here.
         seconds = time.perf_counter() - started
         self.trained_s += seconds
@@ -186,16 +231,72 @@ class _Rank:
         speed = {"tokens_per_second": delivery.loss_tokens / seconds}
         if (mfu := self.work.mfu(self.spec.ranks * delivery.batch.tokens_BS.size, seconds)) is not None:
             speed["mfu"] = mfu
-        self._post(number, {**means, **speed})
+        self._post(number, {**means, **speed, "lr": rate})
+
+    def _means(self, number: int, sums: Tensor, facts: Mapping[str, float], loss_tokens: int) -> dict[str, float]:
+        """Means over the global batch's loss tokens, and its gradient norm; also whether to commit after it.
+
+        The only place where a batch waits for the device on our part: all is read in one copy, when it is logged.
+
+        Args:
+            sums: this rank's, see :func:`~cluster.students.losses.fused.distillation_loss`.
+            facts: sums over this rank's labels.
+
+        Raises:
+            RunError: the loss or the gradient is not finite. DeepSpeed skips such a step, and only counts it.
+        """
+        # Rank 0 decides on the commit for all of them, for its clock is not theirs.
+        due = float(self.rank == 0 and self.commits.due(number + 1))
+        more = torch.tensor([*facts.values(), due], dtype=torch.float64, device=self.device)
+        sums = torch.cat([sums, more])
+        if self.spec.ranks > 1:
+            torch.distributed.all_reduce(sums)
+        # DeepSpeed's: over all ranks, before clipping; a tensor on the device, or inf where it has skipped the step.
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float64, device=self.device)
+        *totals, due, gradient_norm = torch.cat([sums, norm[None]]).tolist()
+        self.commit_is_due = due > 0
+        names = ["loss", "divergence", "kl", "cross_entropy", *facts]
+        means = {name: total / loss_tokens for name, total in zip(names, totals, strict=True)}
+        if not (math.isfinite(means["loss"]) and math.isfinite(gradient_norm)):
+            raise RunError(
+                f"student {self.job.name}, batch {number}: loss {means['loss']:g}, gradient norm {gradient_norm:g}; "
+                f"both must be finite, and nothing of this batch was committed. Lower lr, lengthen schedule.warmup, or "
+                f"use precision: float32, in a new run"
+            )
+        return {**means, "gradient_norm": gradient_norm}
 
     def _post(self, number: int, metrics: dict[str, float]) -> None:
         """Add what is measured at this batch only, and put all of it on the board."""
         every = self.job.family.evaluation.angle_every
-        if every and number % every == 0 and (angle := self.measures.gradient_angle(number)) is not None:
+        if every and number % every == 0 and (angle := self._angle(number)) is not None:
             metrics["gradient_angle"] = angle
         if self.rank == 0:
-            metrics["lr"] = self.engine.get_lr()[0]
-            self.job.board.post.remote(Point(self.job.name, number + 1, metrics))
+            self._posted.append(self.job.board.post.remote(Point(self.job.name, number + 1, metrics)))
+            _, self._posted = ray.wait(self._posted, num_returns=len(self._posted), timeout=0)
+
+    def _angle(self, number: int) -> float | None:
+        """The gradient's angle after batch ``number``; none where the labels for it cannot be had.
+
+        Raises:
+            RunError: the stream is gone for good. Not its own error: the step on this batch has been taken already.
+        """
+        try:
+            return self.measures.gradient_angle(number)
+        except HeldError as error:
+            log.warning("%s: no gradient angle at batch %d: %s", self.job.name, number, error)
+            return None
+        except ACTOR_LOST as error:
+            raise RunError(f"no gradient angle at batch {number}: {error}") from error
+
+    def _await_board(self) -> None:
+        """Wait until the board has the points so far: what is committed is not learnt again, so nor is it posted again.
+
+        Ray makes the calls again that a board died over, for as long as this process lives.
+        """
+        if self._posted:
+            _, self._posted = ray.wait(self._posted, num_returns=len(self._posted), timeout=BOARD_S)
+        if self._posted:
+            log.warning("the board has not acknowledged %d points for %g s", len(self._posted), BOARD_S)
 
 
 def train_student(job: StudentJob) -> None:
@@ -221,33 +322,37 @@ def _train(job: StudentJob) -> None:
         use_plain_gloo()
     rank = _Rank(job)
     first = rank.restore()
-    if first >= job.batches:
+    if rank.finished:
         rank.say("finished")
         return
     rank.reader.attach(first)
     rank.begin(first)
-    if rank.before is None:
-        rank.say("measuring before")
-        rank.before = rank.measures.fidelity()
-    rank.say("training")
-    every = job.family.checkpoints.every
-    for number in range(first, job.batches):
-        try:
+    learnt = first
+    try:
+        if rank.before is None:
+            rank.say("measuring before")
+            rank.before = rank.measures.fidelity()
+        rank.say("training")
+        for number in range(first, job.batches):
             rank.learn(number)
-        except HeldError:
-            # The run is to end. All ranks of the student hear of it before the same batch.
-            rank.say("saving")
-            if number > first:
-                rank.commit(number, last=True)
-            rank.say("stopped")
-            return
-        if every and (number + 1) % every == 0 and number + 1 < job.batches:
-            rank.commit(number + 1)
-    if rank.rank == 0:
-        # The last batch ended with a collective, so the other ranks have read it too.
-        rank.reader.detach()
-    rank.say("measuring after")
-    after = rank.measures.fidelity()
+            learnt = number + 1
+            if rank.commit_is_due and learnt < job.batches:
+                rank.commit(learnt)
+        if rank.rank == 0:
+            # The last batch ended with a collective, so the other ranks have read it too.
+            rank.reader.detach()
+        rank.say("measuring after")
+        after = rank.measures.fidelity()
+    except (HeldError, *ACTOR_LOST) as error:
+        # The run is to end. All ranks of the student hear of a held pass before the same batch; of a stream that is
+        # gone for good they do not, and with a peer that has read one more batch there is no common commit.
+        if isinstance(error, ACTOR_LOST) and job.spec.ranks > 1:
+            raise
+        rank.say("saving")
+        if learnt > first:
+            rank.commit(learnt, last=True)
+        rank.say("stopped")
+        return
     rank.say("saving")
     rank.commit(job.batches, after)
     rank.say("finished")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of, fidelity_sums
 from cluster.evaluate.figures import Fidelity
+from cluster.heads import OutputHead
 from cluster.labels.kinds import Labels
 from cluster.labels.make import as_tensor, make_labels
 from cluster.spec import HiddenLabels
@@ -27,7 +28,7 @@ HIDDEN = HiddenLabels(kind="hidden")
 
 @torch.no_grad()
 def held_out_sums(
-    student: Any, job: StudentJob, reader: Reader, teacher_head_VD: Tensor, device: torch.device
+    student: Any, job: StudentJob, reader: Reader, teacher_head: OutputHead[Tensor], device: torch.device
 ) -> Tensor:
     """A student's :func:`fidelity_sums` over one rank's share of the held-out batches.
 
@@ -42,7 +43,7 @@ def held_out_sums(
         labels = job.labels(delivery, blocks, HIDDEN)
         for first in range(0, labels.sequences, size):
             inputs = inputs_of(delivery.batch.rows(first, first + size), device)
-            teacher = _exact(labels.rows(first, first + size), inputs, teacher_head_VD)
+            teacher = _exact(labels.rows(first, first + size), inputs, teacher_head)
             use = partial(fidelity_sums, teacher_logits=teacher.logits, next_T=inputs.next_T)
             sums += student(inputs, partial(use, vocabulary=job.teacher.vocabulary))
     return sums
@@ -57,13 +58,13 @@ class Measures:
 
     def __init__(self, job: StudentJob, engine: Any, reader: Reader, device: torch.device) -> None:
         self._job, self._engine, self._reader, self._device = job, engine, reader, device
-        self._kept: Tensor | None = None
+        self._kept: OutputHead[Tensor] | None = None
 
-    def _head(self) -> Tensor:
-        """The teacher's head [V, D] on this rank's device."""
-        return as_tensor(self._reader.teacher_head()).to(self._device)
+    def _head(self) -> OutputHead[Tensor]:
+        """The teacher's head on this rank's device."""
+        return self._reader.teacher_head().map(lambda kept: as_tensor(kept).to(self._device))
 
-    def kept_head(self) -> Tensor | None:
+    def kept_head(self) -> OutputHead[Tensor] | None:
         """The teacher's head where the labels need it at every batch, else None; fetched once."""
         if self._job.family.labels.kind != "hidden":
             return None
@@ -97,15 +98,15 @@ class Measures:
         if job.family.labels.kind in ("hidden", "dense"):
             return None
         delivery, blocks = self._reader.held_out(0)
-        head_VD = self._head()
+        head = self._head()
         batch = delivery.batch.rows(0, 1)
         inputs = inputs_of(batch, self._device)
-        exact = _exact(job.labels(delivery, blocks, HIDDEN).rows(0, 1), inputs, head_VD)
+        exact = _exact(job.labels(delivery, blocks, HIDDEN).rows(0, 1), inputs, head)
         labels = make_labels(
             job.family.labels,
             _on_grid(exact.hidden_TD, inputs),
             batch.loss_mask_BS,
-            lambda hidden_TD: hidden_TD @ head_VD.T,
+            head.logits,
             vocabulary=job.teacher.vocabulary,
             address=delivery.batch.address,
             chunk=job.family.teacher.tokens_per_chunk,
@@ -114,17 +115,19 @@ class Measures:
         target = targets_of(labels, inputs.next_T, None)
         objective = objective_at(job.spec.loss, job.family.labels, number, job.batches)
         use = partial(angle_sums, target=target, exact=exact, objective=objective)
-        dot, own, whole = self._all_ranks(
-            self._engine.module(inputs, partial(use, vocabulary=job.teacher.vocabulary))
-        ).tolist()
+        # Without dropout, as it is the labels' angle that is asked for, and nothing may be drawn.
+        self._engine.eval()
+        sums = self._engine.module(inputs, partial(use, vocabulary=job.teacher.vocabulary))
+        self._engine.train()
+        dot, own, whole = self._all_ranks(sums).tolist()
         if not own or not whole:
             return None
         return math.degrees(math.acos(max(-1.0, min(1.0, dot / math.sqrt(own * whole)))))
 
 
-def _exact(labels: Labels, inputs: Inputs, head_VD: Tensor) -> HiddenTargets:
+def _exact(labels: Labels, inputs: Inputs, head: OutputHead[Tensor]) -> HiddenTargets:
     """The teacher's exact distributions at the loss tokens of some sequences."""
-    target = targets_of(labels, inputs.next_T, head_VD)
+    target = targets_of(labels, inputs.next_T, head)
     assert isinstance(target, HiddenTargets)
     return target
 

@@ -1,14 +1,14 @@
-"""A student as DeepSpeed sees it: a backbone, and a head that applies a function to its own weight.
+"""A student as DeepSpeed sees it: a backbone, and a head that applies a function to its own parameters.
 
-Under ZeRO-3 a weight is whole only inside the ``forward`` of the module that owns it. So whatever needs the head's
-weight (the fused loss, the evaluation) is handed to the head as a function.
+Under ZeRO-3 a parameter is whole only inside the ``forward`` of the module that owns it. So whatever needs the head
+(the fused loss, the evaluation) is handed to it as a function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cluster.corpus.batches import Batch
+from cluster.heads import OutputHead, head_of
 from cluster.models import Packing
 from cluster.prefill import backbone_of, last_hidden
 
@@ -23,15 +24,16 @@ R = TypeVar("R")
 
 
 class Head(nn.Module):
-    """Owns the output embedding's weight, which may be tied to the input embedding's."""
+    """Owns the output embedding's weight, which may be tied to the input embedding's, and its bias if it has one."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, head: OutputHead[Any]) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.bias = head.weight_VD, head.bias_V
+        self.scale, self.softcap = head.scale, head.softcap
 
-    def forward(self, hidden_TD: Tensor, use: Callable[[Tensor, Tensor], R]) -> R:
-        """``use(hidden_TD, weight_VD)`` while the weight is whole."""
-        return use(hidden_TD, self.weight)
+    def forward(self, hidden_TD: Tensor, use: Callable[[Tensor, OutputHead[Tensor]], R]) -> R:
+        """``use(hidden_TD, head)`` while the head's parameters are whole."""
+        return use(hidden_TD, OutputHead(self.weight, self.bias, self.scale, self.softcap))
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ class Student(nn.Module):
     def __init__(self, model: PreTrainedModel, packing: Packing = "unpacked") -> None:
         super().__init__()
         self.backbone, self._packing = backbone_of(model), packing
-        self.head = Head(model.get_output_embeddings().weight)
+        self.head = Head(head_of(model))
 
-    def forward(self, inputs: Inputs, use: Callable[[Tensor, Tensor], R]) -> R:
+    def forward(self, inputs: Inputs, use: Callable[[Tensor, OutputHead[Tensor]], R]) -> R:
         """Run the backbone and hand the hidden states of the loss tokens, [T, D], with the head to ``use``."""
         hidden_BSD = last_hidden(self.backbone, inputs.tokens_BS, inputs.positions_BS, self._packing)
         return self.head(hidden_BSD[inputs.loss_mask_BS], use)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,24 @@ def mend(folder: Path) -> None:
         "latest_checkpoint_result": results[-1],
     }
     _write(json.dumps({**state, **more}).encode(), listed)
+
+
+def keep_last_only(folder: Path) -> None:
+    """Remove all checkpoints but the last one, from the list first. Call when the run has ended.
+
+    A finished student needs no training state, which takes several times the room of its model.
+    """
+    state = json.loads((folder / LIST_FILE).read_bytes())
+    last, listed = state["latest_checkpoint_result"], state["checkpoint_results"]
+    index = state["checkpoint_report_indices"][listed.index(last)]
+    _write(
+        json.dumps({**state, "checkpoint_results": [last], "checkpoint_report_indices": [index]}).encode(),
+        folder / LIST_FILE,
+    )
+    keep(folder)
+    for result in listed:
+        if result != last:
+            shutil.rmtree(folder / result["checkpoint_dir_name"])
 
 
 def _write(data: bytes, target: Path) -> None:

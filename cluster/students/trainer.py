@@ -7,18 +7,23 @@ import logging
 import shutil
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import ray
-from ray.exceptions import RayActorError
 
-from cluster.board import NO_PLACE
-from cluster.errors import RunError
+from cluster.board import NO_PLACE, STARTING_AGAIN
+from cluster.errors import RunError, first_line
 from cluster.evaluate.figures import Fidelity, StudentResult
+from cluster.session import ACTOR_LOST
 from cluster.space import DISK_FULL, SPARE_BYTES, NoRoomError, wait_for_room, when_there_is_room
 from cluster.students.job import COMMIT_FILE, MODEL_FOLDER, StudentJob
-from cluster.students.snapshot import mend
+from cluster.students.snapshot import keep_last_only, mend
 
 log = logging.getLogger(__name__)
+
+
+class StoppedError(RunError):
+    """A student ended before its last batch because the pass was held: not its failure, and the run is to stop."""
 
 
 class Trainers:
@@ -43,25 +48,30 @@ def run_student(job: StudentJob) -> StudentResult:
     or a rank before it has been told what to do, and that it cannot write down what it has, because the disk is full.
 
     Raises:
+        StoppedError: the pass was held.
         RunError: its ranks failed more often than ``max_failures`` allows.
         NoRoomError: the disk stayed full; the run is told to stop.
     """
     import ray.train
 
-    for attempt in range(job.spec.max_failures + 1):
-        job.board.phase.remote(job.name, NO_PLACE)
+    from cluster.students.steering import SHOWN, rank_failure
+
+    allowed, phase = job.spec.max_failures, NO_PLACE
+    for attempt in range(allowed + 1):
+        job.board.phase.remote(job.name, phase)
         _make_ready(job)
-        last = attempt == job.spec.max_failures
         try:
             return _fit(job)
-        except RayActorError as error:
-            if last:
-                raise RunError(f"what looks after its ranks died more often than max_failures: {error}") from error
-            log.warning("student %s goes on from its last checkpoint: %s", job.name, error)
+        except ACTOR_LOST as error:
+            reason = f"the controller of its ranks died: {first_line(error)}"
         except ray.train.TrainingFailedError as error:
-            if last or not (_disk_is_full(job, error) or _died_at_launch(error)):
-                raise RunError(_root_cause(error)) from error
-            log.warning("student %s goes on from its last checkpoint: %s", job.name, error)
+            reason = rank_failure(error)
+            if not (_disk_is_full(job, error) or _died_at_launch(error)):
+                raise RunError(reason) from error
+        if attempt == allowed:
+            raise RunError(reason)
+        log.warning("student %s is started again from its last checkpoint: %s", job.name, reason)
+        phase = f"{STARTING_AGAIN} ({attempt + 1} of {allowed}): {shorten(reason, SHOWN)}"
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -84,7 +94,7 @@ def _fit(job: StudentJob) -> StudentResult:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from cluster.students.steering import Steering, rank
+    from cluster.students.steering import Restarts, Steering, rank
 
     spec, checkpoints = job.spec, job.family.checkpoints
     per_rank = {"CPU": spec.cpus_per_rank, "GPU": spec.gpus_per_rank}
@@ -102,13 +112,16 @@ def _fit(job: StudentJob) -> StudentResult:
             storage_path=str(job.folder.parent),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=checkpoints.keep),
             failure_config=ray.train.FailureConfig(max_failures=spec.max_failures),
-            callbacks=[Steering(job)],
+            callbacks=[Steering(job), Restarts(job)],
         ),
     )
     result = trainer.fit()
     if result.checkpoint is None:
-        raise RunError("it ended without a checkpoint")
+        raise StoppedError("it was stopped before its first commit")
     return student_result(job.name, Path(result.checkpoint.path))
+    finished = student_result(job.name, Path(result.checkpoint.path))
+    when_there_is_room(job.folder, partial(keep_last_only, job.folder), job.family.patience_s)
+    return finished
 
 
 def _disk_is_full(job: StudentJob, error: Exception) -> bool:
@@ -120,26 +133,18 @@ def _disk_is_full(job: StudentJob, error: Exception) -> bool:
 
 def _died_at_launch(error: Exception) -> bool:
     """Whether a rank died in the moment between its start and its work, which Ray Train does not try again."""
-    return isinstance(getattr(error, "controller_failure", None), RayActorError)
-
-
-def _root_cause(error: Exception) -> str:
-    """What the first rank that failed said, in one line."""
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    rank, cause = min(failures.items())
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"rank {rank}: {lines[-1] if lines else type(cause).__name__}"
+    return isinstance(getattr(error, "controller_failure", None), ACTOR_LOST)
 
 
 def student_result(name: str, folder: Path) -> StudentResult:
     """What the last checkpoint of a finished student says of it.
 
     Raises:
-        RunError: it has not finished.
+        StoppedError: it has not finished.
     """
     commit = json.loads((folder / COMMIT_FILE).read_text())
     if commit["after"] is None:
-        raise RunError(f"it was told to stop after batch {commit['batch'] - 1}")
+        raise StoppedError(f"it was stopped after batch {commit['batch'] - 1}, which is committed")
     return StudentResult(
         name=name,
         model_dir=str(folder / MODEL_FOLDER),

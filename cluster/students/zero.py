@@ -95,8 +95,9 @@ def schedule_of(student: StudentSpec, total: int) -> Callable[[torch.optim.Optim
 
 
 def gathered_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Every weight of a model, whole, on the CPU; one weight at a time is gathered under ZeRO-3.
+    """A model's ``state_dict``, whole, on the CPU; one weight at a time is gathered under ZeRO-3.
 
+    Buffers that are not part of it, such as rotary tables, are left out: loaders would report them as unexpected.
     All ranks must call it; only the one with ``keep`` gets the weights, the others an empty mapping.
     """
     import deepspeed
@@ -109,6 +110,8 @@ def gathered_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
             if keep:
                 whole[identity] = parameter.detach().cpu().clone()
     if keep:
+        saved = model.state_dict().keys()
         for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
-            state[name] = whole.get(id(tensor), tensor.detach().cpu())
+            if name in saved:
+                state[name] = whole.get(id(tensor), tensor.detach().cpu())
     return state

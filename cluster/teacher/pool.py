@@ -17,9 +17,10 @@ import ray
 from cluster.capacity import Need, first_without_room
 from cluster.corpus.batches import Batch
 from cluster.errors import RunError, first_line
+from cluster.heads import OutputHead
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
-from cluster.teacher.replica import Replica, is_loss
+from cluster.teacher.replica import Replica, is_loss, may_pass
 from cluster.teacher.scaling import PACE, Demand, Look, Pace, Scaling
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,10 @@ T = TypeVar("T")
 # Largest difference in probability between two replicas on the probe text. The same weights in bfloat16 on other
 # hardware differ by rounding; a half-loaded teacher differs by orders of magnitude more.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+
+LESS_MEMORY = "lower teacher.tokens_per_chunk, raise teacher.shards, or run fewer families on that node"
+# A replica is started again after twice this, and each time after twice as long, in seconds.
+AGAIN_S = 0.5
 
 
 @dataclass
@@ -123,11 +128,11 @@ class TeacherPool:
         try:
             probe = await replica.start()
         except Exception as error:
-            if is_loss(error):
+            if is_loss(error) or may_pass(error):
                 await self._replace(replica, error)
                 return
             # The model itself cannot be loaded or run: another try would end the same way.
-            self._unfit(replica, f"teacher replica {replica.index} cannot start: {first_line(error)}")
+            self._unfit(replica, f"teacher replica {replica.index} cannot start: {first_line(error, LESS_MEMORY)}")
             return
         try:
             self._proves_itself(replica, probe)
@@ -186,24 +191,25 @@ class TeacherPool:
             self._failed.exception()  # marks it as seen, for a pool may end before anyone waits
 
     async def _replace(self, replica: Replica, error: BaseException) -> None:
-        """Start a dead replica again, a little later each time, until its restarts are used up."""
+        """Start a replica again that died or did not start, later each time, until its restarts are used up."""
         replica.stop()
-        log.warning("teacher replica %d died: %s", replica.index, error)
-        self.stats.last_error = f"replica {replica.index}: {first_line(error)}"
+        what = "died" if is_loss(error) else "failed to start"
+        log.warning("teacher replica %d %s: %s", replica.index, what, first_line(error, LESS_MEMORY))
+        self.stats.last_error = f"replica {replica.index}: {first_line(error, LESS_MEMORY)}"
         if self._spared(replica, self.stats.last_error, self._spec.min_replicas):
             return
         self._deaths[replica.index] += 1
         if self._deaths[replica.index] > self._spec.max_restarts:
             reason = (
-                f"teacher replica {replica.index} died {self._deaths[replica.index]} times, which is more than "
-                f"teacher.max_restarts {self._spec.max_restarts}; the last time: {first_line(error)}"
+                f"teacher replica {replica.index} {what} {self._deaths[replica.index]} times, which is more than "
+                f"teacher.max_restarts {self._spec.max_restarts}; the last time: {first_line(error, LESS_MEMORY)}"
             )
             # As long as another serves or may still do so, this one is no reason to end a night's work.
             if not self._spared(replica, reason, 1):
                 self._fail(f"{reason}. See to the cluster, or raise teacher.max_restarts, and go on with --resume")
             return
         self.stats.restarts += 1
-        await asyncio.sleep(min(30.0, 0.5 * 2 ** self._deaths[replica.index]))
+        await asyncio.sleep(min(30.0, AGAIN_S * 2 ** self._deaths[replica.index]))
         self._begin(self._start(replica))
 
     # -- following the students ------------------------------------------------------------------------------------
@@ -257,7 +263,7 @@ class TeacherPool:
             self.stats.growing = True
             self._proves_itself(replica, await replica.load())
         except Exception as error:
-            self.stats.last_error = f"a replica could not be added: {first_line(error)}"
+            self.stats.last_error = f"a replica could not be added: {first_line(error, LESS_MEMORY)}"
             log.warning("teacher replica %d was not added: %s", replica.index, error)
             self._scaling.failed(time.monotonic())
             return
@@ -341,10 +347,12 @@ class TeacherPool:
                     self._begin(self._replace(replica, error))
                     # A range of replicas can be refilled for ever, and what kills each of them would go on to do so.
                     if deaths > self._spec.max_replicas * (1 + self._spec.max_restarts):
-                        self._fail(f"{deaths} teacher replicas died over {what}; the last: {first_line(error)}")
+                        self._fail(
+                            f"{deaths} teacher replicas died over {what}; the last: {first_line(error, LESS_MEMORY)}"
+                        )
                     continue
                 # The model itself fails on this input: another replica would too.
-                reason = f"the teacher failed on {what}: {first_line(error)}"
+                reason = f"the teacher failed on {what}: {first_line(error, LESS_MEMORY)}"
                 self._fail(reason)
                 raise RunError(reason) from error
             self._release(replica)
@@ -369,8 +377,8 @@ class TeacherPool:
         """Last hidden states of a batch, one reference per block."""
         return await self._call("hidden", batch)
 
-    async def head(self) -> np.ndarray:
-        """The teacher's head weight, see :meth:`Shard.head`."""
+    async def head(self) -> OutputHead[np.ndarray]:
+        """The teacher's head, see :meth:`Shard.head`."""
         return await self._run("its head", lambda replica: replica.head())
 
     def stop(self) -> None:

@@ -20,7 +20,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import tracing
-from cluster.errors import first_line
+from cluster.errors import LabelError, UserError, first_line
+from cluster.heads import OutputHead
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
 from cluster.teacher.shard import Receipt, Shard
@@ -41,6 +42,16 @@ def is_loss(error: BaseException) -> bool:
     if isinstance(error, (ReplicaLostError, TimeoutError)):
         return True
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
+
+
+# What Python and the libraries raise about the model itself, or about our own code: the next try meets the same model.
+PERSISTENT = (UserError, LabelError, ValueError, TypeError, LookupError, AttributeError, ImportError, AssertionError)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a replica that failed to start may start later: a file or a mount that is slow to appear, a port that is
+    taken, a device that another process has not left yet. Whatever is not known to be the model's fault may pass."""
+    return not isinstance(getattr(error, "cause", None) or error, PERSISTENT)
 
 
 class Replica:
@@ -138,8 +149,8 @@ class Replica:
             raise
         return receipt, first[1:]
 
-    async def head(self) -> np.ndarray:
-        """The teacher's head weight, see :meth:`Shard.head`."""
+    async def head(self) -> OutputHead[np.ndarray]:
+        """The teacher's head, see :meth:`Shard.head`."""
         return (await _all_or_death([shard.head.remote() for shard in self._shards]))[0]
 
     def stop(self) -> None:

@@ -16,8 +16,10 @@ from cluster.corpus.batches import Batch
 from cluster.devices import see_no_gpu
 from cluster.errors import LabelError
 from cluster.flops import FORWARD, Work, parameters_of, peak_flops
+from cluster.heads import OutputHead, head_of, probe_head, whole_head_of
 from cluster.labels.kinds import Labels, TopK
 from cluster.labels.wire import Stamp, encode
+from cluster.loading import load_model
 from cluster.memory import keep_memory
 from cluster.models import TeacherModel
 from cluster.registry import on_this_node
@@ -54,15 +56,16 @@ class Shard:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def join(self, host: str, port: int) -> None:
-        """Form the replica's process group and load this rank's part of the weights.
+        """Form the replica's process group, load this rank's part of the weights and probe the model.
 
         Raises:
-            RunError: the loaded model does not keep packed documents apart as ``packing`` of the teacher states.
+            UserError: the weight files do not hold exactly the model's weights, or the model is no causal language
+                model with a head that students can learn from.
+            RunError: it does not keep packed documents apart as ``packing`` of the teacher states.
         """
         if not self._spec.gpus_per_shard:
             see_no_gpu()
         import torch
-        from transformers import AutoModelForCausalLM
 
         from cluster.packing import verify_packing
 
@@ -74,13 +77,13 @@ class Shard:
             options["distributed_config"] = self._tensor_parallel(host, port)
         else:
             options["device_map"] = self._device
-        self._model = AutoModelForCausalLM.from_pretrained(
+        self._model = load_model(
             on_this_node(self._teacher.folder),
             dtype=getattr(torch, self._spec.dtype),
-            use_safetensors=True,
             trust_remote_code=self._spec.trust_remote_code,
             **options,
-        ).eval()
+        )
+        probe_head(self._model, f"teacher.model: {self._teacher.folder}")
         verify_packing(self._model, self._teacher.packing, f"the teacher {self._teacher.folder}")
         self._work = Work(parameters_of(self._model), FORWARD, peak_flops(self._device), self._spec.shards)
 
@@ -105,6 +108,11 @@ class Shard:
 
         from cluster.prefill import backbone_of, last_hidden
 
+        if (largest := int(batch.tokens_BS.max())) >= self._teacher.vocabulary:
+            raise LabelError(
+                f"batch {batch.number} holds token {largest}; the teacher's vocabulary ends at "
+                f"{self._teacher.vocabulary - 1}: its tokenizer makes tokens that the model's embedding does not have"
+            )
         tokens = torch.from_numpy(batch.tokens_BS.astype(np.int64)).to(self._device)
         positions = None
         if batch.packed:
@@ -117,12 +125,14 @@ class Shard:
 
         from cluster.labels.make import make_labels
 
+        # The model's own module computes the product, for its weight may lie in parts on several ranks.
+        product, finish = self._model.get_output_embeddings(), head_of(self._model).finish
         with torch.inference_mode():
             return make_labels(
                 spec,
                 self._hidden(batch),
                 batch.loss_mask_BS,
-                self._model.get_output_embeddings(),
+                lambda hidden_TD: finish(product(hidden_TD)),
                 vocabulary=self._teacher.vocabulary,
                 address=batch.address,
                 chunk=self._spec.tokens_per_chunk,
@@ -161,8 +171,8 @@ class Shard:
         """The last hidden states of a batch as labels, as :meth:`score` returns them."""
         return self._answer(batch, HiddenLabels(kind="hidden"), trace)
 
-    def head(self) -> np.ndarray | None:
-        """The teacher's head weight [V, D] without padding, as ``Hidden`` keeps its states; None off rank 0.
+    def head(self) -> OutputHead[np.ndarray] | None:
+        """The teacher's head without padding, as ``Hidden`` keeps its states; None off rank 0.
 
         Raises:
             LabelError: it is not finite.
@@ -172,13 +182,12 @@ class Shard:
         from cluster.labels.make import kept
 
         with torch.inference_mode():
-            weight = self._model.get_output_embeddings().weight
-            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            whole = whole_head_of(self._model)
             if self._rank:
                 return None
-            if not whole.isfinite().all():
+            if not all(part.isfinite().all() for part in (whole.weight_VD, whole.bias_V) if part is not None):
                 raise LabelError("the teacher's head is not finite")
-            return kept(whole[: self._teacher.vocabulary])
+            return whole.cut(self._teacher.vocabulary).map(kept)
 
     def probe(self) -> np.ndarray | None:
         """Probabilities of the likeliest tokens on a fixed text, by which replicas are held against each other."""

@@ -6,10 +6,15 @@ FROM debian:12.12-slim
 # are the release's own; a mirror drops each one when its security update comes.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build python3 python3-dev python3-venv wget \
+    && apt-get install --yes --no-install-recommends ca-certificates g++ ninja-build wget \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin stillhouse
-RUN python3 -m venv /opt/venv && chown --recursive stillhouse /opt/venv
+# Ray lets no node join whose Python differs from the head's, even in the patch level. So the interpreter is not the
+# distribution's: uv installs the same build of the one version in python-version into every image.
+COPY --from=ghcr.io/astral-sh/uv:0.13.9 /uv /usr/local/bin/uv
+COPY infra/images/python-version /opt/python-version
+RUN UV_PYTHON_INSTALL_DIR=/opt/python uv venv --no-cache --seed --managed-python --python "$(cat /opt/python-version)" /opt/venv \
+    && chown --recursive stillhouse /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     DS_ACCELERATOR=cpu \
     MLFLOW_DISABLE_TELEMETRY=true \

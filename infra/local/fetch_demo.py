@@ -34,20 +34,21 @@ def fetch_gguf(folder: Path) -> Path:
 def write_teacher(gguf: Path, folder: Path) -> None:
     """The GGUF model as a Hugging Face directory in bfloat16 safetensors."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from cluster.loading import load_model
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16)
+    loaded = load_model(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     # A model of the same configuration without the GGUF marks, which transformers refuses to save.
     config = loaded.config
     del config.quantization_config
     model = type(loaded)._from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The file names the start of a turn as the end of text; the model was trained to stop at the end of one.
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.save_pretrained(folder)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.utils import logging as transformers_logging
 
 from cluster.errors import UserError
+from cluster.loading import load_model
 from serving.engines.cache import ATTENTION, Rows
 from serving.engines.tokens import end_tokens
 
@@ -31,15 +32,14 @@ class CausalModel:
         """``end`` is the tokenizer's end-of-sequence token, for models that name none.
 
         Raises:
-            UserError: the model has layers that this engine does not know how to batch.
+            UserError: the weight files do not hold exactly the model's weights, or it has layers that this engine
+                does not know how to batch.
         """
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-        self.network: torch.nn.Module = model.eval().to(self.device)
+        model = load_model(model_dir, dtype=dtype)
+        self.network: torch.nn.Module = model.to(self.device)
         config = model.config.get_text_config()
         self.vocabulary: int = config.vocab_size
         takes = inspect.signature(model.forward).parameters

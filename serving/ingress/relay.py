@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from cluster import tracing
+from cluster.errors import first_line
 from serving.api.errors import ApiError, try_again
 from serving.api.replies import DONE, Choice, Reply, sse
 from serving.api.requests import ChatRequest, CompletionRequest, Request
@@ -144,7 +145,7 @@ class Relay:
                 self._note(ticket.record(arm, 200))
                 return
             except ArmLostError as error:
-                logger.warning("arm %s is lost: %s", arm, str(error).splitlines()[0] if str(error) else "")
+                logger.warning("arm %s is lost: %s", arm, first_line(error))
                 self._note(ticket.record(arm, 503, "arm_unavailable"))
                 if not ticket.started:
                     tried.append(arm)

@@ -11,9 +11,9 @@ import torch
 from tests.chaos.families import FAMILY, PAIR
 from tests.chaos.report import ChaosReport
 from tests.conftest import CHAOS_SEED
-from tests.integration.conftest import ray_cluster, s3, s3_environment, tiny, write_family  # noqa: F401
 from tests.integration.heads import environment, stillhouse
 from tests.integration.test_command_line import final_weights
+from tests.tiny import write_family
 
 REPORT = pytest.StashKey[ChaosReport]()
 # A family whose parts are killed over and over is started again as often; a busy machine takes its time over that.
@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="session")
-def undisturbed_pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:  # noqa: F811
+def undisturbed_pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
     """What the two students of :data:`PAIR` become when nothing happens."""
     home = tmp_path_factory.mktemp("undisturbed-pair")
     whole = stillhouse("run", str(write_family(home, tiny, PAIR, **FAMILY)), env=environment(home), timeout=500)

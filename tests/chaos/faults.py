@@ -11,16 +11,26 @@ from functools import partial
 from cluster.watch import Status
 from tests.processes import kill_one
 
-SHARD, STREAM, TRAINERS, RANK, STUDENT = (
+SHARD, STREAM, TRAINERS, RANK, STUDENT, REGISTRY, BOARD = (
     "a teacher shard killed",
     "the stream killed",
     "what waits for the students killed",
     "a rank of a student killed",
     "a whole student killed",
+    "the registry's actor killed",
+    "the board killed",
 )
 DAMAGED = "a label block damaged"
 # What is killed, by the title that Ray gives its process. A student's controller takes all of its ranks with it.
-VICTIMS = {SHARD: "Shard", STREAM: "Stream", TRAINERS: "Trainers", RANK: "RayTrainWorker", STUDENT: "TrainController"}
+VICTIMS = {
+    SHARD: "Shard",
+    STREAM: "Stream",
+    TRAINERS: "Trainers",
+    RANK: "RayTrainWorker",
+    STUDENT: "TrainController",
+    REGISTRY: "Registry",
+    BOARD: "Board",
+}
 
 
 def _always(_: Status) -> bool:

@@ -15,8 +15,8 @@ import pytest
 
 from tests.chaos.families import BATCHES, FAMILY, PAIR, assert_finished_as, learnt
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, start, stillhouse
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 MIB = 1 << 20

@@ -13,9 +13,9 @@ import pytest
 
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_finished_as, learnt
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, read_until, start, stillhouse
 from tests.integration.test_command_line import final_weights
+from tests.tiny import write_family
 
 DRIVER = "the driver killed"
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]

@@ -20,8 +20,8 @@ from tests.chaos.families import BATCHES, FAMILY, PAIR, STUDENTS, assert_finishe
 from tests.chaos.nodes import Nodes
 from tests.chaos.redis import Redis
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, start, stillhouse
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 # The pair holds 0.8 of it, so that nobody else has a place beside it.

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from cluster.audit import steps_of
 from tests.chaos.families import FAMILY, PAIR, assert_finished_as
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, start
+from tests.integration.test_command_line import events_of
 from tests.processes import kill_one
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 RESTARTS = 2
@@ -55,6 +57,8 @@ def test_the_last_replica_dies_more_often_than_it_may(
         assert "--resume" in said
         state = json.loads(next((tmp_path / "stillhouse" / "runs").glob("*/*/run.json")).read_text())
         assert state["versions"] == {}
+        (run,) = (tmp_path / "stillhouse" / "runs" / "tiny").iterdir()
+        reached = {name: len(steps_of(run, name)[0]) for name in PAIR}
 
         kept = scored(tmp_path)
         resumed = start("run", str(path), "--resume", env=env)
@@ -63,4 +67,8 @@ def test_the_last_replica_dies_more_often_than_it_may(
         output, _ = resumed.communicate(timeout=500)
         assert resumed.returncode == 0, output
         assert scored(tmp_path) > kept
+        # All that was learnt had been committed before the run ended: nothing is learnt again.
+        for name, number in reached.items():
+            begun = [event["life"] for event in events_of(run, name) if "batch" not in event]
+            assert begun == ([0, number] if number else [0] * len(begun)), (name, number, begun)
         assert_finished_as(undisturbed_pair, tmp_path, report)

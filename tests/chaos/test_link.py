@@ -15,8 +15,8 @@ from tests.chaos.families import BATCHES, FAMILY, PAIR, assert_finished_as, lear
 from tests.chaos.hosts import Hosts
 from tests.chaos.nodes import Nodes
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, start
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 # The teacher fits on the second host only, and leaves no room there.

@@ -13,9 +13,9 @@ import pytest
 from tests.chaos.families import BATCHES, FAMILY, PAIR, assert_finished_as, learnt
 from tests.chaos.nodes import Nodes
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, start, stillhouse
 from tests.integration.test_command_line import final_weights
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 # Two replicas, one rank of one student and two of the other want a CPU each. The head has room for one of the five, so

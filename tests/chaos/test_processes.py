@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from ray.util.placement_group import placement_group_table
 
@@ -17,13 +18,13 @@ from cluster.family import run_family
 from cluster.preflight import preflight
 from cluster.runs import open_run
 from cluster.spec import StreamSpec
-from cluster.specfile import load_spec
+from cluster.specfile import home, load_spec
 from cluster.watch import Status
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived, lives_of
-from tests.chaos.faults import RANK, SHARD, STREAM, STUDENT, TRAINERS, Faults, kill
+from tests.chaos.faults import BOARD, RANK, REGISTRY, SHARD, STREAM, STUDENT, TRAINERS, Faults, kill
 from tests.chaos.report import ChaosReport, student_recoveries
-from tests.integration.conftest import run_here, write_family
 from tests.processes import own_processes
+from tests.tiny import run_here, write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 # Moments at which there is enough left to do, also on a machine that takes many steps between two looks.
@@ -136,6 +137,34 @@ def test_what_waits_for_the_students_is_killed(killer: Killer, dice: random.Rand
     result, lives = killer.run(["two"], faults)
     assert lives == {"two": 2}
     assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
+
+
+def registers(status: Status) -> bool:
+    """Whether all students have ended and MLflow is told of them."""
+    return status.phase == "registering"
+
+
+@pytest.mark.parametrize("when", [all_learn, registers], ids=["training", "registration"])
+def test_the_registry_and_the_board_are_killed(
+    killer: Killer, dice: random.Random, when: Callable[[Status], bool]
+) -> None:
+    faults = Faults([kill(victim, dice.randrange(EARLY, LATE), dice, when) for victim in (REGISTRY, BOARD)])
+    result, lives = killer.run(["alone", "two"], faults)
+    assert lives == {"alone": 1, "two": 1}
+    assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
+    assert (result.unregistered, result.warnings) == ({}, [])
+    client = mlflow.MlflowClient(f"sqlite:///{home() / 'mlflow.db'}")
+    for name in lives:
+        run_id = result.run.mlflow[name]
+        versions = client.search_model_versions(f"name='tiny-{name}'")
+        (own,) = [each for each in versions if each.run_id == run_id]
+        assert int(own.version) == result.versions[name]
+        assert int(client.get_model_version_by_alias(f"tiny-{name}", "challenger").version) == result.versions[name]
+        # Every point once, in MLflow and in the result.
+        assert [m.step for m in client.get_metric_history(run_id, "loss")] == list(range(1, BATCHES + 1))
+        assert [p.batch for p in result.points if p.student == name] == list(range(1, BATCHES + 1))
+        assert len(client.get_metric_history(run_id, "kl_after")) == 1
+        assert client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_a_second_run_over_a_warm_store_needs_no_teacher(

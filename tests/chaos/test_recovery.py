@@ -35,7 +35,7 @@ def test_a_batch_whose_replica_is_killed_is_scored_again(tiny: Path, replicas: i
     async def kill_over_it() -> tuple[list[np.ndarray], list[np.ndarray], float, TeacherPool]:
         pool = pool_of(tiny, replicas=replicas)
         pool.start()
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             while pool.stats.ready < replicas:
                 await asyncio.sleep(0.1)
         before = [await ref for ref in await pool.score(large_batch())]

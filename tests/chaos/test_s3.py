@@ -11,10 +11,10 @@ import pytest
 from cluster.audit import scorings_of
 from tests.chaos.families import FAMILY, STUDENTS, assert_finished_as
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, stillhouse
 from tests.integration.s3_proxy import Fault, S3Proxy, now_and_then
 from tests.integration.test_command_line import final_weights
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 BUCKET = "chaos"

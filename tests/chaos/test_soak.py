@@ -21,8 +21,8 @@ from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_finished_as, 
 from tests.chaos.faults import DAMAGED, VICTIMS, Fault, Faults, kills
 from tests.chaos.report import ChaosReport, student_recoveries
 from tests.chaos.test_driver import DRIVER, kill_driver_and_resume
-from tests.integration.conftest import run_here, write_family
 from tests.integration.s3_proxy import S3Proxy, now_and_then
+from tests.tiny import run_here, write_family
 
 UNITS = {"s": 1, "m": 60, "h": 3600}
 SOAK = os.environ.get("SOAK", "")

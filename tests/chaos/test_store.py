@@ -10,7 +10,7 @@ import pytest
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived
 from tests.chaos.faults import DAMAGED
 from tests.chaos.report import ChaosReport
-from tests.integration.conftest import run_here, write_family
+from tests.tiny import run_here, write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 ONE = {"alone": STUDENTS["alone"]}

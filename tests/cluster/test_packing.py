@@ -19,10 +19,10 @@ from transformers import (
 
 from cluster.errors import RunError, UserError
 from cluster.models import TeacherModel
-from cluster.packing import architecture_packing, probe_packing, small_model, verify_packing
+from cluster.packing import architecture_packing, probe_packing, verify_packing
 from cluster.prefill import backbone_of, last_hidden
 from cluster.preflight import preflight
-from cluster.shrink import shrunk
+from cluster.shrink import shrunk, small_model
 from cluster.spec import FamilySpec, TeacherSpec, TopKLabels
 from cluster.students.champion import packing_beside
 from cluster.teacher.shard import Shard

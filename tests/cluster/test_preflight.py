@@ -5,13 +5,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cluster.errors import UserError
-from cluster.models import load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
+from cluster.heads import OutputHead
+from cluster.labels.store.store import LabelStore
+from cluster.labels.wire import Stamp, encode
+from cluster.models import load_tokenizer
 from cluster.preflight import Checked, preflight
 from cluster.spec import FamilySpec
-from tests.tiny import POSITIONS, VOCABULARY, tiny_family, write_tiny_model
+from tests.cluster.labels.blocks import ragged_mask, random_labels
+from tests.tiny import POSITIONS, VOCABULARY, tiny_family, write_tiny_model, write_tiny_tokenizer
+from tests.tiny_types import write_tiny_type
 
 SCRATCH = {"source": "scratch", "layers": 2, "hidden_size": 32, "heads": 4, "kv_heads": 2, "intermediate_size": 64}
 
@@ -33,10 +41,34 @@ def test_a_family_that_may_start_is_described(check: Any, tiny_teacher: Path, st
     checked = check()
     assert checked.teacher.vocabulary == VOCABULARY < 320
     assert (checked.teacher.folder, checked.student_dirs) == (str(tiny_teacher), {})
-    assert checked.teacher.fingerprint == model_fingerprint(tiny_teacher)
+    assert checked.teacher.fingerprint == teacher_fingerprint(tiny_teacher, checked.spec.teacher, VOCABULARY)
     assert checked.teacher.tokenizer == tokenizer_fingerprint(load_tokenizer(tiny_teacher, "teacher.model"))
     assert checked.tracking_uri == f"sqlite:///{stillhouse_home}/mlflow.db"
-    assert not stillhouse_home.exists()
+    # Digests of files that have just been written are not kept.
+    assert {each.name for each in stillhouse_home.glob("*")} <= {"fingerprints"}
+
+
+def test_what_one_precision_has_stored_is_not_found_by_another(check: Any, tmp_path: Path) -> None:
+    store, mask_BS, batch = LabelStore.open(str(tmp_path / "labels")), ragged_mask(), "ee" * 16
+
+    def stamp(dtype: str) -> Stamp:
+        checked = check(teacher={"dtype": dtype})
+        return Stamp.of(checked.teacher.fingerprint, checked.teacher.tokenizer, checked.spec.labels, batch)
+
+    half, full = stamp("bfloat16"), stamp("float32")
+    store.put(encode(random_labels("topk", mask_BS), half), half)
+    store.put_head(half.teacher, OutputHead(np.zeros((VOCABULARY, 8), np.uint16)))
+    assert (store.get(full), store.get_head(full.teacher)) == (None, None)
+    assert store.get(half) is not None and store.get_head(half.teacher) is not None
+
+
+def test_files_that_are_skipped_are_told(check: Any, tiny_corpus: Path, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.csv", "c.csv", ".ipynb_checkpoints/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(tiny_corpus, tmp_path / name)
+    checked = check(corpus={"paths": [str(tmp_path)]})
+    assert checked.notices() == ["corpus: skipped: 3 files (.csv: 2, hidden: 1)"]
+    assert check().notices() == []
 
 
 @pytest.mark.parametrize(
@@ -136,3 +168,58 @@ def test_a_teacher_without_a_tokenizer_is_refused(check: Any, tiny_teacher: Path
     bare = shutil.copytree(tiny_teacher, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(UserError, match=f"teacher.model: {bare} has no usable tokenizer"):
         check(teacher={"model": str(bare)})
+
+
+def typed_teacher(folder: Path, kind: str, **fields: Any) -> dict[str, Any]:
+    """The teacher section of a tiny model of another type, with the tiny tokenizer."""
+    write_tiny_tokenizer(folder)
+    return {"model": str(write_tiny_type(folder, kind, vocab_size=320, max_position_embeddings=POSITIONS, **fields))}
+
+
+def test_a_teacher_without_one_of_its_layers_is_refused(check: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_teacher, tmp_path / "broken"))
+    state = {n: t for n, t in load_file(folder / "model.safetensors").items() if "layers.3." not in n}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"^teacher.model: .* missing: model.layers.3.* and 6 more$"):
+        check(teacher={"model": str(folder)})
+
+
+def test_a_pretrained_student_that_is_a_git_lfs_pointer_is_refused(check: Any, own: Path) -> None:
+    (own / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(UserError, match=r"^students.small.init.model: .* Git LFS pointer"):
+        check({"source": "pretrained", "model": str(own)})
+
+
+def test_a_cut_and_a_scratch_student_of_another_type_are_checked_by_building_them(check: Any, tmp_path: Path) -> None:
+    experts = typed_teacher(tmp_path / "experts", "qwen3_moe")
+    assert check({"source": "teacher", "layers": [0, 3]}, teacher=experts)
+    by_number = typed_teacher(tmp_path / "gpt2", "gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(UserError, match=r"^students.small.init.layers: a gpt2 model cannot be cut to layers \[0, 3\]"):
+        check({"source": "teacher", "layers": 2}, teacher=by_number)
+    bloom = typed_teacher(tmp_path / "bloom", "bloom")
+    with pytest.raises(UserError, match=r"^students.small.init.intermediate_size: got 64; a bloom model"):
+        check({**SCRATCH, "kv_heads": 4}, teacher=bloom)
+
+
+def with_token(folder: Path, **special: str) -> Path:
+    """A model without padding whose tokenizer has one more token than its embedding has rows."""
+    write_tiny_model(folder, padded_to=VOCABULARY)
+    tokenizer = load_tokenizer(folder, "x")
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(folder)
+    assert len(tokenizer) == VOCABULARY + 1
+    return folder
+
+
+def test_a_padding_token_behind_the_embedding_does_no_harm(check: Any, tmp_path: Path) -> None:
+    folder = with_token(tmp_path / "pad", pad_token="<|pad|>")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": VOCABULARY}))
+    checked = check({"source": "pretrained", "model": str(folder)}, teacher={"model": str(folder)})
+    assert checked.teacher.vocabulary == VOCABULARY
+
+
+def test_an_end_token_behind_the_embedding_is_refused(check: Any, tmp_path: Path) -> None:
+    folder = with_token(tmp_path / "end", eos_token="<|the end|>")
+    with pytest.raises(UserError, match=r"^teacher.model: .* gives '<\|the end\|>' the id 300; ids must be below 300"):
+        check(teacher={"model": str(folder)})

@@ -73,6 +73,20 @@ def test_resuming_with_another_learning_rate_names_it_and_only_it(stillhouse_hom
     assert "differs in students.small.lr. Put" in str(caught.value)
 
 
+def test_a_run_is_resumed_with_the_teacher_that_it_began_with(stillhouse_home: Path) -> None:
+    run = open_run(spec(), resume=False, teacher="aa/bb")
+    assert open_run(spec(), resume=True, teacher="aa/bb").teacher == run.teacher == "aa/bb"
+    changed = "another teacher: the fingerprint of teacher was aa/bb and is cc/bb; put its files"
+    with pytest.raises(UserError, match=changed):
+        open_run(spec(), resume=True, teacher="cc/bb")
+    assert last_run("tiny").teacher == "aa/bb"
+
+
+def test_a_run_from_before_fingerprints_were_kept_is_resumed(stillhouse_home: Path) -> None:
+    open_run(spec(), resume=False)
+    assert open_run(spec(), resume=True, teacher="aa/bb").resumed
+
+
 @pytest.mark.parametrize("section", [{"serving": {"requests": 3}}, {"tracking": {"uri": "http://elsewhere:5000"}}])
 def test_resuming_with_other_serving_or_tracking_is_accepted(stillhouse_home: Path, section: dict[str, Any]) -> None:
     run = open_run(spec(), resume=False)

@@ -33,7 +33,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"teacher": {"shards": 2, "gpus_per_shard": 0.5}},
         "must be 0 or 1 when shards > 1",
     ),
-    "keep without every": ({"checkpoints": {"keep": 3}}, "no effect without every"),
+    "minutes beside every": ({"checkpoints": {"every": 5, "minutes": 3}}, "no effect with every"),
     "an unknown tracking scheme": ({"tracking": {"uri": "file:///tmp/mlruns"}}, "allowed are http"),
     "a latency that nothing measures": ({"promotion": {"latency": 0.1}}, "no effect without serving"),
     "a margin that asks for a better one": ({"promotion": {"kl": -0.1}}, "greater than or equal to 0"),

@@ -69,7 +69,7 @@ def test_a_registry_that_the_first_run_will_make_is_not_made_by_a_check(
     check: Callable[..., Checked], stillhouse_home: Path
 ) -> None:
     assert check(tracking={"uri": None}).champions == {"small": None}
-    assert not stillhouse_home.exists()
+    assert not (stillhouse_home / "mlflow.db").exists()
 
 
 def test_a_student_starts_from_its_champion_whatever_its_init_says(

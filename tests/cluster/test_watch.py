@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, GetTimeoutError
+from ray.exceptions import ActorDiedError, GetTimeoutError, OutOfMemoryError
 
 from cluster import watch
-from cluster.board import FAMILY
+from cluster.board import FAMILY, News
 from cluster.errors import RunError
 from cluster.stream.figures import StreamStats
 from cluster.teacher.pool import PoolStats
@@ -52,13 +52,13 @@ class Answers:
 
     def get(self, ref: str, timeout: float | None = None) -> Any:
         if ref == "board":
-            return [], {}, ""
+            return News([], 0, {}, "")
         if isinstance(self.stream, Exception):
             raise self.stream
         return self.stream
 
 
-@pytest.mark.parametrize("error", [ActorDiedError(), GetTimeoutError("no answer")])
+@pytest.mark.parametrize("error", [ActorDiedError(), OutOfMemoryError("killed"), GetTimeoutError("no answer")])
 def test_a_stream_that_stays_away_ends_the_run_and_one_that_comes_back_does_not(
     monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -67,15 +67,17 @@ def test_a_stream_that_stays_away_ends_the_run_and_one_that_comes_back_does_not(
     monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(ray, "get", answers.get)
     stream: Any = SimpleNamespace(stats=SimpleNamespace(remote=lambda: "stream"))
-    board: Any = SimpleNamespace(since=SimpleNamespace(remote=lambda _: "board"))
+    board: Any = SimpleNamespace(
+        since=SimpleNamespace(remote=lambda _: "board"), post=SimpleNamespace(remote=lambda _: None)
+    )
     looking = Watch(stream, board, ["fast", "slow"], patience_s=100.0)
     for away_s in (0.0, 500.0, 699.0):
         answers.stream = STATS
-        assert looking.look("distilling")[0].stats == STATS
+        assert looking.look("distilling").stats == STATS
         answers.stream = error
         now[0] += away_s
         # What it said last is still shown.
-        assert looking.look("distilling")[0].stats == STATS
+        assert looking.look("distilling").stats == STATS
     now[0] += 2.0
     with pytest.raises(RunError, match=r"the stream has not answered for 701 s: .*--resume"):
         looking.look("distilling")

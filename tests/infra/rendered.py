@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gzip
+import json
 import subprocess
 import sys
 import tempfile
@@ -17,10 +19,18 @@ from tests.tiny import tiny_family
 
 KUBERNETES = Path(__file__).parents[2] / "infra/kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
-CRDS = Path(__file__).parents[3] / "shared/assets/kuberay-crds"
 SUBMITTED = "submitted"
 ALL = [*OVERLAYS, "endpoint", SUBMITTED]
 Object = dict[str, Any]
+
+
+@functools.cache
+def crd(kind: str) -> Object:
+    """KubeRay's own definition of a kind, as `crds/README.md` describes it."""
+    path = Path(__file__).parent / "crds" / f"{kind.lower()}s.json.gz"
+    tree: Object = json.loads(gzip.decompress(path.read_bytes()))
+    assert tree["spec"]["names"]["kind"] == kind
+    return tree
 
 
 @functools.cache

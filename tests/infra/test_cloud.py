@@ -23,24 +23,37 @@ def test_every_node_that_is_started_asks_for_the_token() -> None:
 
 
 def test_no_node_takes_the_image_that_ray_would_choose() -> None:
-    for name, kind in yaml.safe_load(CLUSTER.read_text())["available_node_types"].items():
+    kinds = yaml.safe_load(CLUSTER.read_text())["available_node_types"]
+    assert len(kinds) >= 2  # of the head and of the workers
+    for name, kind in kinds.items():
         assert kind["node_config"].get("ImageId", "").lower() not in ("", "latest_dlami"), name
 
 
 def starts_of(tree: dict[str, Any]) -> list[str]:
+    """The commands that start Ray: one on the head, one on a worker."""
     commands = tree["head_start_ray_commands"] + tree["worker_start_ray_commands"]
-    return [each for each in commands if "ray start" in each]
+    starts = [each for each in commands if "ray start" in each]
+    assert len(starts) == 2
+    return starts
 
 
 def test_a_node_s_own_python_can_make_the_environment_that_jobs_run_in() -> None:
     tree = yaml.safe_load(CLUSTER.read_text())
     steps = tree["setup_commands"]
     (installs,) = (number for number, step in enumerate(steps) if "install --yes" in step and "python3-venv" in step)
-    assert installs < steps.index("python3 -m venv ~/venv")
+    assert installs < steps.index("python3 -m venv ~/uv")
     starts = starts_of(tree)
-    assert len(starts) == 2
     # A job runs `python`, which Ubuntu has not.
     assert all(each.startswith("PATH=~/venv/bin:$PATH ") for each in starts)
+
+
+def test_all_nodes_have_the_interpreter_of_the_images() -> None:
+    tree = yaml.safe_load(CLUSTER.read_text())
+    version = "infra/images/python-version"
+    assert (CLUSTER.parents[2] / version).is_file()
+    (makes,) = (step for step in tree["setup_commands"] if step.endswith(" ~/venv"))
+    assert f'--managed-python --python "$(cat ~/stillhouse/{version})"' in makes
+    assert tree["file_mounts"]["/home/ubuntu/stillhouse"] == "."
 
 
 def test_models_lie_on_the_file_system_that_all_nodes_mount() -> None:

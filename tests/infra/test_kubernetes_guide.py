@@ -15,7 +15,7 @@ import yaml
 from mlflow.server.security_utils import is_allowed_host_header
 
 from jobs.schedules.ledger import Ledger
-from tests.infra.rendered import CRDS, KUBERNETES, OVERLAYS, Object, kustomized, of_kind, place_of, pods, rendered
+from tests.infra.rendered import KUBERNETES, OVERLAYS, Object, crd, kustomized, of_kind, place_of, pods, rendered
 
 GUIDE = (KUBERNETES.parent / "README.md").read_text()
 APPLIED = [*OVERLAYS, "endpoint"]
@@ -104,10 +104,8 @@ def test_addresses_for_other_namespaces_name_ours() -> None:
 
 def test_a_ray_cluster_cannot_be_asked_how_many_pods_it_wants() -> None:
     """Why its budgets are plain numbers. Should it have a scale one day, they can be what they would be elsewhere."""
-    if not CRDS.exists():
-        pytest.skip("KubeRay's CRDs are not here")
-    tree = yaml.safe_load((CRDS / "rayclusters.yaml").read_text())
-    assert not [each for each in tree["spec"]["versions"] if "scale" in each["subresources"]]
+    versions = crd("RayCluster")["spec"]["versions"]
+    assert versions and not [each for each in versions if "scale" in each["subresources"]]
 
 
 @pytest.mark.parametrize("what", APPLIED)

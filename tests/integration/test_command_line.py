@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,8 @@ import pytest
 from safetensors.torch import load_file
 
 from cluster.audit import AUDIT_FOLDER, steps_of
-from tests.integration.conftest import write_family
-from tests.integration.heads import environment, read_until, running_head, start, stillhouse
-from tests.tiny import write_tiny_model
+from tests.integration.heads import Head, environment, read_until, start, stillhouse
+from tests.tiny import write_family, write_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1200)]
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -82,7 +81,10 @@ def test_ctrl_c_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_resume_after_ctrl_c_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_path: Path) -> None:
-    path = write_sixty_batches(tmp_path, tiny)
+    # Its students have its dropout.
+    config = Path(shutil.copytree(tiny, tmp_path / "tiny")) / "teacher" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.2}))
+    path = write_sixty_batches(tmp_path, tmp_path / "tiny")
     homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
     homes[1].mkdir()
     run_until_ctrl_c(path, homes[0])
@@ -141,17 +143,10 @@ def test_what_only_a_started_cluster_can_tell_ends_in_one_line(
     assert left_files(tmp_path) - before == set()
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray cluster of another process, with token authentication; its job server and a client's environment."""
-    with running_head(tmp_path_factory.mktemp("head")) as head:
-        yield head.address, head.env
-
-
 def test_a_submitted_family_runs_as_a_job_and_its_outcome_is_the_exit_code(
-    head: tuple[str, dict[str, str]], tiny: Path, tmp_path: Path
+    head: Head, tiny: Path, tmp_path: Path
 ) -> None:
-    address, env = head
+    address, env = head.address, head.env
     path = write_family(tmp_path, tiny, {"small": STUDENTS["small"]}, corpus={"held_out": 0.2, "max_batches": 4})
     done = stillhouse("submit", str(path), "--address", address, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -162,10 +157,8 @@ def test_a_submitted_family_runs_as_a_job_and_its_outcome_is_the_exit_code(
     assert "labels.k: got 300000" in wrong.stdout
 
 
-def test_a_cluster_that_cannot_be_used_is_named_in_one_line(
-    head: tuple[str, dict[str, str]], tiny: Path, tmp_path: Path
-) -> None:
-    address, env = head
+def test_a_cluster_that_cannot_be_used_is_named_in_one_line(head: Head, tiny: Path, tmp_path: Path) -> None:
+    address, env = head.address, head.env
     path = write_family(tmp_path, tiny, STUDENTS)
     wrong = stillhouse("submit", str(path), "--address", address, env={**env, "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     assert (wrong.returncode, len(wrong.stderr.strip().splitlines())) == (1, 1), wrong.stderr

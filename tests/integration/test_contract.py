@@ -17,7 +17,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from serving.arms import Arm
 from serving.deploy import deploy, endpoint_of
 from serving.ingress.relay import ARM_HEADER
-from tests.integration.tiny_model import make_tiny_model
+from tests.tiny import write_endless_model
 
 pytestmark = pytest.mark.integration
 
@@ -70,7 +70,7 @@ def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         return
     request.getfixturevalue("ray_cluster")
     root: Path = tmp_path_factory.mktemp("arms")
-    arms = [Arm(name, str(make_tiny_model(root / name, seed))) for seed, name in enumerate(["small", "large"])]
+    arms = [Arm(name, str(write_endless_model(root / name, seed))) for seed, name in enumerate(["small", "large"])]
     with deploy(endpoint_of(arms, port=0, dtype="float32")) as endpoint:
         yield endpoint.url
 

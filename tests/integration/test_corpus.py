@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray.data
+import zstandard
 
 from cluster.corpus.batches import CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
@@ -22,8 +25,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 
 
 def pack(tiny: Path, out: Path, *paths: Path | str, **settings: Any) -> tuple[CorpusFacts, np.ndarray]:
-    spec = CorpusSpec(paths=[str(p) for p in paths], sequence_length=32, **settings)
-    facts = prepare_corpus(spec, str(tiny / "teacher"), out)
+    layout = {"pack": settings.pop("pack")} if "pack" in settings else {}
+    spec = CorpusSpec.model_validate({"paths": [str(p) for p in paths], "sequence_length": 32} | settings)
+    facts = prepare_corpus(spec, str(tiny / "teacher"), out, **layout)
     return facts, np.load(out / "tokens.npy")
 
 
@@ -33,11 +37,17 @@ def test_the_same_text_gives_the_same_tokens_in_every_format(tiny: Path, tmp_pat
     (tmp_path / "texts").mkdir()
     for number, text in enumerate(texts):
         (tmp_path / "texts" / f"{number:03d}.txt").write_text(text)
+    rows = (tiny / "corpus.jsonl").read_bytes()
+    half = rows.index(b"\n", len(rows) // 2) + 1
+    (tmp_path / "packed" / "sub").mkdir(parents=True)
+    (tmp_path / "packed" / "1.jsonl.gz").write_bytes(gzip.compress(rows[:half]))
+    (tmp_path / "packed" / "sub" / "2.json.zst").write_bytes(zstandard.compress(rows[half:]))
+    (tmp_path / "array.json").write_text(json.dumps([{"text": text} for text in texts]))
     facts, tokens = pack(tiny, tmp_path / "a", tiny / "corpus.jsonl")
     assert facts.documents == len(texts)
     assert tokens.shape == (facts.sequences, 32)
-    for source in ("corpus.parquet", "texts"):
-        same, same_tokens = pack(tiny, tmp_path / source.replace(".", "-"), tmp_path / source)
+    for source in ("corpus.parquet", "texts", "packed", "packed/**/*.js*", "array.json"):
+        same, same_tokens = pack(tiny, tmp_path / "out" / source.replace("/", "-"), tmp_path / source)
         assert same == facts
         np.testing.assert_array_equal(same_tokens, tokens)
 
@@ -46,13 +56,34 @@ def test_a_packed_corpus_is_the_documents_in_some_order_with_an_end_behind_each(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny / "teacher")
-    _, tokens = pack(tiny, tmp_path / "a", tiny / "corpus.jsonl", seed=1)
+    facts, tokens = pack(tiny, tmp_path / "a", tiny / "corpus.jsonl", seed=1)
     _, other = pack(tiny, tmp_path / "b", tiny / "corpus.jsonl", seed=2)
     texts = {json.loads(line)["text"] for line in (tiny / "corpus.jsonl").read_text().splitlines()}
-    read = tokenizer.decode(tokens.reshape(-1)).split(tokenizer.eos_token)
-    assert set(read[:-1]) <= texts  # all but the last, which the end of the last whole sequence cuts
-    assert len(read) > 0.9 * len(texts)
+    sides = [tokens[: -facts.held_out], tokens[-facts.held_out :]]
+    # All but the last of either side, which the end of the last whole sequence cuts.
+    trained, held_out = (tokenizer.decode(side.reshape(-1)).split(tokenizer.eos_token)[:-1] for side in sides)
+    assert {*trained, *held_out} <= texts
+    assert not set(trained) & set(held_out)
+    assert len(trained) + len(held_out) > 0.9 * len(texts)
+    assert 1 <= len(held_out) <= 0.1 * len(texts)
     assert not np.array_equal(tokens, other)
+
+
+def test_special_tokens_in_a_text_are_text_unless_wanted_and_the_end_token_is_added(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "teacher")
+    text = f"one pass{tokenizer.eos_token} of spirit <|user|> fills every cask "
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"{text}{n}"}) + "\n" for n in range(20)))
+    for option, ends in (("text", 20), ("control", 40)):
+        facts, tokens = pack(tiny, tmp_path / option, tmp_path / "a.jsonl", special_tokens=option, pack=False)
+        assert (tokens == tokenizer.eos_token_id).sum() - facts.pad_tokens == ends
+        assert facts.spelled == 20
+    whole, tokens = pack(tiny, tmp_path / "whole", tmp_path / "a.jsonl", sequence_length=128, pack=False)
+    lengths = np.load(tmp_path / "whole" / "lengths.npy")
+    read = {tokenizer.decode(row[: length - 1]) for row, length in zip(tokens, lengths, strict=True)}
+    assert read == {f"{text}{n}" for n in range(20)}
+    assert whole.sequences == 20
 
 
 def test_a_run_goes_on_with_the_same_text_from_elsewhere_and_with_no_other(tiny: Path, tmp_path: Path) -> None:
@@ -97,16 +128,20 @@ def texts(s3: Any) -> Any:
 def test_a_bucket_gives_the_tokens_of_the_same_local_files(texts: Any, tiny: Path, tmp_path: Path) -> None:
     files = [write_tiny_corpus(tmp_path / "in" / f"{n}.jsonl", documents=20, seed=n) for n in range(3)]
     for file in files:
-        texts.upload_file(str(file), "texts", f"nightly/{file.name}")
+        texts.upload_file(str(file), "texts", f"nightly/dt=1/{file.name}")
+    texts.put_object(Bucket="texts", Key="nightly/_SUCCESS", Body=b"")
+    texts.put_object(Bucket="texts", Key="nightly/dt=1/.part.jsonl", Body=b"{}")
     local, local_tokens = pack(tiny, tmp_path / "local", tmp_path / "in")
-    remote, remote_tokens = pack(tiny, tmp_path / "remote", "s3://texts/nightly")
-    assert remote == local
-    np.testing.assert_array_equal(remote_tokens, local_tokens)
+    for number, path in enumerate(["nightly", "nightly/dt=*/", "nightly/**/*.jsonl", "nightly/dt=1/[0-2].jsonl"]):
+        remote, remote_tokens = pack(tiny, tmp_path / f"{number}", f"s3://texts/{path}")
+        assert remote.address == local.address
+        assert remote.skipped.get("hidden", 0) == (number < 3)
+        np.testing.assert_array_equal(remote_tokens, local_tokens)
 
 
-@pytest.mark.parametrize("path", ["s3://texts/absent.jsonl", "s3://nobucket/a.jsonl"])
+@pytest.mark.parametrize("path", ["s3://texts/absent.jsonl", "s3://nobucket/a.jsonl", "s3://texts/absent/*.jsonl"])
 def test_an_object_that_is_not_there_is_refused_by_name(texts: Any, tiny: Path, tmp_path: Path, path: str) -> None:
-    with pytest.raises(UserError, match=path):
+    with pytest.raises(UserError, match=re.escape(path)):
         pack(tiny, tmp_path / "out", path)
 
 

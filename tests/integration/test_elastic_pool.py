@@ -27,9 +27,8 @@ from cluster.specfile import load_spec
 from cluster.teacher.pool import TeacherPool
 from cluster.teacher.scaling import Demand, Pace
 from cluster.watch import Status
-from tests.integration.conftest import write_family
 from tests.integration.test_teacher_pool import LABELS, a_batch, read, score, shard_processes
-from tests.tiny import VOCABULARY, write_tiny_model
+from tests.tiny import VOCABULARY, write_family, write_tiny_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 QUICK = Pace(look_s=0.1, grow_s=1.0, idle_s=1.0, place_s=2, retry_s=1.0, retry_most_s=2.0)

@@ -34,10 +34,10 @@ def tracking_uri(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) ->
     # An actor, as in a family: it makes its process the nicest of all.
     registry: Any = ray.remote(Registry).options(num_cpus=0).remote(uri, "try", str(folder / "artifacts"))
     nothing: dict[str, dict[str, str]] = {name: {} for name in LAYERS}
-    ray.get(registry.start.remote("try", nothing, {"students": nothing}, {}, {}))
+    runs = ray.get(registry.start.remote("try", nothing, {"students": nothing}, {}, {}, "try"))
     for name, layers in LAYERS.items():
         model = write_tiny_model(folder / name, layers=layers, padded_to=300)
-        ray.get(registry.register.remote(name, f"try-{name}", str(model), {}))
+        ray.get(registry.register.remote(runs[name], f"try-{name}", str(model), {}, {}, 0.0))
     ray.kill(registry)
     return uri
 

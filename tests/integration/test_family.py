@@ -1,4 +1,7 @@
-"""A whole family on real parts: three students on ZeRO-1, 2 and 3 from one pass, into a real registry and back."""
+"""A whole family on real parts: three students on ZeRO-1, 2 and 3 from one pass, into a real registry and back.
+
+The teacher is a Phi, whose head has a bias: what a student must learn, gather, keep and be measured with.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,20 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.evaluate.report import write_report
 from cluster.evaluate.result import FamilyResult
-from cluster.preflight import Checked
+from cluster.preflight import Checked, preflight
 from cluster.registry import fetch_model
+from cluster.specfile import load_spec
+from cluster.students.module import inputs_of
 from cluster.watch import Status
-from tests.integration.conftest import run_here, write_family
+from tests.headed import write_headed_model
 from tests.integration.otlp import Sink, Span
+from tests.tiny import run_here, write_family
 
 # The first test waits for the whole family.
 pytestmark = [
@@ -42,7 +50,9 @@ STUDENTS = {
 @pytest.fixture(scope="module")
 def family(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checked, FamilyResult, list[Status]]:
     folder = tmp_path_factory.mktemp("family")
-    path = write_family(folder, tiny, STUDENTS, corpus={"max_batches": BATCHES, "held_out": 0.2}, serving={})
+    teacher = {"model": str(write_headed_model(folder / "phi", "phi"))}
+    corpus = {"max_batches": BATCHES, "held_out": 0.2}
+    path = write_family(folder, tiny, STUDENTS, teacher=teacher, corpus=corpus, serving={})
     return run_here(path)
 
 
@@ -174,6 +184,32 @@ def test_the_model_that_left_zero_3_is_the_one_that_was_measured(
     assert (logits["three"] - start).abs().max() > 0.1
 
 
+def test_what_is_reported_is_what_the_models_themselves_compute(
+    family: tuple[Checked, FamilyResult, list[Status]],
+) -> None:
+    """The divergence on the held-out text from both models' own logits, as anybody who loads them gets it."""
+    checked, result, _ = family
+    teacher = AutoModelForCausalLM.from_pretrained(checked.teacher.folder, dtype=torch.float32).eval()
+    held_out = Batches(result.run.folder / CORPUS_FOLDER, checked.spec.corpus, checked.spec.evaluation.batches)
+    for name in STUDENTS:
+        folder = fetch_model(f"models:/tiny-{name}@challenger", checked.tracking_uri)
+        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        assert not torch.equal(student.lm_head.bias, teacher.lm_head.bias)  # it has been learnt too
+        kl, tokens = 0.0, 0
+        for number in range(held_out.held_out_count):
+            inputs = inputs_of(held_out.held_out(number), torch.device("cpu"))
+            with torch.no_grad():
+                log_p_TV, log_q_TV = (
+                    model(inputs.tokens_BS, position_ids=inputs.positions_BS, use_cache=False)
+                    .logits[inputs.loss_mask_BS][:, : checked.teacher.vocabulary]
+                    .log_softmax(-1)
+                    for model in (teacher, student)
+                )
+            kl += float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
+            tokens += len(log_p_TV)
+        assert kl / tokens == pytest.approx(result.students[name].after.kl, rel=1e-4)
+
+
 def test_the_status_said_what_was_going_on(family: tuple[Checked, FamilyResult, list[Status]]) -> None:
     _, _, seen = family
     phases = list(dict.fromkeys(status.phase for status in seen))
@@ -198,15 +234,32 @@ def test_the_report_is_one_page_with_all_students(family: tuple[Checked, FamilyR
 def test_a_student_that_fails_harms_no_other(tiny: Path, tmp_path: Path) -> None:
     import shutil
 
-    # Good enough for every check before the start, and not loadable: its weights end in the middle.
+    # Passes every check before the start, which reads no weights, and fails at its own: they are not numbers.
     shutil.copytree(tiny / "teacher", tmp_path / "torn")
     weights = tmp_path / "torn" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
     torn = {"init": {"source": "pretrained", "model": str(tmp_path / "torn")}, "max_failures": 0}
-    students = {"small": {**SAME, "max_failures": 0}, "torn": torn}
-    path = write_family(tmp_path, tiny, students, corpus={"max_batches": 4, "held_out": 0.2})
+    whole = {**SAME, "init": {"source": "teacher", "layers": 4}, "max_failures": 0, "micro_batch": 1}
+    # MLflow refuses this one's name, which a prompt has taken; it ends before the other, which has more to do.
+    students = {"small": whole, "torn": torn, "refused": {**SAME}}
+    teacher = {"model": str(write_headed_model(tmp_path / "phi", "phi"))}
+    path = write_family(tmp_path, tiny, students, teacher=teacher, corpus={"max_batches": 4, "held_out": 0.2})
+    client = mlflow.MlflowClient(preflight(load_spec(path)).tracking_uri)
+    client.register_prompt("tiny-refused", "a prompt")
     _, result, _ = run_here(path)
-    assert list(result.students) == ["small"]
+    assert set(result.students) == {"small", "refused"}
     assert result.students["small"].batches == 4
+    assert abs(result.students["small"].before.kl) < 1e-6  # it began as an exact copy of its teacher
     assert "torn" in result.failed
     assert "rank 0" in result.failed["torn"] and "Error" in result.failed["torn"]
+    # One that cannot be registered keeps its model, and harms no other either.
+    assert result.versions.keys() == {"small"} and result.unregistered.keys() == {"refused"}
+    assert "refuses" in result.unregistered["refused"] and "--resume" in result.unregistered["refused"]
+    assert Path(result.students["refused"].model_dir, "model.safetensors").is_file()
+    assert [line.partition(" ")[2].partition(" ")[0] for line in result.trouble] == ["torn", "refused"]
+    status = {name: client.get_run(run_id).info.status for name, run_id in result.run.mlflow.items()}
+    assert status == {"": "FAILED", "small": "FINISHED", "torn": "FAILED", "refused": "FAILED"}
+
+    client.delete_prompt("tiny-refused")
+    _, again, _ = run_here(path, resume=True)
+    assert again.unregistered == {} and again.versions == {"small": result.versions["small"], "refused": 1}

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, start, stillhouse
 from tests.processes import kill_one
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.gpu, pytest.mark.timeout(600)]
 SHARE = 0.15

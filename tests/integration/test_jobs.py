@@ -13,9 +13,9 @@ import mlflow
 import pytest
 
 from cluster.audit import steps_of
-from tests.integration.conftest import write_family
-from tests.integration.heads import read_until, start, stillhouse
-from tests.integration.test_command_line import STUDENTS, head  # noqa: F401
+from tests.integration.heads import Head, read_until, start, stillhouse
+from tests.integration.test_command_line import STUDENTS
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1200)]
 SMALL = {"small": STUDENTS["small"]}
@@ -23,15 +23,14 @@ CORPUS = {"held_out": 0.2, "max_batches": 40, "epochs": 4}
 
 
 @pytest.fixture(scope="module")
-def lab(head: tuple[str, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:  # noqa: F811
+def lab(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a client that has the cluster as a context, and its token in a file."""
-    address, env = head
     folder = tmp_path_factory.mktemp("client")
     token = folder / "token"
-    token.write_text(env["RAY_AUTH_TOKEN"])
-    client = {name: value for name, value in env.items() if name != "RAY_AUTH_TOKEN"}
+    token.write_text(head.env["RAY_AUTH_TOKEN"])
+    client = {name: value for name, value in head.env.items() if name != "RAY_AUTH_TOKEN"}
     client["STILLHOUSE_CONFIG"] = str(folder / "config.yaml")
-    added = stillhouse("context", "add", "lab", "--address", address, "--token-file", str(token), env=client)
+    added = stillhouse("context", "add", "lab", "--address", head.address, "--token-file", str(token), env=client)
     assert added.returncode == 0, added.stderr
     yield client
 

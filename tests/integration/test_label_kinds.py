@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.board import Point
-from tests.integration.conftest import run_here, write_family
+from tests.tiny import run_here, write_family
 
 pytestmark = [
     pytest.mark.integration,

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from cluster.errors import RunError, UserError
+from cluster.heads import OutputHead
 from cluster.labels.store import s3 as s3_module
 from cluster.labels.store.objects import label_key, labels_prefix
 from cluster.labels.store.s3 import S3Bucket
@@ -150,9 +151,10 @@ def test_a_store_on_s3_keeps_every_kind(server: Any, prefix: str, form: str) -> 
     assert read is not None and np.array_equal(read, block(stamps[1], form))
     assert store.missing(stamps) == stamps[:1]
     head = np.arange(12, dtype=np.float32).reshape(3, 4)
-    store.put_head(TEACHER, head)
+    store.put_head(TEACHER, OutputHead(head, head[:, 0], 0.25, 30.0))
     kept = store.get_head(TEACHER)
-    assert kept is not None and np.array_equal(kept, head)
+    assert kept is not None and kept.bias_V is not None and (kept.scale, kept.softcap) == (0.25, 30.0)
+    assert np.array_equal(kept.weight_VD, head) and np.array_equal(kept.bias_V, head[:, 0])
     store.publish("night", stamps[1:], {"kind": form})
     manifest = store.manifest("night")
     assert manifest is not None and manifest.stamps() == stamps[1:]

@@ -7,15 +7,14 @@ import re
 import secrets
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import write_family
-from tests.integration.heads import Head, read_until, running_head
+from tests.integration.heads import Head, read_until
 from tests.integration.laptop import Laptop
 from tests.integration.test_command_line import STUDENTS
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1200)]
 HEAVY = ("torch", "deepspeed", "transformers", "mlflow", "sqlalchemy", "pyarrow")
@@ -24,12 +23,6 @@ HEAVY = ("torch", "deepspeed", "transformers", "mlflow", "sqlalchemy", "pyarrow"
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory: pytest.TempPathFactory) -> Laptop:
     return Laptop(tmp_path_factory.mktemp("laptop"))
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with running_head(tmp_path_factory.mktemp("head")) as head:
-        yield head
 
 
 def test_the_base_install_brings_nothing_heavy(laptop: Laptop) -> None:

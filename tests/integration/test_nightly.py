@@ -11,10 +11,9 @@ from typing import Any
 import mlflow
 import pytest
 
-from tests.integration.conftest import write_family
 from tests.integration.heads import environment, stillhouse
 from tests.jobs.hooks import receiver
-from tests.tiny import write_tiny_corpus
+from tests.tiny import write_family, write_tiny_corpus
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1200)]
 STUDENTS: dict[str, dict[str, Any]] = {

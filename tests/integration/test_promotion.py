@@ -19,14 +19,14 @@ from cluster.board import Board
 from cluster.evaluate.report import write_report
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
-from cluster.registry import PROMOTION, REASON
+from cluster.registry import PROMOTION, REASON, Calls
+from cluster.registry.calls import wait_for
 from cluster.spec import FamilySpec
 from cluster.students.champions import Champions
 from cluster.students.job import StudentJob
 from jobs.promotion import promotion_lines, rollback, settle
 from jobs.run import compare
-from tests.integration.conftest import run_here, write_family
-from tests.tiny import tiny_family
+from tests.tiny import run_here, tiny_family, write_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.usefixtures("ray_cluster")]
 MODEL = "tiny-small"
@@ -153,46 +153,46 @@ class OneChampion:
         return 4
 
 
-def wait_for(champions: Champions, seconds: float) -> None:
-    """Take what comes, as a family does, until nothing is waited for."""
+def settled(champions: Champions, calls: Calls, seconds: float) -> None:
+    """Process what comes, as a family does, until nothing is waited for."""
     deadline = time.monotonic() + seconds
-    while champions.refs:
+    while champions.busy:
         assert time.monotonic() < deadline
-        done, _ = ray.wait(champions.refs, num_returns=1, timeout=0.1)
-        assert all(champions.take(ref) for ref in done)
+        for ref in wait_for([*champions.refs, *calls.refs], 0.1):
+            assert calls.take(ref) or champions.take(ref)
         champions.look({"small": "finished"})
 
 
-def champions_of(cpus: float, versions: dict[str, int]) -> Champions:
+def champions_of(folder: Path, cpus: float, versions: dict[str, int]) -> tuple[Champions, Calls]:
     """Of one student, whose ranks each need so many CPUs, and whose run has waited for a place for long enough."""
     spec = FamilySpec.model_validate(tiny_family(patience_s=0.5))
     student = spec.students["small"].model_copy(update={"cpus_per_rank": cpus})
     spec = spec.model_copy(update={"students": {"small": student}})
-    board, nobody = ray.remote(Board).options(num_cpus=0).remote(), None
+    board, nobody, calls = ray.remote(Board).options(num_cpus=0).remote(str(folder)), None, Calls()
     job = StudentJob("small", spec, nobody, None, 1, nobody, board, "")  # type: ignore[arg-type]
-    return Champions(OneChampion.remote(), "sqlite:////nowhere/mlflow.db", {"small": job}, versions)
+    return Champions(OneChampion.remote(), "sqlite:////nowhere/mlflow.db", {"small": job}, versions, calls), calls
 
 
-def test_a_champion_that_finds_no_place_is_given_up_and_holds_nobody_up() -> None:
-    champions = champions_of(cpus=512.0, versions={})
+def test_a_champion_that_finds_no_place_is_given_up_and_holds_nobody_up(tmp_path: Path) -> None:
+    champions, calls = champions_of(tmp_path, cpus=512.0, versions={})
     champions.ask("small")
     assert set(champions.busy) == {"small"}
-    wait_for(champions, 60)
+    settled(champions, calls, 60)
     found = champions.found["small"]
     assert found is not None and (found.version, found.fidelity) == (4, None)
     assert found.why_not == ("champion v4 cannot be measured: it has had no place on the cluster for patience_s 0.5 s")
     assert not champions.busy
 
 
-def test_a_version_that_is_champion_already_is_not_measured_against_itself() -> None:
-    champions = champions_of(cpus=512.0, versions={"small": 4})
+def test_a_version_that_is_champion_already_is_not_measured_against_itself(tmp_path: Path) -> None:
+    champions, calls = champions_of(tmp_path, cpus=512.0, versions={"small": 4})
     champions.ask("small")
-    wait_for(champions, 60)
+    settled(champions, calls, 60)
     found = champions.found["small"]
     assert found is not None and (found.version, found.why_not) == (4, "it was made champion by hand")
 
 
-def test_nobody_is_asked_for_a_student_that_nothing_is_to_be_decided_of() -> None:
-    champions = champions_of(cpus=512.0, versions={})
+def test_nobody_is_asked_for_a_student_that_nothing_is_to_be_decided_of(tmp_path: Path) -> None:
+    champions, calls = champions_of(tmp_path, cpus=512.0, versions={})
     champions.ask("large")
-    assert (champions.refs, champions.found) == ([], {})
+    assert (champions.refs, calls.refs, champions.found) == ([], [], {})

@@ -17,9 +17,9 @@ import pytest
 
 from cluster.corpus.batches import CORPUS_FOLDER, FACTS_FILE
 from tests.chaos.nodes import Nodes
-from tests.integration.conftest import write_family
 from tests.integration.heads import ROOT, environment, read_until, start, stillhouse
 from tests.integration.test_command_line import STUDENTS
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1200)]
 ENOUGH_S = 240

@@ -12,7 +12,7 @@ import yaml
 
 from tests.chaos.nodes import Nodes
 from tests.integration.heads import environment, read_until, start
-from tests.integration.tiny_model import make_tiny_model
+from tests.tiny import write_endless_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.nightly]
 NAME = "scaled"
@@ -22,7 +22,7 @@ NAME = "scaled"
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     home = tmp_path_factory.mktemp("scaling")
     arm = {
-        "source": str(make_tiny_model(home / "model", 0)),
+        "source": str(write_endless_model(home / "model")),
         "cpus": 0.5,
         "dtype": "float32",
         "replicas": {"min": 1, "max": 2, "target": 2, "up_after_s": 1, "down_after_s": 5},

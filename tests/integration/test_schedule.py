@@ -16,9 +16,9 @@ import pytest
 
 from jobs.schedules.ledger import Ledger, Night
 from jobs.schedules.plan import OPEN, RUNNING, SUCCEEDED, WAITING
-from tests.integration.conftest import write_family
 from tests.integration.heads import Head, running_head, stillhouse
 from tests.integration.test_command_line import STUDENTS
+from tests.tiny import write_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 LONGEST_S = 420.0

@@ -28,7 +28,7 @@ from serving.bench import run_bench
 from serving.deploy import Endpoint, deploy, endpoint_of
 from serving.ingress.relay import ARM_HEADER
 from tests.integration.otlp import Sink
-from tests.integration.tiny_model import CONTEXT, make_tiny_model
+from tests.tiny import ENDLESS_POSITIONS, write_endless_model
 
 pytestmark = pytest.mark.integration
 
@@ -39,7 +39,7 @@ QUEUE = 2
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: make_tiny_model(root / name, seed) for seed, name in enumerate(["small", "large"])}
+    return {name: write_endless_model(root / name, seed) for seed, name in enumerate(["small", "large"])}
 
 
 @pytest.fixture(scope="module")
@@ -244,14 +244,14 @@ def test_weights_change_live_and_zero_means_never(endpoint: Endpoint, http_clien
         ),
         (
             "completions",
-            {"model": "small", "prompt": "a" * CONTEXT, "max_tokens": 1},
+            {"model": "small", "prompt": "a" * ENDLESS_POSITIONS, "max_tokens": 1},
             400,
             "prompt",
             "context_length_exceeded",
         ),
         (
             "chat/completions",
-            {"model": "small", "messages": CHAT, "max_tokens": CONTEXT, "stream": True},
+            {"model": "small", "messages": CHAT, "max_tokens": ENDLESS_POSITIONS, "stream": True},
             400,
             "messages",
             "context_length_exceeded",

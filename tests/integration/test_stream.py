@@ -23,9 +23,8 @@ from cluster.stream.actor import Stream
 from cluster.stream.figures import Delivery
 from cluster.stream.reader import Reader
 from cluster.stream.window import READ_AHEAD
-from tests.integration.conftest import write_family
 from tests.processes import kill_one
-from tests.tiny import VOCABULARY
+from tests.tiny import VOCABULARY, write_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 RANKS = {"a": 1, "b": 2, "c": 2}

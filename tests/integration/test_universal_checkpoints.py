@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.heads import OutputHead
+
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.nightly]
 CASES = [(stage, precision) for stage in (1, 2, 3) for precision in ("float32", "bfloat16")]
 STEPS = 5
@@ -61,8 +63,8 @@ def _engine(stage: int, precision: str, ranks: int, universal: bool) -> tuple[An
     return engine, model
 
 
-def _cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, next_T: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy((hidden_TD @ weight_VD.T).float(), next_T)
+def _cross_entropy(hidden_TD: Tensor, head: OutputHead[Tensor], next_T: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(head.product(hidden_TD).float(), next_T)
 
 
 def _steps(engine: Any, first: int, rank: int, ranks: int) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import yaml
 
+from cluster.errors import RunError
 from jobs.cli.main import main
 from tests.tiny import tiny_family, write_tiny_model
 
@@ -161,3 +162,27 @@ def test_wrong_arguments_of_other_commands_end_with_2(
     code, _, err = run(*arguments)
     assert code == 2
     assert "Traceback" not in err
+
+
+def test_a_run_is_not_resumed_with_a_teacher_whose_weights_have_changed(
+    run: Callable[..., tuple[int, str, str]],
+    tiny_teacher: Path,
+    tiny_corpus: Path,
+    tmp_path: Path,
+    stillhouse_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*_: object) -> None:
+        raise RunError("stopped")
+
+    monkeypatch.setattr("jobs.run._run", stopped)
+    teacher = Path(shutil.copytree(tiny_teacher, tmp_path / "teacher"))
+    spec = tmp_path / "family.yaml"
+    spec.write_text(yaml.safe_dump(tiny_family(teacher, tiny_corpus)))
+    assert [run("run", str(spec))[2], run("run", str(spec), "--resume")[2]] == ["error: stopped\n"] * 2
+    weights = bytearray((teacher / "model.safetensors").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (teacher / "model.safetensors").write_bytes(weights)
+    code, _, err = run("run", str(spec), "--resume")
+    assert code == 2
+    assert f"was started with another teacher: the fingerprint of {teacher} was " in err

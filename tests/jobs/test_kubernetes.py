@@ -87,7 +87,7 @@ def test_a_resumed_run_keeps_its_date_and_has_to_be_given_one_where_paths_have_m
         objects(spec, resume=True)
     _, job = objects(spec, resume=True, ds=date(2026, 11, 24))
     assert job["spec"]["entrypoint"] == "python -m jobs run family.yaml --resume --ds 2026-11-24"
-    assert "stillhouse.ds" not in job["spec"]["metadata"]
+    assert job["spec"]["metadata"].keys() == {"stillhouse.family", "stillhouse.user"}
 
 
 def test_a_context_says_where_runs_are_kept_and_none_says_nothing(spec: Path) -> None:

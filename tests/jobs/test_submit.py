@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from cluster.corpus.files import select_files
 from cluster.dates import rendered
 from cluster.errors import UserError
 from cluster.specfile import load_spec
@@ -75,6 +76,31 @@ def test_the_job_is_told_the_date_and_a_resumed_one_goes_on_with_that_of_its_run
     assert submit._last_ds(client, "tiny") == date(2026, 11, 24)
     with pytest.raises(UserError, match="no job of family 'large' with a date; give its date by --ds"):
         submit._last_ds(client, "large")
+
+
+def test_what_travels_is_what_a_run_would_read_here(
+    spec_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "texts"
+    for name in ("b.jsonl.gz", ".hidden/c.txt", "._a.txt", "notes.csv", "more/b.jsonl.gz", "more/z.txt"):
+        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).write_text(name)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    paths = ["texts/**/*.gz", "texts", "texts/b.jsonl.gz", "texts/.hidden/*"]
+    spec = load_spec(spec_path, [f"corpus.paths={paths}"])
+    submit.pack(spec, packed, HERE)
+    there = load_spec(packed / submit.SPEC_FILE)
+    contents = [[Path(name).read_text() for name in select_files(each.corpus.paths).files] for each in (spec, there)]
+    assert contents[0] == contents[1] == ["b.jsonl.gz", "more/b.jsonl.gz", "a text", "more/z.txt", ".hidden/c.txt"]
+    assert select_files(there.corpus.paths).skipped == {}
+    assert "skipped: 6 files (.csv: 1, hidden: 2, named twice: 3)" in capsys.readouterr().err
+
+
+def test_a_file_of_an_unknown_kind_does_not_travel(spec_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b")
+    with pytest.raises(UserError, match=r"a\.csv is of an unknown kind"):
+        submit.pack(load_spec(spec_path, ["corpus.paths=[a.csv]"]), tmp_path, HERE)
 
 
 def test_too_much_text_is_refused_with_what_to_do(

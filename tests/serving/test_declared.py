@@ -1,6 +1,7 @@
 """The keeper: a spec that cannot be used never ends the endpoint that runs."""
 
 import asyncio
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,8 +93,9 @@ def test_another_spec_ends_the_endpoint_and_starts_it_anew(cluster: Cluster, tin
 @pytest.mark.parametrize("fresh", [False, True], ids=["same keeper", "another keeper"])
 @pytest.mark.parametrize("source", ["/no/such/directory", "models:/none/1", "models:/none@champion"])
 def test_an_arm_without_a_model_leaves_the_endpoint_as_it_is(
-    cluster: Cluster, tmp_path: Path, source: str, fresh: bool
+    cluster: Cluster, tmp_path: Path, empty_registry: Path, source: str, fresh: bool
 ) -> None:
+    shutil.copy(empty_registry, tmp_path / "mlflow.db")
     keeper = Keeper()
     tell(keeper, cluster.config)
     if fresh:

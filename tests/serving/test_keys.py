@@ -1,5 +1,6 @@
 """API keys: hashed at rest, found by hash, counted by the minute, and gone when they are removed."""
 
+import os
 import stat
 import time
 from pathlib import Path
@@ -126,3 +127,15 @@ def test_the_wait_is_until_the_oldest_request_is_a_minute_old(tmp_path: Path, mo
     assert 5 < ring.wait_s(key) <= 11
     ahead = 61.0
     assert ring.wait_s(key) == 0.0
+
+
+def test_a_key_s_successor_of_the_same_length_and_time_takes_its_place(tmp_path: Path) -> None:
+    file, other = tmp_path / "keys.yaml", tmp_path / "other.yaml"
+    old, new = add_key(file, "app"), add_key(other, "app")
+    os.utime(file, ns=(1, 1))
+    os.utime(other, ns=(1, 1))
+    ring = KeyRing(file)
+    assert other.stat().st_size == file.stat().st_size
+    other.replace(file)
+    ring.refresh()
+    assert ring.find(old) is None and ring.find(new) is not None

@@ -3,7 +3,7 @@
 ::
 
     labels/<teacher>/<tokenizer>/<labels>/<first 2 digits of batch>/<batch>   a label block, plain or as one zstd frame
-    heads/<teacher>                                                          a teacher's head weight
+    heads/<teacher>                                                          a teacher's head
     manifests/<name>.json                                                    a complete pass
     leases/<holder>.json                                                     what is in use
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -20,21 +21,24 @@ import numpy.typing as npt
 import zstandard
 
 from cluster.errors import LabelError
+from cluster.heads import OutputHead
 from cluster.labels.columns import FLOATS, Bytes
 from cluster.labels.wire import MAGIC, VERSION, Stamp, check
 
 LABELS, HEADS, MANIFESTS, LEASES = "labels/", "heads/", "manifests/", "leases/"
 
-Head = npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+Head = OutputHead[npt.NDArray[Any]]
 
 _HEX16 = "([0-9a-f]{16})"
 _LABEL_KEY = re.compile(rf"{LABELS}{_HEX16}/{_HEX16}/{_HEX16}/([0-9a-f]{{2}})/(\4[0-9a-f]{{30}})")
 # Labels are mostly bits of chance, which a compressor only copies; it must pay for the time it takes to read.
 _LEVEL, _WORTH = 1, 0.95
-_HEAD_MAGIC, _HEAD_VERSION = b"SHHD", 1
-# magic, version, bytes of a float | rows, columns | checksum of all before it and of the weights
-_HEAD = struct.Struct("<4sHHIII4x")
-_HEAD_CHECKED = 16
+# Version 1 held the weight alone, whatever else the head had.
+_HEAD_MAGIC, _HEAD_VERSION = b"SHHD", 2
+# magic, version, bytes of a float | rows, columns, rows of the bias (0: none) | scale, soft-cap (0: none) | checksum of
+# all before it, of the weight and of the bias
+_HEAD = struct.Struct("<4sHHIIIddI")
+_HEAD_CHECKED = _HEAD.size - 4
 
 
 def labels_prefix(stamp: Stamp) -> str:
@@ -107,34 +111,42 @@ def checked(data: bytes, stamp: Stamp) -> Bytes:
 
 
 def pack_head(head: Head) -> bytes:
-    """A head's weight as it is stored.
+    """A head as it is stored: its weight, its bias and how it scales and caps.
 
     Args:
-        head: [vocabulary, width], bfloat16 bits as uint16, or float32.
+        head: bfloat16 bits as uint16, or float32; weight and bias alike.
 
     Raises:
         ValueError: another dtype or another number of axes.
     """
-    if head.ndim != 2 or head.dtype not in FLOATS.values():
-        raise ValueError(f"a head is a 2-D array of uint16 or float32, not {head.ndim}-D of {head.dtype}")
-    weights = np.ascontiguousarray(head)
-    about = _HEAD.pack(_HEAD_MAGIC, _HEAD_VERSION, head.itemsize, *head.shape, 0)[:_HEAD_CHECKED]
-    checksum = zlib.crc32(weights.data, zlib.crc32(about))
-    return b"".join((_HEAD.pack(_HEAD_MAGIC, _HEAD_VERSION, head.itemsize, *head.shape, checksum), weights.data))
+    weight = np.ascontiguousarray(head.weight_VD)
+    bias = np.ascontiguousarray(weight.reshape(-1)[:0] if head.bias_V is None else head.bias_V)
+    if weight.ndim != 2 or weight.dtype not in FLOATS.values():
+        raise ValueError(f"a head is a 2-D array of uint16 or float32, not {weight.ndim}-D of {weight.dtype}")
+    if bias.dtype != weight.dtype or bias.shape not in ((0,), weight.shape[:1]):
+        raise ValueError(f"the bias of {weight.shape} of {weight.dtype} is not {bias.shape} of {bias.dtype}")
+    sizes = (weight.itemsize, *weight.shape, len(bias), head.scale, head.softcap or 0.0)
+    about = _HEAD.pack(_HEAD_MAGIC, _HEAD_VERSION, *sizes, 0)[:_HEAD_CHECKED]
+    checksum = zlib.crc32(bias.data, zlib.crc32(weight.data, zlib.crc32(about)))
+    return b"".join((_HEAD.pack(_HEAD_MAGIC, _HEAD_VERSION, *sizes, checksum), weight.data, bias.data))
 
 
 def unpack_head(data: bytes) -> Head:
-    """Undo :func:`pack_head`; the array is a read-only view of the data.
+    """Undo :func:`pack_head`; the arrays are read-only views of the data.
 
     Raises:
         LabelError: no head, or a damaged one.
     """
     if len(data) < _HEAD.size:
         raise LabelError(f"head is cut short: {len(data)} bytes")
-    magic, version, floats, rows, columns, checksum = _HEAD.unpack_from(data)
+    magic, version, floats, rows, columns, biases, scale, softcap, checksum = _HEAD.unpack_from(data)
     if magic != _HEAD_MAGIC or version != _HEAD_VERSION or floats not in FLOATS:
         raise LabelError(f"not a head of format version {_HEAD_VERSION}: begins with {data[:8]!r}")
     body = memoryview(data)[_HEAD.size :]
-    if body.nbytes != rows * columns * floats or zlib.crc32(body, zlib.crc32(data[:_HEAD_CHECKED])) != checksum:
+    if (
+        body.nbytes != (rows * columns + biases) * floats
+        or zlib.crc32(body, zlib.crc32(data[:_HEAD_CHECKED])) != checksum
+    ):
         raise LabelError("head is damaged: its checksum does not match its bytes")
-    return np.frombuffer(body, dtype=FLOATS[floats]).reshape(rows, columns)
+    weight, bias = np.split(np.frombuffer(body, dtype=FLOATS[floats]), [rows * columns])
+    return OutputHead(weight.reshape(rows, columns), bias if biases else None, scale, softcap or None)

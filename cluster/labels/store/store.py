@@ -109,7 +109,7 @@ class LabelStore:
 
         Args:
             teacher: its fingerprint, 16 hex digits.
-            head: [vocabulary, width], bfloat16 bits as uint16, or float32.
+            head: cut to the vocabulary; bfloat16 bits as uint16, or float32.
         """
         return self.bucket.put_new(head_key(teacher), pack_head(head))
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.heads import OutputHead
 from cluster.students.losses.objective import Objective
 from cluster.students.losses.targets import Targets, Tile, TileTargets, softmax
 
@@ -41,22 +42,25 @@ def _tile_sweep(
     return sums, grad_CV.scatter_add_(1, target.next_T[:, None], grad_CV.new_full((len(grad_CV), 1), -hard))
 
 
-def _chunk_sweep(logits_CV: Tensor, target: TileTargets, objective: Objective, with_gradient: bool) -> Tensor:
-    """Sums over one chunk, see :func:`_tile_sweep`; its logits are overwritten by their gradient.
+def _chunk_sweep(
+    product_CV: Tensor, head: OutputHead[Tensor], target: TileTargets, objective: Objective, with_gradient: bool
+) -> Tensor:
+    """Sums over one chunk, see :func:`_tile_sweep`; the head's product is overwritten by its gradient.
 
     On a CPU it works through small tiles: their float32 columns then stay in the processor's cache, which is worth
     more than the arithmetic.
     """
-    tokens, vocabulary = logits_CV.shape
-    wide = torch.promote_types(logits_CV.dtype, torch.float32)
-    sums = torch.zeros(3, dtype=torch.float64, device=logits_CV.device)
-    tile = max(1, TILE_FLOATS // vocabulary) if logits_CV.device.type == "cpu" else max(1, tokens)
+    tokens, vocabulary = product_CV.shape
+    wide = torch.promote_types(product_CV.dtype, torch.float32)
+    sums = torch.zeros(3, dtype=torch.float64, device=product_CV.device)
+    tile = max(1, TILE_FLOATS // vocabulary) if product_CV.device.type == "cpu" else max(1, tokens)
     for start in range(0, tokens, tile):
         rows = slice(start, start + tile)
-        tile_sums, grad_CV = _tile_sweep(logits_CV[rows].to(wide), target.rows(rows), objective, with_gradient)
+        logits_CV = head.finish(product_CV[rows].to(wide))
+        tile_sums, grad_CV = _tile_sweep(logits_CV, target.rows(rows), objective, with_gradient)
         sums += tile_sums
         if grad_CV is not None:
-            logits_CV[rows] = grad_CV
+            product_CV[rows] = head.product_gradient(grad_CV, logits_CV)
     return sums
 
 
@@ -66,26 +70,31 @@ class _FusedHeadLoss(torch.autograd.Function):
         ctx: Any,
         hidden_TD: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
+        whole: OutputHead[Tensor],
         target: Targets,
         objective: Objective,
         vocabulary: int,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        needed = hidden_TD.requires_grad or weight_VD.requires_grad
-        head_VD = weight_VD[:vocabulary]
+        needed = any(ctx.needs_input_grad)
+        head = whole.cut(vocabulary)
         wide = torch.promote_types(hidden_TD.dtype, torch.float32)
         if needed:
             ctx.grad_hidden_TD = torch.empty_like(hidden_TD)
             ctx.grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide)
+            ctx.grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=wide)
         sums = hidden_TD.new_zeros(3, dtype=torch.float64)
         for start in range(0, hidden_TD.shape[0], chunk):
             rows = slice(start, start + chunk)
             h_CD = hidden_TD[rows]
-            logits_CV = h_CD @ head_VD.T
-            sums += _chunk_sweep(logits_CV, target.chunk(rows), objective, needed)
+            product_CV = head.product(h_CD)
+            sums += _chunk_sweep(product_CV, head, target.chunk(rows), objective, needed)
             if needed:
-                torch.mm(logits_CV, head_VD, out=ctx.grad_hidden_TD[rows])
-                _add_product(ctx.grad_weight_VD[:vocabulary], logits_CV, h_CD)
+                torch.mm(product_CV, head.weight_VD, out=ctx.grad_hidden_TD[rows])
+                _add_product(ctx.grad_weight_VD[:vocabulary], product_CV, h_CD)
+                if ctx.grad_bias_V is not None:
+                    ctx.grad_bias_V[:vocabulary] += product_CV.sum(0, dtype=wide)
         divergence, _, ce = sums
         ctx.mark_non_differentiable(sums)
         ctx.weight_dtype = weight_VD.dtype
@@ -96,8 +105,9 @@ class _FusedHeadLoss(torch.autograd.Function):
         # In place: the gradients were made in forward, belong to this node alone, and are used once.
         grad_hidden_TD = ctx.grad_hidden_TD.mul_(grad_loss.to(ctx.grad_hidden_TD.dtype))
         grad_weight_VD = ctx.grad_weight_VD.mul_(grad_loss).to(ctx.weight_dtype)
-        del ctx.grad_hidden_TD, ctx.grad_weight_VD
-        return grad_hidden_TD, grad_weight_VD, None, None, None, None
+        grad_bias_V = None if ctx.grad_bias_V is None else ctx.grad_bias_V.mul_(grad_loss).to(ctx.weight_dtype)
+        del ctx.grad_hidden_TD, ctx.grad_weight_VD, ctx.grad_bias_V
+        return grad_hidden_TD, grad_weight_VD, grad_bias_V, None, None, None, None, None
 
 
 def _add_product(into_VD: Tensor, logits_CV: Tensor, h_CD: Tensor) -> None:
@@ -117,20 +127,20 @@ def _add_product(into_VD: Tensor, logits_CV: Tensor, h_CD: Tensor) -> None:
 
 def distillation_loss(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    head: OutputHead[Tensor],
     target: Targets,
     objective: Objective,
     *,
     vocabulary: int,
     chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
-    """``sum_t hard * CE_t + soft * T^2 * D_t`` over loss tokens, from hidden states and the head's weight.
+    """``sum_t hard * CE_t + soft * T^2 * D_t`` over loss tokens, from hidden states and the head.
 
     The temperature-squared factor keeps the soft gradient's size independent of T (Hinton et al., 2015, section 2).
 
     Args:
         hidden_TD: the student's last hidden states at the loss tokens.
-        weight_VD: the head's weight; rows past ``vocabulary`` are padding and get no gradient.
+        head: of the student; rows past ``vocabulary`` are padding and get no gradient.
         target: labels of the same tokens, in the same order.
         chunk: tokens whose logits exist at a time.
 
@@ -138,5 +148,7 @@ def distillation_loss(
         The loss (a sum, float32 or wider, differentiable), and the sums of the divergence, the forward KL and the
         cross-entropy (float64, [3], nats, for reporting only).
     """
-    out: tuple[Tensor, Tensor] = _FusedHeadLoss.apply(hidden_TD, weight_VD, target, objective, vocabulary, chunk)
+    # The parameters are passed beside the head because autograd sees arguments only.
+    parameters = (hidden_TD, head.weight_VD, head.bias_V)
+    out: tuple[Tensor, Tensor] = _FusedHeadLoss.apply(*parameters, head, target, objective, vocabulary, chunk)
     return out

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from cluster.heads import OutputHead
 from cluster.students.losses.divergences import terms_of
 from cluster.students.losses.objective import Objective
 
@@ -188,11 +189,11 @@ class HiddenTargets(Targets):
 
     Attributes:
         hidden_TD: the teacher's last hidden states.
-        teacher_head_VD: its head's weight, cut to the vocabulary.
+        teacher_head: its head, cut to the vocabulary.
     """
 
     hidden_TD: Tensor
-    teacher_head_VD: Tensor
+    teacher_head: OutputHead[Tensor]
 
     def chunk(self, rows: slice) -> FullTargets:
         """See :meth:`Targets.chunk`."""
@@ -200,7 +201,7 @@ class HiddenTargets(Targets):
 
     def logits(self, rows: slice) -> Tensor:
         """The teacher's logits of some of the tokens."""
-        return self.hidden_TD[rows] @ self.teacher_head_VD.T
+        return self.teacher_head.logits(self.hidden_TD[rows])
 
 
 def softmax(z_CV: Tensor) -> tuple[Tensor, Tensor]:

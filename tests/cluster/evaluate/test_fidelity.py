@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from cluster.evaluate.fidelity import CALIBRATION_BINS, FIDELITY_SUMS, fidelity_of, fidelity_sums
 from cluster.evaluate.figures import Fidelity
+from cluster.heads import OutputHead
 
 TOKENS, VOCABULARY, PADDED = 70, 40, 48
 
@@ -28,7 +29,7 @@ NEXT_T = torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().man
 def sums(student: tuple[Tensor, Tensor] = STUDENT, rows: slice = slice(None), chunk: int = 64) -> Tensor:
     return fidelity_sums(
         student[0][rows],
-        student[1],
+        OutputHead(student[1]),
         teacher_logits=lambda part: TEACHER[0][rows][part] @ TEACHER[1][:VOCABULARY].T,
         next_T=NEXT_T[rows],
         vocabulary=VOCABULARY,
@@ -117,7 +118,14 @@ def test_the_teacher_s_logits_are_asked_for_a_chunk_at_a_time_and_are_left_alone
         asked.append(len(range(TOKENS)[rows]))
         return teacher_TV[rows].clone()
 
-    fidelity_sums(*STUDENT, teacher_logits=teacher_logits, next_T=NEXT_T, vocabulary=VOCABULARY, chunk=32)
+    fidelity_sums(
+        STUDENT[0],
+        OutputHead(STUDENT[1]),
+        teacher_logits=teacher_logits,
+        next_T=NEXT_T,
+        vocabulary=VOCABULARY,
+        chunk=32,
+    )
     assert asked == [32, 32, 6]
     assert torch.equal(teacher_TV, before)
 
@@ -129,7 +137,7 @@ def judged(student_TV: Tensor, teacher_TV: Tensor, next_T: Tensor) -> Fidelity:
     return fidelity_of(
         fidelity_sums(
             student_TV,
-            head_VD,
+            OutputHead(head_VD),
             teacher_logits=lambda rows: teacher_TV[rows].clone(),
             next_T=next_T,
             vocabulary=vocabulary,

@@ -10,22 +10,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from cluster.errors import LabelError
 from cluster.labels.bits import rising_size
 from cluster.labels.kinds import Dense, Hidden, Labels, Sampled, TopK
 from cluster.labels.wire import MAGIC, VERSION, Stamp, decode, encode, labels_hash, read_block
-from cluster.spec import DenseLabels, HiddenLabels, SampledLabels, TopKLabels
+from cluster.spec import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
 from tests.cluster.labels.blocks import FORMS, columns, ragged_mask, random_labels, random_mask, same
 
 Bytes = npt.NDArray[np.uint8]
 
 HEADER = 136
 STAMP = Stamp(teacher="0123456789abcdef", tokenizer="f" * 16, labels="0" * 16, batch="00ff" * 8)
-# No deadline: a machine that is shared may stand still for longer than any example takes.
-thorough = settings(max_examples=400, deadline=None)
 EDGES = (2, 3, 128, 129, 255, 256, 257, 32_768, 49_152, 65_535, 65_536, 65_537, 128_256, 300_000)
 
 
@@ -65,7 +64,6 @@ def as_bytes(data: bytes) -> Bytes:
     return np.frombuffer(data, dtype=np.uint8)
 
 
-@thorough
 @given(blocks())
 def test_every_block_comes_back_to_the_bit(labels: Labels) -> None:
     block = encode(labels, STAMP)
@@ -77,7 +75,6 @@ def test_every_block_comes_back_to_the_bit(labels: Labels) -> None:
     assert np.array_equal(encode(back, stamp), block)
 
 
-@thorough
 @given(blocks(forms=("sampled",)))
 def test_draws_come_back_as_draws(labels: Labels) -> None:
     back, _ = decode(encode(labels, STAMP))
@@ -243,7 +240,6 @@ def refused_or_read(block: Bytes) -> None:
     assert all(len(column) == labels.tokens for column in columns(labels).values())
 
 
-@thorough
 @given(st.binary(max_size=400), st.sampled_from([b"", MAGIC, MAGIC + struct.pack("<H", VERSION)]))
 def test_random_bytes_are_refused(data: bytes, begin: bytes) -> None:
     with pytest.raises(LabelError):
@@ -263,7 +259,6 @@ def test_a_byte_that_was_wrong_before_the_checksum_was_made_breaks_nothing(form:
 SIZE = st.integers(0, 8) | st.sampled_from([255, 256, 65_536])
 
 
-@thorough
 @given(st.integers(0, 5), st.sampled_from([2, 4, 0, 3]), st.tuples(*[SIZE] * 5), st.binary(max_size=12), st.data())
 def test_a_header_that_does_not_fit_its_columns_breaks_nothing(
     kind: int, floats: int, sizes: tuple[int, ...], mask: bytes, data: st.DataObject
@@ -300,6 +295,42 @@ def test_the_hash_of_a_labels_section_tells_every_setting_apart() -> None:
     assert len(set(hashes)) == len(sections)
     assert {len(bytes.fromhex(digits)) for digits in hashes} == {8}
     assert labels_hash(TopKLabels(k=64)) == hashes[0]
+
+
+class NextTopKLabels(TopKLabels):
+    """The section as a later version may declare it."""
+
+    cover: float | None = None
+    k: int = 64
+    order: str = "falling"
+
+
+def test_a_new_optional_setting_leaves_every_address_as_it_is() -> None:
+    for fields in ({}, {"k": 8}, {"k": 8, "temperature": 2.0}):
+        assert labels_hash(NextTopKLabels(**fields)) == labels_hash(TopKLabels(**fields))
+        assert labels_hash(NextTopKLabels(**fields, cover=0.9)) != labels_hash(TopKLabels(**fields))
+
+
+def test_a_setting_that_is_given_its_default_is_the_same_labels() -> None:
+    given = TypeAdapter(LabelsSpec).validate_python({"kind": "topk", "k": 64, "temperature": 1})
+    assert labels_hash(given) == labels_hash(TypeAdapter(LabelsSpec).validate_python({}))
+
+
+def test_defaults_and_hashes_are_the_same_in_every_version() -> None:
+    """A hash leaves defaults out, so a default that changed would give old labels to a new setting."""
+    every = (TopKLabels(), SampledLabels(kind="sampled"), HiddenLabels(kind="hidden"), DenseLabels(kind="dense"))
+    assert [section.model_dump() for section in every] == [
+        {"kind": "topk", "k": 64, "temperature": 1.0},
+        {"kind": "sampled", "draws": 50, "temperature": 1.0},
+        {"kind": "hidden"},
+        {"kind": "dense"},
+    ]
+    assert [labels_hash(section) for section in every] == [
+        "556f7b0e46f38f41",
+        "3b43ed14f1755557",
+        "2581730069bc02fc",
+        "7ae560d3b3fdeea9",
+    ]
 
 
 ALL_LOSS = np.ones((4, 256), dtype=np.bool_)

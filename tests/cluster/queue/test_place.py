@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -61,3 +62,22 @@ def test_a_queue_that_does_not_answer_is_given_up_after_a_while(monkeypatch: pyt
     assert len(wait(monkeypatch, [*[None] * away, told(1), *[None] * away, told(0, admitted=True)])) == 1
     with pytest.raises(RunError, match=r"has not answered for 120 s: ActorDiedError: it is gone"):
         wait(monkeypatch, [None] * (away + 2))
+
+
+def test_an_error_of_the_thread_that_renews_does_not_cost_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RENEW_S", 0.0)
+    holder, renewed = module._Holder(ENTRY), threading.Event()
+    tries: list[int] = []
+
+    def renew() -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise RuntimeError("the table of nodes cannot be read")
+        renewed.set()
+
+    monkeypatch.setattr(holder, "renew", renew)
+    holder.start()
+    try:
+        assert renewed.wait(60.0)
+    finally:
+        holder.leave()

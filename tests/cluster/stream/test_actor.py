@@ -13,10 +13,12 @@ import ray
 from cluster.audit import AUDIT_FOLDER
 from cluster.capacity import Need
 from cluster.corpus.batches import CORPUS_FOLDER, STARTS_FILE, TOKENS_FILE, CorpusFacts
+from cluster.errors import RunError
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
 from cluster.stream.actor import Stream
 from cluster.stream.figures import HeldError
+from cluster.teacher.pool import PoolStats
 from tests.tiny import VOCABULARY, tiny_family
 
 STUDENT = {"init": {"source": "teacher", "layers": 2}}
@@ -123,6 +125,82 @@ def test_a_held_pass_stops_all_ranks_of_a_student_at_the_same_batch(
         return got
 
     assert asyncio.run(learn()) == [4, "held", "held", "held"]
+
+
+def test_when_no_label_can_be_had_the_pass_is_held_and_every_rank_stops_at_the_same_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = begun(tmp_path, monkeypatch)
+    for rank, number in ((0, 5), (1, 4)):
+        asked(stream, "a", rank, number)
+    asked(stream, "b", 0, 2)
+    for number in range(5):
+        stream._window.ready[number] = [None] * stream._blocks  # type: ignore[list-item]
+
+    class Lost:
+        """A teacher that is lost, and no store."""
+
+        async def labels(self, *_: object) -> None:
+            raise RunError("the teacher is lost")
+
+        hidden = head = labels
+
+    async def learn() -> list[int | str]:
+        got: list[int | str] = []
+        monkeypatch.setattr(stream, "start", lambda: asyncio.sleep(0))
+        stream._source = Lost()  # type: ignore[assignment]
+        # One waits for what cannot be had, one has still to read what its peer has, one is far behind.
+        waiting = asyncio.ensure_future(stream.next("a", 0, 5))
+        await asyncio.sleep(0)
+        await stream._fetch(5)
+        for call in (waiting, stream.next("a", 1, 4), stream.next("a", 1, 5), stream.next("b", 0, 2)):
+            try:
+                got.append((await call).batch.number)
+            except HeldError:
+                got.append("held")
+        # Those that measure do not fail either: they commit what they have learnt.
+        for call in (stream.held_out("b", 0, 0), stream.teacher_head()):
+            with pytest.raises(HeldError, match="the teacher is lost"):
+                await call
+        return got
+
+    assert asyncio.run(learn()) == ["held", 4, "held", "held"]
+    assert stream._error == "the teacher is lost"
+
+
+def test_a_measurement_that_finds_the_teacher_lost_holds_the_pass_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = begun(tmp_path, monkeypatch)
+    asked(stream, "b", 0, 2)
+    monkeypatch.setattr(stream, "start", lambda: asyncio.sleep(0))
+
+    async def lost(*_: object) -> None:
+        raise RunError("the teacher is lost")
+
+    async def measure() -> None:
+        stream._source = SimpleNamespace(hidden=lost, head=lost)  # type: ignore[assignment]
+        with pytest.raises(HeldError):
+            await stream.held_out("a", 0, 0)
+        with pytest.raises(HeldError):
+            await stream.next("b", 0, 2)
+
+    asyncio.run(measure())
+    assert stream._error == "the teacher is lost"
+
+
+@pytest.mark.parametrize(("learns", "error"), [(False, "gone"), (True, None)])
+def test_a_pool_that_is_lost_ends_the_run_only_when_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learns: bool, error: str | None
+) -> None:
+    stream = begun(tmp_path, monkeypatch)
+    monkeypatch.setattr(stream, "start", lambda: asyncio.sleep(0))
+    log = SimpleNamespace(counts=dict)
+    source = SimpleNamespace(error="gone", log=log, read={}, unsaved=0, replicas=1, stats=PoolStats())
+    stream._source = source  # type: ignore[assignment]
+    if learns:
+        asked(stream, "b", 0, 2)
+    assert asyncio.run(stream.stats()).error == error
 
 
 def test_a_stream_that_cannot_keep_its_log_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.audit import ScoringLog
 from cluster.errors import UserError
+from cluster.heads import OutputHead
 from cluster.labels.store.buckets import FolderBucket
 from cluster.labels.store.store import LabelStore
 from cluster.labels.wire import Stamp, encode
@@ -86,7 +87,7 @@ def test_a_teacher_is_started_where_labels_are_missing_and_the_figures_say_so(
     bucket = store.bucket
     assert isinstance(bucket, Refusing)
     bucket.refused = REFUSALS
-    store.put_head("aa" * 8, np.zeros((VOCABULARY, 8), np.float32))
+    store.put_head("aa" * 8, OutputHead(np.zeros((VOCABULARY, 8), np.float32)))
 
     async def look() -> bool:
         labels = reading(store, tmp_path)

@@ -1,6 +1,7 @@
 """The angle's sums against the gradients by the head's weight themselves."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +18,22 @@ def gradient(case: Case, target: Targets, tokens: int) -> Tensor:
     """The soft loss' gradient by the head's weight, from the first tokens."""
     rows, soft_only = slice(0, tokens), replace(case.objective, hard=0.0, soft=1.0)
     part = target.chunk(rows)
-    loss, _ = distillation_loss(case.hidden_TD[rows], case.weight_VD, part, soft_only, vocabulary=VOCABULARY)
+    loss, _ = distillation_loss(case.hidden_TD[rows], case.head, part, soft_only, vocabulary=VOCABULARY)
     return torch.autograd.grad(loss, case.weight_VD)[0].double()
 
 
 def sums(case: Case, target: Targets, exact: Targets) -> Tensor:
-    hidden_TD, weight_VD = case.hidden_TD.detach(), case.weight_VD.detach()
-    return angle_sums(hidden_TD, weight_VD, target=target, exact=exact, objective=case.objective, vocabulary=VOCABULARY)
+    hidden_TD, head = case.hidden_TD.detach(), case.head.map(Tensor.detach)
+    return angle_sums(hidden_TD, head, target=target, exact=exact, objective=case.objective, vocabulary=VOCABULARY)
 
 
 @pytest.mark.parametrize(("kind", "divergence"), PAIRS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_sums_are_the_products_of_the_two_gradients(kind: str, divergence: Divergence, temperature: float) -> None:
-    case = Case(kind, divergence, temperature=temperature)
+@pytest.mark.parametrize("head", [{}, {"bias": True, "logit_scale": 2.0, "softcap": 5.0}], ids=["linear", "all"])
+def test_the_sums_are_the_products_of_the_two_gradients(
+    kind: str, divergence: Divergence, temperature: float, head: dict[str, Any]
+) -> None:
+    case = Case(kind, divergence, temperature=temperature, **head)
     target, exact = case.target(), replace(case, kind="dense").target()
     own, whole = gradient(case, target, case.tokens), gradient(case, exact, case.tokens)
     products = torch.stack([(own * whole).sum(), own.square().sum(), whole.square().sum()])

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.models import TeacherModel, load_tokenizer, tokenizer_fingerprint
+from cluster.fingerprint import tokenizer_fingerprint
+from cluster.models import TeacherModel, load_tokenizer
 from cluster.spec import FamilySpec
 from cluster.students.champion import why_not_comparable
 from cluster.students.job import StudentJob
@@ -63,7 +64,7 @@ def test_another_tokenizer_cannot(tiny_teacher: Path, champion: Path) -> None:
     [
         ({"vocab_size": VOCABULARY - 1}, "its vocabulary has 299 tokens, the teacher's 300"),
         ({"max_position_embeddings": 16}, "it reads at most 16 tokens, corpus.sequence_length is 32"),
-        ({"final_logit_softcapping": 30.0}, "sets final_logit_softcapping 30.0"),
+        ({"final_logit_softcapping": 30.0}, "computes other logits than a linear head"),
         ({"model_type": "thin-air"}, "cannot use"),
     ],
     ids=repr,

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cluster.corpus.batches import Batch, content_address, positions_of
+from cluster.heads import OutputHead, head_of
 from cluster.labels.kinds import Dense, Hidden, Labels, Sampled, TopK, encode_logprobs
 from cluster.labels.make import make_labels
 from cluster.spec import DenseLabels, HiddenLabels, LabelsSpec, SampledLabels, TeacherLayers, TopKLabels
@@ -63,7 +64,7 @@ def load(tiny_teacher: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_teacher, dtype=torch.float32)
 
 
-def score(tiny_teacher: Path, batch: Batch, kind: str) -> tuple[Labels, Tensor]:
+def score(tiny_teacher: Path, batch: Batch, kind: str) -> tuple[Labels, OutputHead[Tensor]]:
     """The teacher's labels of a batch, and its head."""
     teacher, inputs = load(tiny_teacher), inputs_of(batch, CPU)
     with torch.no_grad():
@@ -74,26 +75,26 @@ def score(tiny_teacher: Path, batch: Batch, kind: str) -> tuple[Labels, Tensor]:
             KINDS[kind],
             hidden_BSD,
             batch.loss_mask_BS,
-            teacher.lm_head,
+            head_of(teacher).logits,
             vocabulary=VOCABULARY,
             address=batch.address,
             chunk=7,
         )
     assert made is not None
-    return made, teacher.lm_head.weight.detach()[:VOCABULARY]
+    return made, head_of(teacher).cut(VOCABULARY).map(Tensor.detach)
 
 
 def learn(
-    student: Student, batch: Batch, labels: Labels, head_VD: Tensor, objective: Objective
+    student: Student, batch: Batch, labels: Labels, head: OutputHead[Tensor], objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Loss and sums of some sequences, from tokens to loss as the loop goes."""
     inputs = inputs_of(batch, CPU)
-    target = targets_of(labels, inputs.next_T, head_VD)
+    target = targets_of(labels, inputs.next_T, head)
     return student(inputs, partial(distillation_loss, target=target, objective=objective, vocabulary=VOCABULARY))
 
 
 def gradients(
-    tiny_teacher: Path, batch: Batch, labels: Labels, head_VD: Tensor, micro: int, ranks: int = 1
+    tiny_teacher: Path, batch: Batch, labels: Labels, head: OutputHead[Tensor], micro: int, ranks: int = 1
 ) -> dict[str, Tensor]:
     """The gradient of one optimiser step: as the loop scales it and as DeepSpeed averages it."""
     init = TeacherLayers(source="teacher", layers=[0, 3])
@@ -102,7 +103,7 @@ def gradients(
     scale = ranks * steps / batch.loss_tokens
     for first in range(0, SEQUENCES, micro):
         part = batch.rows(first, first + micro)
-        loss, _ = learn(student, part, labels.rows(first, first + micro), head_VD, Objective(0.1, 0.9))
+        loss, _ = learn(student, part, labels.rows(first, first + micro), head, Objective(0.1, 0.9))
         (loss * scale / (ranks * steps)).backward()
     return {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
 
@@ -113,11 +114,11 @@ def test_many_micro_batches_give_the_gradient_of_the_whole_batch(
     tiny_teacher: Path, batch: Batch, packed_batch: Batch, packed: bool, kind: str
 ) -> None:
     batch = packed_batch if packed else batch
-    labels, head_VD = score(tiny_teacher, batch, kind)
-    whole = gradients(tiny_teacher, batch, labels, head_VD, SEQUENCES)
+    labels, head = score(tiny_teacher, batch, kind)
+    whole = gradients(tiny_teacher, batch, labels, head, SEQUENCES)
     assert len(whole) > 20
     for micro, ranks in [(1, 1), (2, 1), (4, 1), (2, 2), (1, 2)]:
-        cut = gradients(tiny_teacher, batch, labels, head_VD, micro, ranks)
+        cut = gradients(tiny_teacher, batch, labels, head, micro, ranks)
         assert cut.keys() == whole.keys()
         assert max(float((cut[name] - whole[name]).norm() / whole[name].norm()) for name in whole) < 1e-5
 
@@ -164,11 +165,11 @@ def test_draws_become_shares_without_the_columns_that_nobody_fills() -> None:
 
 
 def test_logits_and_hidden_states_keep_their_rows_and_precision() -> None:
-    next_T, head_VD = torch.tensor([1, 2, 3, 4]), torch.eye(VOCABULARY)
+    next_T = torch.tensor([1, 2, 3, 4])
     bits_TV = (WIDE_TV.view(np.uint32) >> 16).astype(np.uint16)
     for wide_TV, dtype in ((WIDE_TV, torch.float32), (bits_TV, torch.bfloat16)):
         dense = targets_of(Dense(*ABOUT, wide_TV), next_T, None)
-        hidden = targets_of(Hidden(*ABOUT, wide_TV), next_T, head_VD.to(dtype))
+        hidden = targets_of(Hidden(*ABOUT, wide_TV), next_T, OutputHead(torch.eye(VOCABULARY, dtype=dtype)))
         assert isinstance(dense, FullTargets) and isinstance(hidden, HiddenTargets)
         assert dense.logits_TV.dtype == hidden.hidden_TD.dtype == dtype
         assert dense.logits_TV[:, 0].tolist() == hidden.logits(slice(0, 4))[:, 0].tolist() == [1, 2, 4, 6]
@@ -181,7 +182,7 @@ def test_the_head_is_given_the_hidden_states_of_the_loss_tokens(
     model, part = load(tiny_teacher), (packed_batch if packed else batch).rows(2, 5)
     inputs = inputs_of(part, CPU)
     with torch.no_grad():
-        logits_TV = Student(model, "exact")(inputs, lambda hidden_TD, weight_VD: hidden_TD @ weight_VD.T)
+        logits_TV = Student(model, "exact")(inputs, lambda hidden_TD, head: head.logits(hidden_TD))
         logits_BSV = model(inputs.tokens_BS, position_ids=inputs.positions_BS, use_cache=False).logits
     torch.testing.assert_close(logits_TV, logits_BSV[inputs.loss_mask_BS])
     assert len(logits_TV) == part.loss_tokens
@@ -194,11 +195,11 @@ def test_the_labels_and_the_student_s_logits_lie_at_the_same_positions(
 ) -> None:
     """The teacher as its own student has nothing to learn, through every step from tokens to loss."""
     batch = packed_batch if packed else batch
-    labels, head_VD = score(tiny_teacher, batch, kind)
+    labels, head = score(tiny_teacher, batch, kind)
     student = Student(load(tiny_teacher), "exact")
     moved = {name: np.roll(getattr(labels, name), 1, axis=0) for name in labels.columns()}
     own, wrong = (
-        abs(float(learn(student, batch, each, head_VD, Objective(0.0, 1.0))[1][1])) / batch.loss_tokens
+        abs(float(learn(student, batch, each, head, Objective(0.0, 1.0))[1][1])) / batch.loss_tokens
         for each in (labels, replace(labels, **moved))
     )
     assert own < (0.05 if kind == "sampled" else 1e-5)  # draws are exact only in the mean
@@ -213,9 +214,9 @@ def test_sequences_without_loss_tokens_give_no_loss_and_no_gradient(
     mask_BS = batch.loss_mask_BS.copy()
     mask_BS[: None if whole else 3] = False
     batch = replace(batch, loss_mask_BS=mask_BS)
-    labels, head_VD = score(tiny_teacher, batch, kind)
+    labels, head = score(tiny_teacher, batch, kind)
     student = Student(load(tiny_teacher), "exact")
-    loss, sums = learn(student, batch.rows(0, 3), labels.rows(0, 3), head_VD, Objective(0.1, 0.9))
+    loss, sums = learn(student, batch.rows(0, 3), labels.rows(0, 3), head, Objective(0.1, 0.9))
     loss.backward()
     assert float(loss.detach()) == 0.0 and not sums.any()
     assert not any(p.grad.any() for p in student.parameters() if p.grad is not None)
@@ -267,7 +268,7 @@ def a_student(tiny_teacher: Path, checkpointing: bool) -> Student:
 def states_and_gradients(student: Student, parts: list[Inputs]) -> tuple[Tensor, dict[str, Tensor]]:
     """Hidden states of all tokens in order, and the gradients of a sum that weighs each of them differently."""
     student.zero_grad()
-    hidden_TD = torch.cat([student(part, lambda hidden_TD, weight_VD: hidden_TD) for part in parts])
+    hidden_TD = torch.cat([student(part, lambda hidden_TD, head: hidden_TD) for part in parts])
     weights_TD = torch.randn(hidden_TD.shape, generator=torch.Generator().manual_seed(2))
     (hidden_TD * weights_TD).sum().backward()
     return hidden_TD.detach(), {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}

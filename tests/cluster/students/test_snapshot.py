@@ -2,10 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pyarrow.fs import LocalFileSystem
+from ray.train import Checkpoint, CheckpointConfig
+from ray.train._internal.session import _TrainingResult
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
 
-from cluster.students.snapshot import LIST_FILE, keep, mend
+from cluster.students.snapshot import LIST_FILE, keep, keep_last_only, mend
 
 
 def write_list(folder: Path, names: str) -> str:
@@ -68,3 +74,28 @@ def test_without_a_kept_list_or_a_checkpoint_the_student_begins_anew(tmp_path: P
     (tmp_path / LIST_FILE).write_text("")
     mend(tmp_path)
     assert not (tmp_path / LIST_FILE).exists()
+
+
+def test_ray_train_takes_up_the_list_of_a_finished_student(tmp_path: Path) -> None:
+    def manager() -> Any:
+        return CheckpointManager(CheckpointConfig(num_to_keep=2), StorageContext(tmp_path, "small"))
+
+    run, writer = tmp_path / "small", manager()
+    for index in (3, 4):
+        folder = run / f"checkpoint_{index}"
+        folder.mkdir(parents=True)
+        result = _TrainingResult(Checkpoint(str(folder), LocalFileSystem()), {"batch": 10 * index})
+        writer._checkpoint_results.append(result)
+        writer._checkpoint_to_report_index[result.checkpoint] = index
+        writer._latest_checkpoint_result = result
+    writer._write_state_to_storage()
+    for _ in range(2):  # a finished student that is resumed finishes again
+        keep_last_only(run)
+        assert [path.name for path in run.iterdir() if path.is_dir()] == ["checkpoint_4"]
+        reader = manager()
+        assert reader.latest_checkpoint_result.metrics == {"batch": 40}
+        assert Path(reader.latest_checkpoint_result.checkpoint.path) == run / "checkpoint_4"
+    # Nor does the copy name a checkpoint that is gone.
+    (run / LIST_FILE).write_text("")
+    mend(run)
+    assert manager().latest_checkpoint_result.metrics == {"batch": 40}

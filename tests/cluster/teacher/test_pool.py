@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
 
 from cluster.capacity import Need
+from cluster.errors import RunError, UserError
 from cluster.limits import Most
 from cluster.models import TeacherModel
 from cluster.spec import ReplicaRange, TeacherSpec, TopKLabels
@@ -110,3 +113,70 @@ def test_what_other_families_need_counts_like_a_student_s_place(monkeypatch: pyt
 
     assert asyncio.run(ask()) is False
     assert asked == [[STUDENT, OTHER]]
+
+
+class Starts:
+    """Instead of a replica's start: fails some times with an error, then answers the probe."""
+
+    def __init__(self, error: Exception, times: int) -> None:
+        self.error, self.left, self.tries = error, times, 0
+
+    async def start(self, _: Replica) -> np.ndarray:
+        self.tries += 1
+        if self.left:
+            self.left -= 1
+            # As a shard's error arrives.
+            raise ray.exceptions.RayTaskError("join", "", self.error)
+        return np.ones(4)
+
+
+def started(monkeypatch: pytest.MonkeyPatch, starts: Starts, restarts: int) -> TeacherPool:
+    """A pool of one replica after it has started, or cannot."""
+    monkeypatch.setattr(Replica, "start", lambda replica: starts.start(replica))
+    monkeypatch.setattr(module, "AGAIN_S", 0.0)
+
+    async def start() -> TeacherPool:
+        spec = TeacherSpec(model="teacher", max_restarts=restarts, dtype="float32")
+        pool = TeacherPool(spec, TopKLabels(k=8), TeacherModel("teacher", 300, "aa" * 8, "bb" * 8), 1)
+        pool.start()
+        async with asyncio.timeout(60.0):
+            while not pool.failed and not pool.stats.ready:
+                await asyncio.sleep(0)
+        return pool
+
+    return asyncio.run(start())
+
+
+PASSING = [
+    FileNotFoundError("model.safetensors: no such file"),
+    OSError("teacher does not appear to have a file named config.json"),
+    RunError("teacher is not on the node worker-1"),
+    RuntimeError("The server socket has failed to listen: EADDRINUSE"),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=str)
+def test_a_replica_whose_start_fails_for_a_passing_reason_is_started_again(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    pool = started(monkeypatch, Starts(error, times=2), restarts=3)
+    assert (pool.failed, pool.stats.ready, pool.stats.restarts) == (False, 1, 2)
+    assert str(error) in pool.stats.last_error
+
+
+def test_a_reason_that_does_not_pass_ends_the_pool_after_its_restarts_with_the_cause(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts = Starts(PASSING[0], times=9)
+    pool = started(monkeypatch, starts, restarts=2)
+    assert (pool.failed, starts.tries) == (True, 3)
+    said = "teacher replica 0 failed to start 3 times, which is more than teacher.max_restarts 2; the last time: File"
+    assert said in pool.stats.last_error and "no such file" in pool.stats.last_error
+
+
+@pytest.mark.parametrize("error", [UserError("no such model"), ValueError("no such type"), KeyError("x")], ids=repr)
+def test_a_model_that_cannot_be_loaded_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    starts = Starts(error, times=9)
+    pool = started(monkeypatch, starts, restarts=3)
+    assert (pool.failed, starts.tries) == (True, 1)
+    assert "cannot start" in pool.stats.last_error

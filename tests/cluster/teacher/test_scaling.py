@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.teacher.scaling import Look, Pace, Scaling
@@ -164,7 +164,6 @@ def test_after_one_that_did_not_come_up_it_waits_longer_each_time_and_forgets_in
     assert [pool.decide(True, True) for _ in range(20)] == [0] * 19 + [1]
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     bounds=st.tuples(st.integers(1, 4), st.integers(0, 4)),
     loads=st.lists(st.tuples(st.integers(1, 40), st.booleans(), st.booleans()), max_size=20),

@@ -44,7 +44,9 @@ def test_times_counts_and_concurrency(endpoint: Endpoint) -> None:
     assert (arm.arm, arm.count, arm.errors, result.errors) == ("arm-of-split", 6, 0, {})
     assert FIRST_S * 1000 <= arm.first_token_ms["p50"] < FIRST_S * 1000 + 5000
     assert (FIRST_S + REST_S) * 1000 <= arm.latency_ms["p50"] < (FIRST_S + REST_S) * 1000 + 5000
-    assert arm.first_token_ms["p99"] < arm.latency_ms["p50"]
+    # Sample by sample, for on a busy machine the slowest first token may come later than the median answer ends.
+    gaps = [latency(sample) - sample.first_token_ms for sample in result.samples if sample.first_token_ms is not None]
+    assert len(gaps) == 6 and min(gaps) > 0
     assert arm.tokens_per_s < TOKENS / (FIRST_S + REST_S)
     assert endpoint.most_running == 3
     assert result.seconds >= 2 * (FIRST_S + REST_S)

@@ -365,7 +365,7 @@ def test_a_long_experiment_keeps_a_short_record() -> None:
         assert counted == snapshot["arms"][arm]["requests"]
 
 
-@settings(max_examples=15)
+@settings(max_examples=settings().max_examples // 4)
 @given(st.lists(st.integers(1, 59), max_size=3), st.integers(0, 50))
 def test_restarts_change_nothing(restarts: list[int], seed: int) -> None:
     """Decisions, record and every figure are those of an experiment that was never interrupted."""

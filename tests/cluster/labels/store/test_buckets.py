@@ -59,7 +59,7 @@ def files(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file()]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 @given(
     st.lists(st.tuples(st.sampled_from(["put_new", "replace", "delete"]), KEY, st.binary(max_size=20)), max_size=12),
     st.data(),

@@ -6,6 +6,7 @@ import logging
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import LabelError, RunError
+from cluster.heads import OutputHead
 from cluster.labels.columns import Bytes
-from cluster.labels.store.objects import checked, head_key, label_key, labels_prefix, pack, stamp_of, unpack
+from cluster.labels.store.objects import Head, checked, head_key, label_key, labels_prefix, pack, stamp_of, unpack
 from cluster.labels.store.store import LabelStore
 from cluster.labels.wire import Stamp, decode
 from tests.cluster.labels.blocks import FORMS
@@ -77,7 +79,6 @@ def test_a_damaged_object_is_named_and_removed_and_can_be_written_again(
     assert store.get(STAMP) is not None
 
 
-@settings(max_examples=400, deadline=None)
 @given(st.sampled_from([block, repetitive_block]), st.data())
 def test_no_flipped_bit_is_ever_read(make: Callable[[Stamp], Bytes], data: st.DataObject) -> None:
     written = make(STAMP)
@@ -139,32 +140,50 @@ def test_a_key_says_its_stamp(teacher: bytes, labels: bytes, batch: bytes) -> No
     assert stamp_of(key + "0") is stamp_of(key.replace("labels/", "heads/")) is stamp_of("") is None
 
 
-HEADS = [np.arange(12, dtype=np.uint16).reshape(3, 4), np.full((5, 2), np.nan, np.float32), np.zeros((0, 4), np.uint16)]
+WEIGHT_VD = np.arange(12, dtype=np.uint16).reshape(3, 4)
+HEADS = {
+    "bfloat16": OutputHead(WEIGHT_VD),
+    "float32": OutputHead(np.full((5, 2), np.nan, np.float32)),
+    "empty": OutputHead(np.zeros((0, 4), np.uint16)),
+    "a bias, a scale and a cap": OutputHead(WEIGHT_VD, WEIGHT_VD[:, 1], 1 / 3, 30.0),
+}
 
 
-@pytest.mark.parametrize("head", HEADS, ids=["bfloat16", "float32", "empty"])
-def test_a_head_comes_back_to_the_bit(store: LabelStore, head: np.ndarray) -> None:
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_a_head_comes_back_to_the_bit(store: LabelStore, head: Head) -> None:
     assert store.get_head(TEACHER) is None
     assert store.put_head(TEACHER, head)
     assert not store.put_head(TEACHER, head)
     read = store.get_head(TEACHER)
     assert read is not None
-    assert (read.dtype, read.shape, read.tobytes()) == (head.dtype, head.shape, head.tobytes())
+    assert (read.scale, read.softcap) == (head.scale, head.softcap)
+    for mine, kept in ((read.weight_VD, head.weight_VD), (read.bias_V, head.bias_V)):
+        assert (mine is None) == (kept is None)
+        if mine is not None and kept is not None:
+            assert (mine.dtype, mine.shape, mine.tobytes()) == (kept.dtype, kept.shape, kept.tobytes())
+
+
+def test_a_head_of_the_first_format_is_not_trusted_for_it_left_out_the_bias(store: LabelStore) -> None:
+    about = struct.pack("<4sHHII", b"SHHD", 1, 2, *WEIGHT_VD.shape)
+    checksum = zlib.crc32(WEIGHT_VD.data, zlib.crc32(about))
+    store.bucket.put_new(head_key(TEACHER), about + struct.pack("<I4x", checksum) + WEIGHT_VD.tobytes())
+    assert store.get_head(TEACHER) is None
+    assert store.put_head(TEACHER, HEADS["bfloat16"])
 
 
 def test_a_head_that_lies_in_columns_is_written_in_rows(store: LabelStore) -> None:
-    head = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4))
-    store.put_head(TEACHER, head)
+    head_VD = np.asfortranarray(np.arange(12, dtype=np.float32).reshape(3, 4))
+    store.put_head(TEACHER, OutputHead(head_VD))
     read = store.get_head(TEACHER)
-    assert read is not None and np.array_equal(read, head)
+    assert read is not None and np.array_equal(read.weight_VD, head_VD)
 
 
-def test_a_damaged_head_is_removed_whichever_byte_it_is(store: LabelStore) -> None:
-    store.put_head(TEACHER, HEADS[0])
+@pytest.mark.parametrize("head", [HEADS["bfloat16"], HEADS["a bias, a scale and a cap"]], ids=["plain", "all"])
+def test_a_damaged_head_is_removed_whichever_byte_it_is(store: LabelStore, head: Head) -> None:
+    store.put_head(TEACHER, head)
     whole = store.bucket.get(head_key(TEACHER))
     assert whole is not None
-    padding = range(20, 24)
-    for at in set(range(len(whole))) - set(padding):
+    for at in range(len(whole)):
         store.bucket.replace(head_key(TEACHER), whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
         assert store.get_head(TEACHER) is None
         assert store.bucket.get(head_key(TEACHER)) is None
@@ -173,10 +192,16 @@ def test_a_damaged_head_is_removed_whichever_byte_it_is(store: LabelStore) -> No
         assert store.get_head(TEACHER) is None
 
 
-@pytest.mark.parametrize("head", [np.zeros(3, np.float32), np.zeros((2, 2), np.float64)])
-def test_what_is_no_head_is_not_kept(store: LabelStore, head: np.ndarray) -> None:
+@pytest.mark.parametrize("weight", [np.zeros(3, np.float32), np.zeros((2, 2), np.float64)])
+def test_what_is_no_head_is_not_kept(store: LabelStore, weight: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"2-D array of uint16 or float32"):
-        store.put_head(TEACHER, head)
+        store.put_head(TEACHER, OutputHead(weight))
+
+
+@pytest.mark.parametrize("bias", [np.zeros(2, np.uint16), np.zeros(3, np.float32), np.zeros((3, 1), np.uint16)])
+def test_a_bias_of_another_size_or_precision_is_not_kept(store: LabelStore, bias: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="the bias of"):
+        store.put_head(TEACHER, OutputHead(WEIGHT_VD, bias))
 
 
 def test_a_manifest_lists_a_complete_pass_in_its_order(store: LabelStore) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.heads import OutputHead
 from cluster.labels.store.leases import LIVE_S, live_prefixes
 from cluster.labels.store.objects import head_key, label_key, labels_prefix, pack
 from cluster.labels.store.store import LabelStore
@@ -26,7 +27,7 @@ from tests.cluster.labels.store.fill import (
     stamp_of_batch,
 )
 
-HEAD = np.zeros((4, 8), np.float32)
+HEAD = OutputHead(np.zeros((4, 8), np.float32))
 STAMP = stamp_of_batch(0)
 
 
@@ -121,7 +122,7 @@ def test_gc_removes_the_oldest_until_the_rest_fits(store: LabelStore, root: Path
 
 def test_gc_counts_the_head_that_goes_with_the_last_labels(store: LabelStore, root: Path) -> None:
     old, new = fill(store, 1), fill(store, 1, OTHER)
-    store.put_head(TEACHER, np.zeros((100, 100), np.float32))
+    store.put_head(TEACHER, OutputHead(np.zeros((100, 100), np.float32)))
     age(root, head_key(TEACHER), DAY)
     age_labels(root, old, [2])
     at_most = sum(entry.size for entry in store.bucket.list("labels/")) - 1

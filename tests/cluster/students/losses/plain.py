@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cluster.heads import OutputHead
 from cluster.labels.reduce import probabilities_and_entropy, systematic_draws, top_k
 from cluster.spec import DenseLabels, Divergence, HiddenLabels, LossSpec, SampledLabels, TopKLabels
 from cluster.spec.loss import why_not
@@ -30,6 +31,11 @@ PAIRS = [(kind, d) for kind, spec in KINDS.items() for d in DIVERGENCES if not w
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def plain_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    z = scale * (hidden @ weight.T + (0 if bias is None else bias))
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def plain_divergence(divergence: Divergence, mix: float, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -72,6 +78,9 @@ class Case:
     mix: float = 0.3
     chunk: int = 512
     scale: float = 1.0
+    bias: bool = False
+    logit_scale: float = 1.0
+    softcap: float | None = None
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -82,24 +91,32 @@ class Case:
         weight = self.scale * torch.randn(PADDED, WIDTH, generator=generator) / 2
         teacher_TD = torch.randn(self.tokens, WIDTH, generator=generator).to(self.device, wide)
         teacher_VD = self.scale * torch.randn(VOCABULARY, WIDTH, generator=generator).to(self.device, wide) / 2
+        biases = [torch.randn(rows, generator=torch.Generator().manual_seed(rows)) for rows in (VOCABULARY, PADDED)]
         self.next_T = torch.randint(0, VOCABULARY, (self.tokens,), generator=generator).to(self.device)
         self.offsets_T = torch.rand(self.tokens, generator=generator, dtype=torch.float64).to(self.device)
         self.hidden_TD = hidden.to(self.device, self.dtype).requires_grad_()
         self.weight_VD = weight.to(self.device, self.dtype).requires_grad_()
-        self.learn_from(teacher_TD, teacher_VD)
+        self.bias_V = biases[1].to(self.device, self.dtype).requires_grad_() if self.bias else None
+        teacher_V = biases[0].to(self.device, wide) if self.bias else None
+        self.learn_from(teacher_TD, OutputHead(teacher_VD, teacher_V, self.logit_scale, self.softcap))
 
-    def learn_from(self, teacher_TD: Tensor, teacher_VD: Tensor) -> None:
+    @property
+    def head(self) -> OutputHead[Tensor]:
+        return OutputHead(self.weight_VD, self.bias_V, self.logit_scale, self.softcap)
+
+    def learn_from(self, teacher_TD: Tensor, head: OutputHead[Tensor]) -> None:
         """Take another teacher: hidden states and head."""
-        self.teacher_TD, self.teacher_VD, self.teacher_TV = teacher_TD, teacher_VD, teacher_TD @ teacher_VD.T
+        self.teacher_TD, self.teacher_head = teacher_TD, head
+        self.teacher_TV = plain_logits(teacher_TD, head.weight_VD, head.bias_V, head.scale, head.softcap)
 
     def learn_from_logits(self, teacher_TV: Tensor) -> None:
         """A teacher with any logits: they are its hidden states, under a head that changes nothing."""
-        self.teacher_TD, self.teacher_VD = teacher_TV, torch.eye(VOCABULARY)
+        self.learn_from(teacher_TV, OutputHead(torch.eye(VOCABULARY)))
         self.teacher_TV = teacher_TV
 
     def learn_from_itself(self) -> None:
         """Make the student the teacher."""
-        self.learn_from(self.hidden_TD.detach(), self.weight_VD.detach()[:VOCABULARY])
+        self.learn_from(self.hidden_TD.detach(), self.head.cut(VOCABULARY).map(Tensor.detach))
 
     @property
     def objective(self) -> Objective:
@@ -107,7 +124,7 @@ class Case:
 
     def target(self) -> Targets:
         if self.kind == "hidden":
-            return HiddenTargets(self.next_T, self.teacher_TD, self.teacher_VD)
+            return HiddenTargets(self.next_T, self.teacher_TD, self.teacher_head)
         if self.kind == "dense":
             return FullTargets(self.next_T, self.teacher_TV)
         p_TV, entropy_T, _ = probabilities_and_entropy(self.teacher_TV, self.temperature)
@@ -119,16 +136,18 @@ class Case:
     def fused(self, target: Targets | None = None) -> tuple[Tensor, Tensor]:
         return distillation_loss(
             self.hidden_TD,
-            self.weight_VD,
+            self.head,
             target or self.target(),
             self.objective,
             vocabulary=VOCABULARY,
             chunk=self.chunk,
         )
 
-    def plain(self, hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+    def plain(self, hidden_TD: Tensor, *head: Tensor) -> tuple[Tensor, Tensor]:
         """Loss, and sums of D, forward KL and cross-entropy, all in float64; the labels are taken as given."""
-        target, z_TV = self.target(), hidden_TD @ weight_VD[:VOCABULARY].T
+        weight_V, bias_V = (*(each[:VOCABULARY] for each in head), None)[:2]
+        assert weight_V is not None
+        target, z_TV = self.target(), plain_logits(hidden_TD, weight_V, bias_V, self.logit_scale, self.softcap)
         ce = F.cross_entropy(z_TV, self.next_T, reduction="sum")
         log_q = (z_TV / self.temperature).log_softmax(-1)
         if isinstance(target, SampledTargets):
@@ -138,7 +157,9 @@ class Case:
             if isinstance(target, BucketTargets):
                 log_p, log_q = self._buckets(target, log_q)
             elif isinstance(target, HiddenTargets):
-                teacher_TV = target.hidden_TD.double() @ target.teacher_head_VD.double().T
+                head64 = target.teacher_head.map(Tensor.double)
+                settings = (head64.weight_VD, head64.bias_V, head64.scale, head64.softcap)
+                teacher_TV = plain_logits(target.hidden_TD.double(), *settings)
                 log_p = (teacher_TV / self.temperature).log_softmax(-1)
             else:
                 log_p = (self.teacher_TV.double() / self.temperature).log_softmax(-1)
@@ -153,17 +174,20 @@ class Case:
         log_p = torch.cat([log_p_TK, target.log_tail_T.double()[:, None]], -1)
         return log_p, torch.cat([log_q_TK, log_rest_T1], -1)
 
-    def plain_gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Loss, sums, and the gradients by hidden states and weight."""
-        hidden = self.hidden_TD.detach().double().requires_grad_()
-        weight = self.weight_VD.detach().double().requires_grad_()
-        loss, sums = self.plain(hidden, weight)
-        return loss.detach(), sums.detach(), *torch.autograd.grad(loss, (hidden, weight))
+    @property
+    def learnt(self) -> tuple[Tensor, ...]:
+        """Hidden states, weight and, where there is one, bias."""
+        return tuple(each for each in (self.hidden_TD, self.weight_VD, self.bias_V) if each is not None)
+
+    def plain_gradients(self) -> tuple[Tensor, ...]:
+        """Loss, sums, and the gradients by hidden states, weight and bias."""
+        wide = [each.detach().double().requires_grad_() for each in self.learnt]
+        loss, sums = self.plain(*wide)
+        return loss.detach(), sums.detach(), *torch.autograd.grad(loss, wide)
 
 
-def gradients(case: Case, loss: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    hidden, weight = torch.autograd.grad(case.fused()[0] if loss is None else loss, (case.hidden_TD, case.weight_VD))
-    return hidden, weight
+def gradients(case: Case, loss: Tensor | None = None) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(case.fused()[0] if loss is None else loss, case.learnt)
 
 
 def off(got: Tensor, true: Tensor) -> float:

@@ -1,6 +1,7 @@
 """The fused loss against the plain formula in float64, where it is exact and where it must not break."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -27,20 +28,29 @@ SETTINGS = {
     "one token a chunk": Case(chunk=1, temperature=2.0),
     "an odd chunk": Case(chunk=7),
     "a sharp student and teacher": Case(scale=2.0),
+    "a biased head": Case(bias=True),
+    "a scaled head": Case(logit_scale=0.25),
+    "a capped head": Case(softcap=3.0),
+    "a biased, scaled and capped head": Case(bias=True, logit_scale=2.0, softcap=5.0, temperature=3.0, chunk=7),
+}
+
+HEADS: dict[str, dict[str, Any]] = {
+    "a linear head": {},
+    "a head with all": {"bias": True, "logit_scale": 2.0, "softcap": 5.0},
 }
 
 
 def worst(case: Case) -> float:
     """The largest relative error of the loss, the sums and the gradients against the plain formula."""
-    true_loss, true_sums, true_hidden, true_weight = case.plain_gradients()
+    true_loss, true_sums, *true = case.plain_gradients()
     loss, sums = case.fused()
-    hidden, weight = gradients(case, loss)
-    assert not weight[VOCABULARY:].any()
-    fused, plain = (loss.detach(), *sums, hidden, weight), (true_loss, *true_sums, true_hidden, true_weight)
+    found = gradients(case, loss)
+    assert not any(padded[VOCABULARY:].any() for padded in found[1:])
+    fused, plain = (loss.detach(), *sums, *found), (true_loss, *true_sums, *true)
     return max(off(got, true) for got, true in zip(fused, plain, strict=True))
 
 
-def largest_share(some: tuple[Tensor, Tensor], of: tuple[Tensor, Tensor]) -> float:
+def largest_share(some: tuple[Tensor, ...], of: tuple[Tensor, ...]) -> float:
     return max(float(part.norm() / whole.norm()) for part, whole in zip(some, of, strict=True))
 
 
@@ -119,12 +129,13 @@ def test_what_the_padded_rows_hold_does_not_matter(kind: str) -> None:
     assert not weight[VOCABULARY:].any()
 
 
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize(("kind", "divergence"), [pair for pair in PAIRS if pair[0] != "sampled"])
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(
-    kind: str, divergence: Divergence, temperature: float
+    kind: str, divergence: Divergence, temperature: float, head: dict[str, Any]
 ) -> None:
-    case = Case(kind, divergence, temperature=temperature, hard=0.0, soft=1.0)
+    case = Case(kind, divergence, temperature=temperature, hard=0.0, soft=1.0, **head)
     stranger = gradients(case)
     case.learn_from_itself()
     loss, sums = case.fused()
@@ -158,7 +169,7 @@ def test_over_all_draws_a_student_that_is_the_teacher_has_nothing_to_learn(tempe
     target = SampledTargets(next_N, ids_NK, counts_NK / case.draws, entropy_N)
     case.chunk = len(even_N)
     many_ND = case.hidden_TD.repeat_interleave(offsets, 0)
-    loss, sums = distillation_loss(many_ND, case.weight_VD, target, case.objective, vocabulary=VOCABULARY)
+    loss, sums = distillation_loss(many_ND, case.head, target, case.objective, vocabulary=VOCABULARY)
     assert abs(float(sums[0])) / len(even_N) < 1e-3
     assert largest_share(gradients(case, loss / offsets), stranger) < 1e-3
 
@@ -326,7 +337,7 @@ def test_without_gradients_the_loss_is_the_same(kind: str, divergence: Divergenc
 def test_no_loss_token_gives_no_loss_and_no_gradient(kind: str, divergence: Divergence) -> None:
     case = Case(kind, divergence)
     target, none = case.target().chunk(slice(0, 0)), case.hidden_TD.detach()[:0].requires_grad_()
-    loss, sums = distillation_loss(none, case.weight_VD, target, case.objective, vocabulary=VOCABULARY)
+    loss, sums = distillation_loss(none, case.head, target, case.objective, vocabulary=VOCABULARY)
     assert float(loss.detach()) == 0.0 and not sums.any()
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (none, case.weight_VD)))
 
@@ -337,11 +348,23 @@ def test_the_loss_is_a_sum_over_its_tokens(kind: str) -> None:
     target, whole, total = case.target(), case.fused(), torch.zeros(4, dtype=torch.float64)
     for rows in (slice(0, 10), slice(10, case.tokens)):
         part = target.chunk(rows)
-        loss, sums = distillation_loss(
-            case.hidden_TD[rows], case.weight_VD, part, case.objective, vocabulary=VOCABULARY
-        )
+        loss, sums = distillation_loss(case.hidden_TD[rows], case.head, part, case.objective, vocabulary=VOCABULARY)
         total += torch.cat([loss.detach().double()[None], sums])
     torch.testing.assert_close(total, torch.cat([whole[0].detach().double()[None], whole[1]]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@every_pair
+def test_a_teacher_changed_at_one_token_moves_that_row_s_gradient_alone(
+    kind: str, divergence: Divergence, head: dict[str, Any]
+) -> None:
+    case, row = Case(kind, divergence, chunk=7, **head), 12
+    before = gradients(case)[0]
+    case.teacher_TD[row] *= -1
+    case.learn_from(case.teacher_TD, case.teacher_head)
+    moved_T = (gradients(case)[0] - before).norm(dim=-1)
+    assert float(moved_T[row]) > 1e-3
+    assert moved_T.nonzero().flatten().tolist() == [row]
 
 
 def test_a_target_is_cut_by_rows_in_every_column() -> None:

@@ -1,0 +1,91 @@
+"""Chooses the held-out documents, so that no text is on both sides of the cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Split:
+    """Spans of documents on either side, in the documents' order.
+
+    Attributes:
+        train_P3, held_out_P3: document, first token, end; int64.
+        cut: documents that have a span on both sides.
+    """
+
+    train_P3: npt.NDArray[np.int64]
+    held_out_P3: npt.NDArray[np.int64]
+    cut: int
+
+
+def repeats(hashes_N: npt.NDArray[np.uint64], documents: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.bool_]:
+    """True for each document that has the tokens of an earlier one, so that a collision of hashes drops nothing."""
+    _, first_G, group_N = np.unique(hashes_N, return_index=True, return_inverse=True)
+    first_N = first_G[group_N]
+    repeated_N = first_N != np.arange(len(documents))
+    for index in np.flatnonzero(repeated_N).tolist():
+        repeated_N[index] = np.array_equal(documents[index], documents[int(first_N[index])])
+    return repeated_N
+
+
+def split_documents(
+    hashes_N: npt.NDArray[np.uint64],
+    lengths_N: npt.NDArray[np.int64],
+    held_out_tokens: int,
+    boundary: Callable[[int, int], int],
+) -> Split:
+    """Hold out the documents with the smallest hashes until they have ``held_out_tokens``.
+
+    A document's place in this order depends on its own text alone. When the corpus grows, the cut stays at about the
+    same quantile of the hashes, so nearly all held-out documents of one night are those of the next; and equal texts
+    have equal hashes, so all of them are on one side.
+
+    A text that is longer than ``held_out_tokens``, all its copies together, comes last, and is cut: its end is held
+    out. The end, for where a text grows by appending, what was trained on is never held out later.
+
+    Args:
+        lengths_N: tokens of each document.
+        held_out_tokens: at least 1.
+        boundary: of a document's index and a token's index, the index of a nearby token, no later, that may begin the
+            held-out part; between 1 and the token's index.
+    """
+    held_N = np.zeros(len(lengths_N), dtype=np.bool_)
+    begins_N = np.zeros(len(lengths_N), dtype=np.int64)
+    missing, cut = held_out_tokens, 0
+    for group, long in _groups(hashes_N, lengths_N, held_out_tokens):
+        if missing <= 0:
+            break
+        held_N[group] = True
+        if long:
+            # Copies are cut at one place, so that the same text is held out in each.
+            at = int(lengths_N[group].min()) - -(-missing // len(group))
+            if at > 0:
+                begins_N[group], cut = boundary(int(group[0]), at), len(group)
+        missing -= int((lengths_N - begins_N)[group].sum())
+    train = [(np.flatnonzero(~held_N), 0, lengths_N), (np.flatnonzero(begins_N > 0), 0, begins_N)]
+    held = np.flatnonzero(held_N)
+    train_P3 = np.concatenate([_spans(index, start, stop) for index, start, stop in train])
+    return Split(train_P3[np.argsort(train_P3[:, 0])], _spans(held, begins_N, lengths_N), cut)
+
+
+def _groups(
+    hashes_N: npt.NDArray[np.uint64], lengths_N: npt.NDArray[np.int64], held_out_tokens: int
+) -> Iterator[tuple[npt.NDArray[np.int64], bool]]:
+    """The documents of each text, and whether the text is longer than what is held out: the long ones come last."""
+    order_N = np.argsort(hashes_N, kind="stable")
+    _, first_G, count_G = np.unique(hashes_N[order_N], return_index=True, return_counts=True)
+    long_G = np.add.reduceat(lengths_N[order_N], first_G) > held_out_tokens
+    for group in np.argsort(long_G, kind="stable"):
+        yield order_N[first_G[group] : first_G[group] + count_G[group]], bool(long_G[group])
+
+
+def _spans(
+    index_P: npt.NDArray[np.int64], starts_N: npt.NDArray[np.int64] | int, stops_N: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    starts_P = starts_N if isinstance(starts_N, int) else starts_N[index_P]
+    return np.stack([index_P, np.broadcast_to(starts_P, index_P.shape), stops_N[index_P]], axis=1).astype(np.int64)

@@ -1,0 +1,317 @@
+"""MLflow away, refusing, or its actor killed: what is late, what is reported, and what is never done twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import requests
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import ClientError, EndpointConnectionError
+from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2 as codes
+
+from cluster.board import FAMILY, Point
+from cluster.evaluate.figures import Fidelity, StudentResult
+from cluster.records import Records
+from cluster.registry import AwayError, Calls, RefusedError, Registry
+from cluster.registry import calls as calls_module
+from cluster.registry.client import is_away
+from cluster.runs import Run
+from cluster.spec import FamilySpec
+from tests.tiny import tiny_family
+
+FIDELITY = Fidelity(1.0, 0.5, 2.0, 2.0, 0.1, 0.1, 10)
+STUDENTS = {"small": {}, "large": {}}
+
+
+def answer(status: int) -> requests.Response:
+    made = requests.Response()
+    made.status_code = status
+    return made
+
+
+def refused(status: int) -> ClientError:
+    return ClientError({"Error": {}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
+
+
+def wrapped(cause: Exception) -> S3UploadFailedError:
+    """As boto3 reports an upload that failed."""
+    try:
+        try:
+            raise cause
+        except ClientError as error:
+            raise S3UploadFailedError("failed to upload") from error
+    except S3UploadFailedError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (MlflowException("down"), True),
+        (MlflowException("busy", codes.REQUEST_LIMIT_EXCEEDED), True),
+        (MlflowException("no such run", codes.RESOURCE_DOES_NOT_EXIST), False),
+        (MlflowException("not yours", codes.PERMISSION_DENIED), False),
+        (requests.ConnectionError("refused"), True),
+        (requests.HTTPError(response=answer(503)), True),
+        (requests.HTTPError(response=answer(403)), False),
+        (EndpointConnectionError(endpoint_url="http://s3"), True),
+        (refused(503), True),
+        (refused(403), False),
+        (wrapped(refused(500)), True),
+        (wrapped(refused(403)), False),
+        (ValueError("no such format"), False),
+    ],
+    ids=str,
+)
+def test_what_may_pass_is_told_from_a_refusal(error: Exception, away: bool) -> None:
+    assert is_away(error) is away
+
+
+# -- the calls ---------------------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """Actor calls without a cluster: a reference is a new object, and its result is there at once or never."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.results: dict[Any, Any] = {}
+        self.now = 1000.0
+        monkeypatch.setattr(ray, "get", self.get)
+        monkeypatch.setattr(ray, "wait", lambda refs, **_: ([r for r in refs if r in self.results][:1], []))
+        clock = SimpleNamespace(
+            monotonic=lambda: self.now, time=lambda: self.now, sleep=self.sleep, strftime=lambda *_: "", localtime=int
+        )
+        monkeypatch.setattr(calls_module, "time", clock)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def get(self, ref: Any) -> Any:
+        result = self.results[ref]
+        if isinstance(result, Exception):
+            raise ray.exceptions.RayTaskError("registry", "", result)
+        return result
+
+    def call(self, work: Any) -> Any:
+        """A call's reference, with what the work returns or raises."""
+        ref = object()
+        try:
+            self.results[ref] = work()
+        except Exception as error:
+            self.results[ref] = error
+        return ref
+
+
+class Service:
+    """The registry actor's methods on that cluster. MLflow is ``away``, refuses what is in ``refuses``, or works."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.away, self.refuses = cluster, False, set[str]()
+        self.logged: dict[str, list[Point]] = {}
+        self.versions: list[str] = []
+        self.finished: list[list[str]] = []
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=lambda *given: self.cluster.call(lambda: self._do(name, *given)))
+
+    def _do(self, name: str, subject: Any, *given: Any) -> Any:
+        self.asked += 1
+        if self.away:
+            raise AwayError("MLflow x does not answer: refused")
+        if subject in self.refuses if isinstance(subject, str) else False:
+            raise RefusedError(f"MLflow x refuses: no such run {subject}")
+        if name == "log":
+            self.logged.setdefault(subject, []).extend(given[0])
+        elif name == "register":
+            self.versions.append(given[0])
+            return len(self.versions)
+        elif name == "finish":
+            self.finished.append(given[0])
+        return None
+
+
+def records_of(folder: Path, service: Any) -> tuple[Records, Run]:
+    run = Run(folder, "tiny-1", "", mlflow={FAMILY: "run", "small": "run-small", "large": "run-large"})
+    return Records(service, run, FamilySpec.model_validate(tiny_family())), run
+
+
+def student(name: str) -> StudentResult:
+    return StudentResult(name, f"/models/{name}", 100, FIDELITY, FIDELITY, 8, 1.0)
+
+
+def points(count: int) -> dict[str, list[Point]]:
+    of = {name: [Point(name, b, {"loss": 1.0}, float(b)) for b in range(1, count + 1)] for name in ("small", "large")}
+    return {FAMILY: [], **of}
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Service:
+    return Service(Cluster(monkeypatch))
+
+
+def test_a_refused_student_is_reported_and_the_others_are_registered(tmp_path: Path, service: Service) -> None:
+    records, run = records_of(tmp_path, service)
+    service.refuses = {"run-small"}
+    for name in ("small", "large"):
+        records.register(student(name), {})
+    records.log(points(3))
+    records.close(points(3), [], lambda _: None)
+    assert run.versions == {"large": 1}
+    assert records.unregistered.keys() == {"small"}
+    line = records.unregistered["small"]
+    assert "refuses: no such run run-small" in line and "/models/small" in line and "--resume" in line
+    # Its curve is refused too, which is shown, and the other one's is there.
+    assert service.logged == {"run-large": points(3)["large"]}
+    (warning,) = records.warnings
+    assert "metrics of student small are not in MLflow" in warning and str(tmp_path / "points.jsonl") in warning
+    assert service.finished == [["small"]]
+
+
+def test_mlflow_is_waited_for_as_long_as_anything_else_goes_on(tmp_path: Path, service: Service) -> None:
+    records, run = records_of(tmp_path, service)
+    service.away = True
+    records.register(student("small"), {})
+    # Ten hours, in which other students learn.
+    for count in range(1, 201):
+        records.log(points(count))
+        for ref in records.calls.refs:
+            records.calls.take(ref)
+        service.cluster.sleep(180.0)
+        records.calls.look(idle=False)
+    assert "waiting for MLflow since" in records.calls.trouble
+    # With longer and longer pauses, not without end.
+    assert service.asked < 610
+    service.away = False
+    records.close(points(200), [], lambda _: None)
+    assert (run.versions, records.unregistered, records.warnings) == ({"small": 1}, {}, [])
+    assert service.logged == {f"run-{name}": points(200)[name] for name in ("small", "large")}
+    assert run.logged == {"small": 200, "large": 200}
+    assert records.calls.trouble == ""
+
+
+def test_when_mlflow_stays_away_the_run_ends_and_tells_what_is_kept_where(tmp_path: Path, service: Service) -> None:
+    records, run = records_of(tmp_path, service)
+    service.away = True
+    shown: list[str] = []
+    records.register(student("small"), {})
+    begun = service.cluster.now
+    records.close(points(3), [], shown.append)
+    assert 3600 < service.cluster.now - begun < 3700
+    assert any("waiting for MLflow since" in line and "refused" in line for line in shown)
+    assert run.versions == {} and "/models/small" in records.unregistered["small"]
+    assert len(records.warnings) == 3  # both curves, and that the run is not closed
+    # The resumed run logs and registers what is missing, and nothing else.
+    service.away = False
+    again, _ = records_of(tmp_path, service)
+    again._run = run
+    again.register(student("small"), {})
+    again.close(points(3), [], shown.append)
+    assert (run.versions, again.unregistered, again.warnings) == ({"small": 1}, {}, [])
+    assert service.logged == {f"run-{name}": points(3)[name] for name in ("small", "large")}
+    again.register(student("small"), {})
+    assert service.versions == ["tiny-small"]
+
+
+def test_an_actor_that_is_gone_for_good_fails_its_calls_and_not_the_run(tmp_path: Path, service: Service) -> None:
+    records, _ = records_of(tmp_path, service)
+
+    def gone(_: Any) -> Any:
+        raise ray.exceptions.ActorDiedError()
+
+    service.cluster.get = gone  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray, "get", gone)
+        records.register(student("small"), {})
+        records.close(points(1), [], lambda _: None)
+    assert "ActorDiedError" in records.unregistered["small"]
+
+
+def test_one_call_can_be_waited_for(service: Service) -> None:
+    service.away = True
+    shown: list[str] = []
+
+    def back(trouble: str) -> None:
+        shown.append(trouble)
+        service.away = len(shown) < 3
+
+    assert Calls().wait(lambda: service.log.remote("run", []), back) == (None, "")
+    service.refuses = {"run"}
+    assert Calls().wait(lambda: service.log.remote("run", []), back) == (None, "MLflow x refuses: no such run run")
+
+
+# -- the registry itself, on a real MLflow -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registry(tmp_path: Path, empty_registry: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Registry, Any]:
+    import mlflow
+
+    shutil.copy(empty_registry, tmp_path / "mlflow.db")
+    monkeypatch.setattr(os, "nice", lambda _: 0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    return Registry(uri, "tiny", str(tmp_path / "artifacts")), mlflow.MlflowClient(uri)
+
+
+def start(registry: Registry, key: str = "key") -> dict[str, str]:
+    return registry.start("tiny-1", STUDENTS, {"students": {name: {"lr": 1.0} for name in STUDENTS}}, {}, {}, key)
+
+
+def test_a_start_that_is_made_again_finds_the_runs_of_the_first_try(registry: tuple[Registry, Any]) -> None:
+    own, client = registry
+    broken = {"small": {"lr": 1.0}}  # the first try ends here, after the parent and one child were made
+    with pytest.raises(KeyError):
+        own.start("tiny-1", STUDENTS, {"students": broken}, {}, {}, "key")
+    runs = start(own)
+    assert runs.keys() == {FAMILY, *STUDENTS} and start(own) == runs
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    assert len(client.search_runs([experiment])) == 3
+    assert set(start(own, "another").values()).isdisjoint(runs.values())
+
+
+def test_a_registration_that_is_made_again_makes_no_second_version_and_no_second_row(
+    registry: tuple[Registry, Any], tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, client = registry
+    run_id = start(own)["small"]
+    given = (run_id, "tiny-small", str(tiny_teacher), {"stillhouse.family": "tiny"}, {"kl_after": 0.5}, 1.0)
+    with monkeypatch.context() as patch:  # it dies after the version was made, before it has its tags
+        patch.setattr(type(client), "set_model_version_tag", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            own.register(*given)
+    assert own.register(*given) == own.register(*given) == 1
+    (version,) = client.search_model_versions("name='tiny-small'")
+    assert version.tags["stillhouse.family"] == "tiny"
+    (alias,) = client.get_registered_model("tiny-small").aliases.items()
+    assert (alias[0], int(alias[1])) == ("challenger", 1)
+    assert len(client.get_metric_history(run_id, "kl_after")) == 1
+    for _ in range(2):
+        own.log(run_id, points(3)["small"])
+    assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == [1, 2, 3]
+
+
+def test_a_name_that_mlflow_refuses_is_refused_at_once_and_one_line(
+    registry: tuple[Registry, Any], tiny_teacher: Path
+) -> None:
+    own, client = registry
+    client.register_prompt("tiny-small", "a prompt has taken this name")
+    with pytest.raises(RefusedError, match=r"^MLflow sqlite:.* refuses: .*prompt") as caught:
+        own.register(start(own)["small"], "tiny-small", str(tiny_teacher), {}, {"kl_after": 0.5}, 1.0)
+    assert "\n" not in str(caught.value)
+
+
+def test_metrics_of_a_deleted_run_are_refused(registry: tuple[Registry, Any]) -> None:
+    own, client = registry
+    runs = start(own)
+    client.delete_run(runs["small"])
+    with pytest.raises(RefusedError, match="refuses"):
+        own.log(runs["small"], points(1)["small"])
+    own.log(runs["large"], points(1)["large"])

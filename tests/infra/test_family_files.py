@@ -1,0 +1,99 @@
+"""Every family file and YAML example in the repository: it loads, and its corpus paths find files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pyarrow import fs
+
+from cluster.corpus import files
+from cluster.corpus.files import S3, select_files
+from cluster.dates import rendered
+from cluster.spec import FamilySpec
+from cluster.specfile import load_spec
+
+ROOT = Path(__file__).parents[2]
+DAY = date(2026, 11, 24)
+# What README's excerpts leave out.
+REST: dict[str, Any] = {
+    "name": "excerpt",
+    "teacher": {"model": "/models/teacher"},
+    "corpus": {"paths": ["data/"]},
+    "students": {"small": {"init": {"source": "teacher", "layers": 8}}},
+}
+
+
+def is_family(tree: Any) -> bool:
+    """Whether YAML is a family or a part of one."""
+    return isinstance(tree, dict) and bool({"students", "corpus"} & tree.keys())
+
+
+def family_files() -> Iterator[Any]:
+    for path in sorted([*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("infra/**/*.yaml")]):
+        documents = [tree for tree in _documents(path.read_text()) if is_family(tree)]
+        if documents:
+            yield pytest.param(path.read_text(), path.parent, id=str(path.relative_to(ROOT)))
+    for page in sorted(ROOT.glob("*.md")):
+        for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)):
+            if is_family(tree := yaml.safe_load(block)):
+                yield pytest.param(yaml.safe_dump(completed(tree)), ROOT, id=f"{page.name}-{number}")
+
+
+def completed(excerpt: dict[str, Any]) -> dict[str, Any]:
+    """A family of what README shows of one."""
+    init = REST["students"]["small"]["init"]
+    students = excerpt.get("students", REST["students"])
+    return {**REST, **excerpt, "students": {name: {"init": init, **fields} for name, fields in students.items()}}
+
+
+def _documents(text: str) -> list[Any]:
+    try:
+        return list(yaml.safe_load_all(text))
+    except yaml.YAMLError:  # a template
+        return []
+
+
+FAMILIES = list(family_files())
+
+
+def test_the_known_families_are_among_them() -> None:
+    names = {str(family.id) for family in FAMILIES}
+    assert {"examples/demo.yaml", "README.md-0"} <= names
+    assert sum(name.startswith("infra/kubernetes/overlays/") for name in names) == len(
+        list(ROOT.glob("infra/kubernetes/overlays/*/family.yaml"))
+    )
+
+
+def sample(path: str) -> str:
+    """A file that a corpus path is meant to find: wildcards filled in, and one in a folder."""
+    filled = path.replace("**", "a").replace("*", "part-0").replace("?", "0")
+    return filled if files.format_of(filled) else f"{filled.rstrip('/')}/part-0.jsonl"
+
+
+@pytest.mark.parametrize(("text", "folder"), FAMILIES)
+def test_a_family_file_loads_and_its_corpus_is_found(
+    text: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Under a root of its own, for its paths are relative to it; as deep as it lies in the repository.
+    place = tmp_path / "root" / folder.relative_to(ROOT)
+    place.mkdir(parents=True)
+    (place / "family.yaml").write_text(text)
+    spec: FamilySpec = rendered(load_spec(place / "family.yaml"), DAY)
+    bucket = fs.SubTreeFileSystem(str(tmp_path / "s3"), fs.LocalFileSystem())
+    monkeypatch.setattr(files, "_bucket_filesystem", lambda: bucket)
+    expected = [sample(path) for path in spec.corpus.paths]
+    for name in expected:
+        file = tmp_path / "s3" / name.removeprefix(S3) if name.startswith(S3) else Path(name)
+        assert file.is_relative_to(tmp_path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"text": "a"}')
+    found = select_files(spec.corpus.paths)
+    assert found.files == expected
+    assert found.skipped == {}
+    assert files.find_files(spec.corpus.paths) == found

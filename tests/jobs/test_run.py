@@ -1,0 +1,132 @@
+"""What happens after the students are registered: a failure there is reported and does not make the family fail."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+import cluster.family
+import cluster.queue.place
+import cluster.session
+from cluster.evaluate.figures import Champion
+from cluster.evaluate.gate import KEPT
+from cluster.evaluate.result import FamilyResult
+from jobs import run as module
+from jobs.promotion import settle
+from tests.jobs.test_promotion import BETTER, FIDELITY, Nights
+from tests.jobs.test_promotion import nights as nights
+
+
+def ended(
+    monkeypatch: pytest.MonkeyPatch, nights: Nights, **sections: Any
+) -> tuple[FamilyResult, Callable[[], tuple[str, str]]]:
+    """A family that has registered its student, and a function that does the rest: the error and what is printed."""
+    checked, result = nights.night(FIDELITY, None, nights.checked(**sections))
+    run_id = nights.client.create_run(nights.experiment).info.run_id
+    result.run.mlflow = {"": run_id}
+
+    def everything(*_: object, **__: object) -> FamilyResult:
+        return result
+
+    nothing: Any = contextlib.nullcontext
+    monkeypatch.setattr(cluster.family, "run_family", everything)
+    monkeypatch.setattr(cluster.queue.place, "place_for", lambda *_: nothing(list))
+    monkeypatch.setattr(cluster.session, "ray_session", nothing)
+
+    def rest() -> tuple[str, str]:
+        out = io.StringIO()
+        console = Console(file=out, soft_wrap=True, width=300)
+        _, serving = module._run(checked, result.run, console)
+        module._print_result(console, checked, result, serving)
+        return "; ".join(result.trouble), out.getvalue()
+
+    return result, rest
+
+
+def test_a_report_that_mlflow_refuses_is_missing_there_and_the_family_succeeded(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, rest = ended(monkeypatch, nights)
+    result.run.mlflow[""] = "0" * 32
+    trouble, printed = rest()
+    assert trouble == "" and result.run.report_path.is_file()
+    (line,) = [line for line in printed.splitlines() if line.startswith("warning: ")]
+    assert f"the report is in {result.run.report_path} and not in MLflow; make it with: stillhouse run " in line
+    assert f"{result.run.name} --resume" in line and "refuses" in line
+
+
+def test_a_report_that_cannot_be_written_is_named_and_the_family_succeeded(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, rest = ended(monkeypatch, nights)
+    result.run.report_path.mkdir()
+    trouble, printed = rest()
+    assert trouble == ""
+    assert f"warning: the report {result.run.report_path} could not be written; make it with: " in printed
+    assert nights.champion() == 1
+
+
+def test_a_report_is_attached(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, rest = ended(monkeypatch, nights)
+    assert rest()[0] == "" and result.warnings == []
+    assert [each.path for each in nights.client.list_artifacts(result.run.mlflow[""])] == ["report.html"]
+
+
+def test_endpoints_that_cannot_be_compared_cost_the_comparison_only(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, rest = ended(monkeypatch, nights, serving={}, promotion={"latency": 1.1})
+    result.champions["small"] = Champion(9, FIDELITY)
+
+    def broken(*_: object) -> list[dict[str, Any]]:
+        raise ConnectionError("no endpoint answers")
+
+    monkeypatch.setattr(module, "compare", broken)
+    trouble, printed = rest()
+    assert trouble == ""
+    assert "warning: the endpoints could not be compared: ConnectionError: no endpoint answers" in printed
+    assert result.verdicts["small"].outcome == KEPT
+    assert result.run.report_path.is_file()
+
+
+def test_a_student_without_a_version_is_shown_as_such_everywhere(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, rest = ended(monkeypatch, nights, serving={})
+    result.versions.clear()
+    result.unregistered["small"] = "MLflow refuses; its model is kept in /models/small, and --resume registers it"
+    monkeypatch.setattr(module, "compare", lambda *_: 1 / 0)  # there is nothing to serve
+    trouble, printed = rest()
+    assert trouble.startswith("student small is not registered: MLflow refuses; its model is kept in /models/small")
+    assert "not registered" in printed and result.verdicts == {} and result.warnings == []
+    page = result.run.report_path.read_text()
+    assert "Student small is not registered: MLflow refuses" in page and "<td>not registered</td>" in page
+
+
+def test_a_promotion_that_fails_harms_no_other(nights: Nights) -> None:
+    checked, result = nights.night(FIDELITY, None)
+    two = {"gone": replace(result.students["small"], name="gone"), **result.students}
+    result = replace(result, students=two, versions={"gone": 7, **result.versions})
+    result.champions = {"gone": None, "small": None}
+    students = dict.fromkeys(two, checked.spec.students["small"])
+    settle(replace(checked, spec=checked.spec.model_copy(update={"students": students})), result, [])
+    assert nights.champion() == 1 and result.verdicts["small"].promoted
+    assert result.undecided.keys() == {"gone"} and "--resume" in result.undecided["gone"]
+    assert result.trouble == [f"the promotion of student gone is not decided: {result.undecided['gone']}"]
+
+
+def test_a_champion_that_mlflow_did_not_name_leaves_the_promotion_to_the_resumed_run(nights: Nights) -> None:
+    checked, result = nights.night(BETTER, None)
+    result.champions, result.undecided = {}, {"small": "MLflow does not answer"}
+    settle(checked, result, [])
+    assert nights.champion() is None and result.run.promotions == {}
+    again = nights.resumed(checked, result)
+    again.champions, again.undecided = {"small": None}, {}
+    settle(checked, again, [])
+    assert nights.champion() == 1 and again.trouble == []
