@@ -263,3 +263,29 @@ def test_a_student_that_fails_harms_no_other(tiny: Path, tmp_path: Path) -> None
     client.delete_prompt("tiny-refused")
     _, again, _ = run_here(path, resume=True)
     assert again.unregistered == {} and again.versions == {"small": result.versions["small"], "refused": 1}
+
+
+@pytest.mark.nightly
+def test_one_student_that_carries_documents_over_lays_the_family_s_text_out_unpacked(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """A Mamba-2 has no mask that keeps packed documents apart, and the teacher scores what it reads."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    from tests.tiny import write_tiny_tokenizer
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    mamba = write_tiny_tokenizer(tmp_path / "mamba")
+    Mamba2ForCausalLM(Mamba2Config(vocab_size=320, chunk_size=16, **sizes, **ids)).save_pretrained(mamba)
+    students = {"llama": SAME, "mamba": {**SAME, "init": {"source": "pretrained", "model": str(mamba)}}}
+    path = write_family(tmp_path, tiny, students, corpus={"max_batches": 20})
+    checked, result, _ = run_here(path)
+    assert result.failed == {}
+    assert not result.corpus.packed
+    assert result.notices == checked.packing_notices()
+    assert "student mamba: mamba2 models carry one document into the next" in result.notices[0]
+    batches = Batches(result.run.folder / CORPUS_FOLDER, checked.spec.corpus, checked.spec.evaluation.batches)
+    assert not any(batches.train(number).packed for number in range(batches.count))
+    for name, student in result.students.items():
+        assert student.after.kl < student.before.kl, name
