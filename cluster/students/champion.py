@@ -50,7 +50,7 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
             dtype=torch.bfloat16 if job.spec.precision == "bfloat16" else torch.float32,
             trust_remote_code=job.family.teacher.trust_remote_code,
         ).to(device)
-    probe_head(whole, f"the champion v{version}")
+    probe_head(whole, f"the champion v{version}", job.teacher.vocabulary)
     student = Student(whole).eval()
     sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=device)
     head = None

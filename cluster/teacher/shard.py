@@ -80,7 +80,7 @@ class Shard:
             trust_remote_code=self._spec.trust_remote_code,
             **options,
         )
-        probe_head(self._model, f"teacher.model: {self._teacher.folder}")
+        probe_head(self._model, f"teacher.model: {self._teacher.folder}", self._teacher.vocabulary)
         self._work = Work(parameters_of(self._model), FORWARD, peak_flops(self._device), self._spec.shards)
 
     def _tensor_parallel(self, host: str, port: int) -> Any:
