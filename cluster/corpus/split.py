@@ -66,7 +66,7 @@ def split_documents(
             at = int(lengths_N[group].min()) - -(-missing // len(group))
             if at > 0:
                 begins_N[group], cut = boundary(int(group[0]), at), len(group)
-        missing -= int((lengths_N - begins_N)[group].sum())
+        missing -= int((lengths_N[group] - begins_N[group]).sum())
     train = [(np.flatnonzero(~held_N), 0, lengths_N), (np.flatnonzero(begins_N > 0), 0, begins_N)]
     held = np.flatnonzero(held_N)
     train_P3 = np.concatenate([_spans(index, start, stop) for index, start, stop in train])
