@@ -27,7 +27,7 @@ from cluster.labels.make import make_labels
 from cluster.labels.wire import Stamp, encode
 from cluster.loading import load_model
 from cluster.memory import keep_memory
-from cluster.prefill import last_hidden
+from cluster.prefill import backbone_of, last_hidden
 from cluster.spec import HiddenLabels, LabelsSpec, SampledLabels, TopKLabels
 
 STAMP = Stamp("00" * 8, "00" * 8, "00" * 8, "00" * 16)
@@ -71,7 +71,7 @@ class Scorer:
 
     def hidden(self) -> Tensor:
         """The bare forward pass."""
-        return last_hidden(self.model.base_model, self.tokens_BS, None)
+        return last_hidden(backbone_of(self.model), self.tokens_BS, None)
 
     def logits(self) -> None:
         """The forward pass with the head's matrix product over the tokens that carry loss."""

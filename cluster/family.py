@@ -96,7 +96,11 @@ def run_family(
     try:
         text, most = run.folder / CORPUS_FOLDER, checked.most.cpus
         read = run.text_is_kept
-        corpus = CorpusFacts.read(text) if read else prepare_corpus(spec.corpus, checked.teacher.folder, text, most)
+        corpus = (
+            CorpusFacts.read(text)
+            if read
+            else prepare_corpus(spec.corpus, checked.teacher.folder, text, most, pack=checked.packed)
+        )
         batches = Batches(text, spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
         _open_runs(checked, run, registry, records, lineage, report)
@@ -108,6 +112,7 @@ def run_family(
             _end_at_once(actors)
             raise
         result.seconds = time.monotonic() - started
+        result.notices = checked.packing_notices()
     except KeyboardInterrupt:
         _report_the_end(registry, run, [], killed=True)
         raise
@@ -193,6 +198,7 @@ def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[Stu
             stream=actors.stream,
             board=actors.board,
             storage=str(run.folder),
+            packing=checked.packing[name],
         )
         for name in checked.spec.students
     ]

@@ -9,7 +9,8 @@ part       covers                                                  computed by
 ========== ======================================================= ==============================================
 teacher    every byte of the configuration and of the weights, its :func:`teacher_fingerprint`
            own Python code where the spec runs it, the precision,
-           the number of vocabulary columns that are kept
+           the number of vocabulary columns that are kept, a
+           block mask over packed documents
 tokenizer  which token an id stands for                            :func:`tokenizer_fingerprint`
 labels     the kind and those of its settings that differ from     :func:`cluster.labels.wire.labels_hash`
            its defaults: ``k``, ``draws``, ``temperature``
@@ -57,7 +58,7 @@ _THREADS = 8
 _DIGITS = 16
 
 
-def teacher_fingerprint(folder: Path, teacher: TeacherSpec, vocabulary: int) -> str:
+def teacher_fingerprint(folder: Path, teacher: TeacherSpec, vocabulary: int, packing: str = "unpacked") -> str:
     """16 hex digits that differ for two teachers whose labels may differ by more than rounding.
 
     This is the place to add a fact that changes how a teacher computes. Give it None where it has the value that it
@@ -66,6 +67,8 @@ def teacher_fingerprint(folder: Path, teacher: TeacherSpec, vocabulary: int) -> 
     Args:
         folder: local directory of the model.
         vocabulary: columns of the logits, and rows of the head, that are kept.
+        packing: how the teacher keeps packed documents apart, see :mod:`cluster.packing`; one without a mask is told
+            from one that needs none by the batches' positions.
 
     Raises:
         UserError: see :func:`model_fingerprint`.
@@ -78,6 +81,7 @@ def teacher_fingerprint(folder: Path, teacher: TeacherSpec, vocabulary: int) -> 
         "model": model_fingerprint(folder, code=teacher.trust_remote_code),
         "dtype": teacher.dtype,
         "vocabulary": vocabulary,
+        "packing": "masked" if packing == "masked" else None,
     }
     return _hashed({name: value for name, value in facts.items() if value is not None})
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cluster.errors import UserError
+from cluster.shrink import shrunk, small_model
 
 if TYPE_CHECKING:  # the stream and the label store handle heads without torch
     from torch import Tensor
@@ -133,7 +134,7 @@ def _misfit(model: Any, vocabulary: int | None = None) -> str | None:
     """What keeps a model from being a teacher or a student; None where nothing does. Raises what the model raises."""
     import torch
 
-    from cluster.prefill import last_hidden
+    from cluster.prefill import backbone_of, last_hidden
 
     head, was_training = whole_head_of(model), model.training
     head = head.cut(vocabulary or len(head.weight_VD))
@@ -148,7 +149,7 @@ def _misfit(model: Any, vocabulary: int | None = None) -> str | None:
             own_SV, again_SV = (
                 model(input_ids=each[None], use_cache=False).logits[0, :, :rows] for each in (tokens_S, changed_S)
             )
-            computed_SV = head.logits(last_hidden(model.base_model, tokens_S[None], None)[0])
+            computed_SV = head.logits(last_hidden(backbone_of(model), tokens_S[None], None)[0])
     finally:
         model.train(was_training)
     checks = {
@@ -170,29 +171,6 @@ def _misfit(model: Any, vocabulary: int | None = None) -> str | None:
     return None
 
 
-# Small values for the sizes in a configuration, by the names that transformers gives them.
-_TINY = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "rotary_dim": 16,
-    "num_experts": 8,
-    "num_local_experts": 8,
-    "n_routed_experts": 8,
-    "n_group": 1,
-    "topk_group": 1,
-    "mamba_chunk_size": 16,
-    "pad_token_id": 0,
-}
-# A model with more parameters is not built only to be probed.
-_MOST_PARAMETERS = 20_000_000
-
-
 def probe_config(config: Any, field: str, trust_remote_code: bool = False) -> None:
     """Probe a tiny random model of a configuration's class, so that an unfit one is refused before a start.
 
@@ -206,7 +184,7 @@ def probe_config(config: Any, field: str, trust_remote_code: bool = False) -> No
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
-            model = _tiny_model(config, trust_remote_code)
+            model = small_model(shrunk(config), trust_remote_code)
             head = head_of(model)
             for part in (head.weight_VD, head.bias_V):
                 if part is not None:
@@ -217,23 +195,3 @@ def probe_config(config: Any, field: str, trust_remote_code: bool = False) -> No
         return
     if misfit:
         raise UserError(f"{field}: {type(model).__name__} {misfit}; use another model")
-
-
-def _tiny_model(config: Any, trust_remote_code: bool) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    fields, layers = config.to_dict(), config.num_hidden_layers
-    for name, size in _TINY.items():
-        name = config.attribute_map.get(name, name)
-        if fields.get(name) is not None:
-            fields[name] = min(size, fields[name])
-    for name, value in fields.items():
-        if "layer" in name and isinstance(value, list) and len(value) == layers:
-            fields[name] = value[: _TINY["num_hidden_layers"]]
-    tiny = type(config).from_dict(fields)
-    with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(tiny, trust_remote_code=trust_remote_code)
-    if (size := sum(p.numel() for p in outline.parameters())) > _MOST_PARAMETERS:
-        raise ValueError(f"it still has {size} parameters")
-    return AutoModelForCausalLM.from_config(tiny, dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import UserError
 from cluster.heads import probe_config
 from cluster.loading import read_config
 from cluster.registry import fetch_model
+
+# How a model keeps documents apart that are packed into one sequence: by their positions alone, by an explicit mask, or
+# not at all, so that each sequence has to be one document. See cluster/packing.py.
+Packing = Literal["exact", "masked", "unpacked"]
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,14 @@ class TeacherModel:
         folder: its local directory.
         vocabulary: the tokenizer's real size; padded model vocabularies are cut to it.
         fingerprint, tokenizer: 16 hex digits each, which every label block carries; see :mod:`cluster.fingerprint`.
+        packing: how it scores packed documents.
     """
 
     folder: str
     vocabulary: int
     fingerprint: str
     tokenizer: str
+    packing: Packing = "unpacked"
 
 
 def local_model(name: str, *, revision: str | None, tracking_uri: str, field: str) -> Path:

@@ -15,7 +15,7 @@ from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
 from cluster.loading import check_weights
-from cluster.models import TeacherModel, load_config, load_tokenizer, local_model
+from cluster.models import Packing, TeacherModel, load_config, load_tokenizer, local_model
 from cluster.registry import champion_of, fetch_model
 from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers, TopKLabels
 from cluster.specfile import home
@@ -36,6 +36,9 @@ class Checked:
         champions: per student with a warm start the version that it starts from; none where there is no champion yet.
         most: what it may hold of the cluster at a time.
         skipped: files in the corpus' folders and globs that are not read, by reason.
+        packing: how each student keeps packed documents apart; ``teacher`` knows it of the teacher. All are
+            ``unpacked`` where one is, for all read the same batches.
+        unpacked_because: per model that cannot keep packed documents apart the reason.
     """
 
     spec: FamilySpec
@@ -46,6 +49,20 @@ class Checked:
     most: Most
     champions: dict[str, int | None] = dataclasses.field(default_factory=dict)
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    packing: dict[str, Packing] = dataclasses.field(default_factory=dict)
+    unpacked_because: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def packed(self) -> bool:
+        """Whether documents are packed end to end into sequences, or each sequence holds one document and padding."""
+        return not self.unpacked_because
+
+    def packing_notices(self) -> list[str]:
+        """Why documents are not packed, one line each; empty where they are."""
+        return [
+            f"documents are not packed, each sequence holds one and padding: {who}: {reason}"
+            for who, reason in self.unpacked_because.items()
+        ]
 
     def champion(self, student: str) -> str | None:
         """The registered version that a student starts from, such as ``demo-small v3``; none where from its init."""
@@ -55,7 +72,7 @@ class Checked:
     def notices(self) -> list[str]:
         """What a person should know before the start, a line each."""
         skipped = skipped_line(self.skipped)
-        return [*([f"corpus: {skipped}"] if skipped else []), *self.warm_starts()]
+        return [*([f"corpus: {skipped}"] if skipped else []), *self.warm_starts(), *self.packing_notices()]
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""
@@ -102,6 +119,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     _check_shards(spec, config)
     _check_tokens(tokenizer, vocabulary, folder)
     check_weights(folder, config, "teacher.model", teacher.trust_remote_code)
+    decided = {"the teacher": _packing_of(config, "teacher.model", teacher.trust_remote_code)}
     dirs: dict[str, Path] = {}
     champions: dict[str, int | None] = {}
     for name, student in spec.students.items():
@@ -111,20 +129,53 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
             given = f"{place}.init.model"
             dirs[name] = local_model(init.model, revision=init.revision, tracking_uri=uri, field=given)
             _check_existing(given, init.model, dirs[name], spec, tokenizer, vocabulary)
-        if not student.warm_start:
-            continue
-        model = spec.model_name(name)
-        version = champions[name] = begun[name] if begun and name in begun else champion_of(model, uri)
-        if version is not None:
-            dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
-            champion = f"the champion {model} v{version}"
-            _check_existing(f"{place}.warm_start", champion, dirs[name], spec, tokenizer, vocabulary)
+        if student.warm_start:
+            model = spec.model_name(name)
+            version = champions[name] = begun[name] if begun and name in begun else champion_of(model, uri)
+            if version is not None:
+                dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
+                champion = f"the champion {model} v{version}"
+                _check_existing(f"{place}.warm_start", champion, dirs[name], spec, tokenizer, vocabulary)
+        if name in dirs:
+            decided[f"student {name}"] = _packing_of(load_config(dirs[name], place), place)
+        else:
+            decided[f"student {name}"] = _packing_of(_student_config(init, config), place, teacher.trust_remote_code)
     skipped = {} if text_is_kept else find_files(spec.corpus.paths).skipped
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
-    fingerprints = (teacher_fingerprint(folder, teacher, vocabulary), tokenizer_fingerprint(tokenizer))
-    found = TeacherModel(str(folder), vocabulary, *fingerprints)
-    return Checked(spec, found, dirs, uri, store, most, champions, skipped)
+    unpacked = {who: reason for who, (packing, reason) in decided.items() if packing == "unpacked"}
+    teacher_packing, *of_students = ["unpacked" if unpacked else packing for packing, _ in decided.values()]
+    fingerprint = teacher_fingerprint(folder, teacher, vocabulary, teacher_packing)
+    return Checked(
+        spec,
+        TeacherModel(str(folder), vocabulary, fingerprint, tokenizer_fingerprint(tokenizer), teacher_packing),
+        dirs,
+        uri,
+        store,
+        most,
+        champions,
+        skipped,
+        dict(zip(spec.students, of_students, strict=True)),
+        unpacked,
+    )
+
+
+def _packing_of(config: Any, field: str, trust_remote_code: bool = False) -> tuple[Packing, str]:
+    # Imported here, for it loads torch.
+    from cluster.packing import architecture_packing
+
+    return architecture_packing(config, field, trust_remote_code)
+
+
+def _student_config(init: TeacherLayers | Pretrained | Scratch, teacher_config: Any) -> Any:
+    """The configuration of a student that is made from the teacher's, see :mod:`cluster.students.initial`."""
+    from cluster.students.configs import cut_config, scratch_config
+    from cluster.students.initial import chosen_layers
+
+    if isinstance(init, Scratch):
+        return scratch_config(teacher_config, init)
+    assert isinstance(init, TeacherLayers), "a pretrained one comes with its directory"
+    return cut_config(teacher_config, chosen_layers(init, teacher_config.num_hidden_layers))
 
 
 def _check_secret(spec: FamilySpec) -> None:
@@ -139,10 +190,13 @@ def _check_secret(spec: FamilySpec) -> None:
 
 def _check_shards(spec: FamilySpec, config: Any) -> None:
     shards = spec.teacher.shards
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if shards > 1 and (config.num_attention_heads % shards or kv_heads % shards):
+    if shards == 1:
+        return
+    heads = getattr(config, "num_attention_heads", 0)
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if not heads or heads % shards or kv_heads % shards:
         raise UserError(
-            f"teacher.shards: got {shards}; the teacher's {config.num_attention_heads} attention heads and {kv_heads} "
+            f"teacher.shards: got {shards}; the teacher's {heads} attention heads and {kv_heads} "
             f"key-value heads must both divide by it"
         )
 

@@ -23,6 +23,7 @@ class FamilyResult:
         seconds: of the whole family, without the comparison of its endpoints.
         champions: what each finished student is to be compared with, None where there is no champion yet; only of those
             that the family's ``promotion`` still has to decide on.
+        notices: what the reader of its figures has to know, one line each.
         verdicts: whether they took the champion's place; filled when it is decided.
         undecided: students whose promotion could not be decided or carried out, with the reason.
         warnings: what is missing though the family succeeded, one line each.
@@ -38,6 +39,7 @@ class FamilyResult:
     versions: dict[str, int] = field(default_factory=dict)
     champions: dict[str, Champion | None] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
     unregistered: dict[str, str] = field(default_factory=dict)
     undecided: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

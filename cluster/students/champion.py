@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,9 @@ from cluster.heads import probe_head
 from cluster.labels.make import as_tensor
 from cluster.loading import load_model
 from cluster.memory import keep_memory
-from cluster.models import load_config, load_tokenizer
+from cluster.models import Packing, load_config, load_tokenizer
+from cluster.packing import NotCausalError, probe_packing
+from cluster.prefill import backbone_of
 from cluster.registry import fetch_model
 from cluster.stream.reader import Reader
 from cluster.students.job import StudentJob
@@ -50,8 +53,12 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
             dtype=torch.bfloat16 if job.spec.precision == "bfloat16" else torch.float32,
             trust_remote_code=job.family.teacher.trust_remote_code,
         ).to(device)
+    whole.eval()
     probe_head(whole, f"the champion v{version}", job.teacher.vocabulary)
-    student = Student(whole).eval()
+    packing, reason = packing_beside(whole, job.packing)
+    if reason:
+        return Champion(version, None, f"champion v{version} cannot be compared: {reason}")
+    student = Student(whole, packing).eval()
     sums = torch.zeros(FIDELITY_SUMS, dtype=torch.float64, device=device)
     head = None
     for rank in range(job.spec.ranks):
@@ -59,6 +66,22 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
         head = reader.teacher_head().map(lambda kept: as_tensor(kept).to(device)) if head is None else head
         sums += held_out_sums(student, job, reader, head, device)
     return Champion(version, fidelity_of(sums))
+
+
+def packing_beside(model: Any, student: Packing) -> tuple[Packing, str | None]:
+    """How a champion is to read the batches of a student, and why it cannot; None where it can.
+
+    Args:
+        model: the champion, in evaluation mode.
+        student: how the student does; where it is ``unpacked``, no sequence holds two documents.
+    """
+    try:
+        packing = probe_packing(backbone_of(model))
+    except NotCausalError as error:
+        return "unpacked", f"it is not causal: {error}"
+    if student == "unpacked":
+        return "unpacked", None
+    return packing, "it does not keep packed documents apart" if packing == "unpacked" else None
 
 
 def why_not_comparable(folder: Path, job: StudentJob) -> str | None:

@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 
 from cluster.labels.kinds import Labels, joined
 from cluster.labels.wire import Stamp, read_block
-from cluster.models import TeacherModel
+from cluster.models import Packing, TeacherModel
 from cluster.spec import FamilySpec, LabelsSpec, StudentSpec
 from cluster.stream.figures import Delivery
 
@@ -31,6 +31,7 @@ class StudentJob:
         batches: how many the pass has.
         stream, board: handles of the family's actors.
         storage: the run's folder or bucket, for checkpoints.
+        packing: how it keeps packed documents apart.
     """
 
     name: str
@@ -41,6 +42,7 @@ class StudentJob:
     stream: ActorHandle
     board: ActorHandle
     storage: str
+    packing: Packing = "unpacked"
 
     @property
     def spec(self) -> StudentSpec:

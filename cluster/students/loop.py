@@ -28,6 +28,7 @@ from cluster.evaluate.figures import Fidelity
 from cluster.flops import TRAINING, Work, parameters_of, peak_flops
 from cluster.heads import probe_head
 from cluster.memory import keep_memory
+from cluster.packing import verify_packing
 from cluster.registry import on_this_node
 from cluster.session import ACTOR_LOST
 from cluster.space import NoRoomError
@@ -99,12 +100,13 @@ class _Rank:
             trust_remote_code=self.job.family.teacher.trust_remote_code,
         ).to(self.device)
         probe_head(self.model, f"students.{self.job.name}", self.job.teacher.vocabulary)
+        verify_packing(self.model, self.job.packing, f"student {self.job.name}")
         self.model.train()
         if self.spec.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.work = Work(parameters_of(self.model), TRAINING, peak_flops(self.device), self.spec.ranks)
-        module = Student(self.model)
+        module = Student(self.model, self.job.packing)
         self.engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=adamw(module, self.spec),

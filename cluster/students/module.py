@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from cluster.corpus.batches import Batch
 from cluster.heads import OutputHead, head_of
-from cluster.prefill import last_hidden
+from cluster.models import Packing
+from cluster.prefill import backbone_of, last_hidden
 
 R = TypeVar("R")
 
@@ -63,14 +64,18 @@ def inputs_of(batch: Batch, device: torch.device) -> Inputs:
 
 
 class Student(nn.Module):
-    """A causal language model without its logits."""
+    """A causal language model without its logits.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        packing: how it keeps packed documents apart, see :mod:`cluster.packing`.
+    """
+
+    def __init__(self, model: PreTrainedModel, packing: Packing = "unpacked") -> None:
         super().__init__()
-        self.backbone = model.base_model
+        self.backbone, self._packing = backbone_of(model), packing
         self.head = Head(head_of(model))
 
     def forward(self, inputs: Inputs, use: Callable[[Tensor, OutputHead[Tensor]], R]) -> R:
         """Run the backbone and hand the hidden states of the loss tokens, [T, D], with the head to ``use``."""
-        hidden_BSD = last_hidden(self.backbone, inputs.tokens_BS, inputs.positions_BS)
+        hidden_BSD = last_hidden(self.backbone, inputs.tokens_BS, inputs.positions_BS, self._packing)
         return self.head(hidden_BSD[inputs.loss_mask_BS], use)

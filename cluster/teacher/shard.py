@@ -56,15 +56,18 @@ class Shard:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     def join(self, host: str, port: int) -> None:
-        """Form the replica's process group, load this rank's part of the weights and probe the head.
+        """Form the replica's process group, load this rank's part of the weights and probe the model.
 
         Raises:
             UserError: the weight files do not hold exactly the model's weights, or the model is no causal language
                 model with a head that students can learn from.
+            RunError: it does not keep packed documents apart as ``packing`` of the teacher states.
         """
         if not self._spec.gpus_per_shard:
             see_no_gpu()
         import torch
+
+        from cluster.packing import verify_packing
 
         self._device = torch.device("cuda", 0) if self._spec.gpus_per_shard else torch.device("cpu")
         torch.set_num_threads(max(1, int(self._spec.cpus_per_shard)))
@@ -81,6 +84,7 @@ class Shard:
             **options,
         )
         probe_head(self._model, f"teacher.model: {self._teacher.folder}", self._teacher.vocabulary)
+        verify_packing(self._model, self._teacher.packing, f"the teacher {self._teacher.folder}")
         self._work = Work(parameters_of(self._model), FORWARD, peak_flops(self._device), self._spec.shards)
 
     def _tensor_parallel(self, host: str, port: int) -> Any:
@@ -102,7 +106,7 @@ class Shard:
         """Last hidden states [B, S, D] of a batch."""
         import torch
 
-        from cluster.prefill import last_hidden
+        from cluster.prefill import backbone_of, last_hidden
 
         if (largest := int(batch.tokens_BS.max())) >= self._teacher.vocabulary:
             raise LabelError(
@@ -113,7 +117,7 @@ class Shard:
         positions = None
         if batch.packed:
             positions = torch.from_numpy(batch.positions_BS.astype(np.int64)).to(self._device)
-        return last_hidden(self._model.base_model, tokens, positions)
+        return last_hidden(backbone_of(self._model), tokens, positions, self._teacher.packing)
 
     def _labels_of(self, batch: Batch, spec: LabelsSpec) -> Labels | None:
         """Labels of a batch in a kind; None off rank 0."""

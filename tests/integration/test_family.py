@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +222,12 @@ def test_the_report_is_one_page_with_all_students(family: tuple[Checked, FamilyR
     checked, result, _ = family
     quantiles = {"p50": 1.0, "p95": 2.0, "p99": 3.0}
     arm = {"arm": "tiny-one", "count": 3, "errors": 0, "first_token_ms": quantiles, "latency_ms": quantiles}
+    result = replace(result, notices=["documents are not packed: student small"])
     page = write_report(checked.spec, result, [{**arm, "tokens_per_s": 4.0}], {"machine": "here"}).read_text()
     for name in STUDENTS:
         assert f"tiny-{name} v{result.versions[name]}" in page
     assert page.count("<svg") == 2
+    assert "documents are not packed: student small" in page
     assert not re.search(r"<script|<link|(src|href)=\"(?!#)|url\((?!#)", page)  # nothing is fetched from elsewhere
 
 

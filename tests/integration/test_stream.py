@@ -65,7 +65,12 @@ def stream(corpus: Any, tmp_path: Path, store: str | None) -> Any:
     actor = (
         ray.remote(Stream)
         .options(num_cpus=0, max_concurrency=100, max_restarts=3)
-        .remote(spec, str(tmp_path), TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8), store)
+        .remote(
+            spec,
+            str(tmp_path),
+            TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8, packing="exact"),
+            store,
+        )
     )
     ray.get(actor.start.remote())
     yield actor

@@ -99,7 +99,7 @@ def gradients(
     """The gradient of one optimiser step: as the loop scales it and as DeepSpeed averages it."""
     init = TeacherLayers(source="teacher", layers=[0, 3])
     model = initial_student(init, teacher_dir=str(tiny_teacher), student_dir=None, dtype=torch.float32)
-    student, steps = Student(model), SEQUENCES // (micro * ranks)
+    student, steps = Student(model, "exact"), SEQUENCES // (micro * ranks)
     scale = ranks * steps / batch.loss_tokens
     for first in range(0, SEQUENCES, micro):
         part = batch.rows(first, first + micro)
@@ -182,7 +182,7 @@ def test_the_head_is_given_the_hidden_states_of_the_loss_tokens(
     model, part = load(tiny_teacher), (packed_batch if packed else batch).rows(2, 5)
     inputs = inputs_of(part, CPU)
     with torch.no_grad():
-        logits_TV = Student(model)(inputs, lambda hidden_TD, head: head.logits(hidden_TD))
+        logits_TV = Student(model, "exact")(inputs, lambda hidden_TD, head: head.logits(hidden_TD))
         logits_BSV = model(inputs.tokens_BS, position_ids=inputs.positions_BS, use_cache=False).logits
     torch.testing.assert_close(logits_TV, logits_BSV[inputs.loss_mask_BS])
     assert len(logits_TV) == part.loss_tokens
@@ -196,7 +196,7 @@ def test_the_labels_and_the_student_s_logits_lie_at_the_same_positions(
     """The teacher as its own student has nothing to learn, through every step from tokens to loss."""
     batch = packed_batch if packed else batch
     labels, head = score(tiny_teacher, batch, kind)
-    student = Student(load(tiny_teacher))
+    student = Student(load(tiny_teacher), "exact")
     moved = {name: np.roll(getattr(labels, name), 1, axis=0) for name in labels.columns()}
     own, wrong = (
         abs(float(learn(student, batch, each, head, Objective(0.0, 1.0))[1][1])) / batch.loss_tokens
@@ -215,7 +215,7 @@ def test_sequences_without_loss_tokens_give_no_loss_and_no_gradient(
     mask_BS[: None if whole else 3] = False
     batch = replace(batch, loss_mask_BS=mask_BS)
     labels, head = score(tiny_teacher, batch, kind)
-    student = Student(load(tiny_teacher))
+    student = Student(load(tiny_teacher), "exact")
     loss, sums = learn(student, batch.rows(0, 3), labels.rows(0, 3), head, Objective(0.1, 0.9))
     loss.backward()
     assert float(loss.detach()) == 0.0 and not sums.any()
@@ -262,7 +262,7 @@ def a_student(tiny_teacher: Path, checkpointing: bool) -> Student:
     model = load(tiny_teacher).train()
     if checkpointing:
         model.gradient_checkpointing_enable()
-    return Student(model)
+    return Student(model, "exact")
 
 
 def states_and_gradients(student: Student, parts: list[Inputs]) -> tuple[Tensor, dict[str, Tensor]]:
