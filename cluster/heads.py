@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -109,32 +110,34 @@ def whole_head_of(model: Any) -> OutputHead[Tensor]:
     return head_of(model).map(lambda part: part.full_tensor() if hasattr(part, "full_tensor") else part)
 
 
-def probe_head(model: Any, field: str) -> None:
+def probe_head(model: Any, field: str, vocabulary: int | None = None) -> None:
     """Prove that a model's logits are what its :class:`OutputHead` makes of its hidden states, and that it is causal.
 
     Costs three forward passes over ``PROBE_TOKENS`` tokens. On a sharded model every rank must call it.
 
     Args:
         field: what named the model, for the error.
+        vocabulary: the logits past it are padding and may be anything.
 
     Raises:
         UserError: it computes other logits, or a token changes the logits of earlier positions.
     """
     try:
-        misfit = _misfit(model)
+        misfit = _misfit(model, vocabulary)
     except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         misfit = f"cannot be run on tokens alone: {' '.join(str(error).split())[:200]}"
     if misfit:
         raise UserError(f"{field}: {type(model).__name__} {misfit}; use another model")
 
 
-def _misfit(model: Any) -> str | None:
+def _misfit(model: Any, vocabulary: int | None = None) -> str | None:
     """What keeps a model from being a teacher or a student; None where nothing does. Raises what the model raises."""
     import torch
 
     from cluster.prefill import backbone_of, last_hidden
 
     head, was_training = whole_head_of(model), model.training
+    head = head.cut(vocabulary or len(head.weight_VD))
     rows = len(head.weight_VD)
     length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
     half, at_S = length // 2, torch.arange(length, device=head.weight_VD.device)
@@ -144,7 +147,7 @@ def _misfit(model: Any) -> str | None:
     try:
         with torch.no_grad():
             own_SV, again_SV = (
-                model(input_ids=each[None], use_cache=False).logits[0] for each in (tokens_S, changed_S)
+                model(input_ids=each[None], use_cache=False).logits[0, :, :rows] for each in (tokens_S, changed_S)
             )
             computed_SV = head.logits(last_hidden(backbone_of(model), tokens_S[None], None)[0])
     finally:
@@ -157,11 +160,13 @@ def _misfit(model: Any) -> str | None:
         ),
     }
     largest = float(own_SV.abs().max())
+    if not math.isfinite(largest):
+        return "computes logits that are not finite, as if its weights were damaged"
     for what, off in checks.items():
         off_S, floats = off.abs().amax(-1), head.weight_VD.dtype.itemsize
         # In 16 bits, rounding can send a single token to other experts; what is looked for changes every token.
         difference = float(off_S.max() if floats > 2 else off_S.median())
-        if not difference <= _TOLERANCE[floats] * largest:  # NaN too
+        if not difference <= _TOLERANCE[floats] * largest:
             return f"{what}; they differ by {difference:.3g} where the largest is {largest:.3g}"
     return None
 

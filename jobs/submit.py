@@ -17,7 +17,7 @@ from typing import Any
 import typer
 import yaml
 
-from cluster.corpus.files import S3, is_glob, select_each, skipped_line
+from cluster.corpus.files import S3, select_each, skipped_line
 from cluster.dates import date_of, has_macros, rendered
 from cluster.errors import RunError, UserError
 from cluster.limits import DRIVER, DRIVER_SHARE, MAX_CPUS, MAX_GPUS
@@ -234,7 +234,8 @@ def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
     Raises:
         UserError: a file is not there or of an unknown kind, or more corpus than may travel with a job.
     """
-    local = dict(select_each([path for path in spec.corpus.paths if not path.startswith(S3)]))
+    # Each path once: of one that is given again all files are known by then.
+    local = dict(select_each(dict.fromkeys(path for path in spec.corpus.paths if not path.startswith(S3))))
     files = [Path(name) for found in local.values() for name in found.files]
     skipped = sum((Counter(found.skipped) for found in local.values()), Counter[str]())
     if line := skipped_line(skipped):
@@ -255,10 +256,11 @@ def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
         if source.startswith(S3):
             shipped.append(source)
         elif source in local and (found := local.pop(source).files):
-            target = folder / CORPUS_FOLDER / f"{number}-{'files' if is_glob(source) else Path(source).name}"
-            for name, place in zip(found, _places(source, found, target), strict=True):
+            name = Path(source).name if Path(source).exists() else "files"
+            target = folder / CORPUS_FOLDER / f"{number}-{name}"
+            for file, place in zip(found, _places(source, found, target), strict=True):
                 place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(name, place)
+                shutil.copyfile(file, place)
             shipped.append(str(target.relative_to(folder)))
     tree["corpus"]["paths"] = shipped
     if context.tracking_uri is not None:

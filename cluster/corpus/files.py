@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -219,7 +219,7 @@ def _select(path: str, trees: dict[bool, _Local | _Bucket]) -> CorpusFiles:
     raise UserError(f"corpus.paths: {path} is not there; give files, folders or globs of {ALLOWED}")
 
 
-def select_each(paths: Sequence[str]) -> Iterator[tuple[str, CorpusFiles]]:
+def select_each(paths: Iterable[str]) -> Iterator[tuple[str, CorpusFiles]]:
     """Each of ``corpus.paths`` with its files. A file that an earlier path has named counts as skipped.
 
     Raises:

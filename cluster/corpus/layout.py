@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+
+# Spans that are Python's own numbers at a time; all of them would take more memory than short documents do.
+PART = 4096
+
+
+def _each(spans_P3: npt.NDArray[np.int64]) -> Iterator[list[int]]:
+    for start in range(0, len(spans_P3), PART):
+        yield from spans_P3[start : start + PART].tolist()
 
 
 class Layout:
@@ -40,7 +48,7 @@ class Layout:
         shape = (self.sequences(spans_P3), self._length)
         starts = np.zeros(shape[0] * shape[1], dtype=np.bool_)
         place = 0
-        for document, first, stop in spans_P3.tolist():
+        for document, first, stop in _each(spans_P3):
             if place >= starts.size:
                 break
             starts[place] = True
@@ -50,16 +58,18 @@ class Layout:
         return starts.reshape(shape)
 
     def _write_padded(self, file: BinaryIO, spans_P3: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
-        lengths = []
-        for document, first, stop in spans_P3.tolist():
+        lengths_N = np.zeros(self.sequences(spans_P3), dtype=np.int32)
+        written = 0
+        for document, first, stop in _each(spans_P3):
             for begin in range(first, stop, self._length):
                 ids = self._documents[document][begin : min(stop, begin + self._length)]
                 if len(ids) > 1:
                     row = np.full(self._length, self._pad, dtype=np.int32)
                     row[: len(ids)] = ids
                     file.write(row.data)
-                    lengths.append(len(ids))
-        return np.array(lengths, dtype=np.int32)
+                    lengths_N[written] = len(ids)
+                    written += 1
+        return lengths_N
 
     def continued(self, beside: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """[sequences, positions]: True where a token belongs to the document of the token before it."""

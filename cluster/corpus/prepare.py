@@ -151,7 +151,9 @@ def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str) -> _Doc
 def _line_end_before(ids: npt.NDArray[np.int32], at: int, tokenizer_dir: str) -> int:
     """The last token at or before ``at`` that follows a blank line; else the end of a line; else ``at``."""
     tokenizer, line_end = _tokenizer(tokenizer_dir), at
-    for place in range(at, max(1, at - LINE_SEARCH), -1):
+    # Not so far that much more than was asked for lies behind it.
+    reach = min(LINE_SEARCH, (len(ids) - at) // 4)
+    for place in range(at, max(1, at - reach), -1):
         last, both = (tokenizer.decode(ids[first:place].tolist()) for first in (place - 1, place - 2))
         if "\n" in last and "\n\n" in both:
             return place

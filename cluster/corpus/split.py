@@ -45,8 +45,10 @@ def split_documents(
     same quantile of the hashes, so nearly all held-out documents of one night are those of the next; and equal texts
     have equal hashes, so all of them are on one side.
 
-    A text that is longer than ``held_out_tokens``, all its copies together, comes last, and is cut: its end is held
-    out. The end, for where a text grows by appending, what was trained on is never held out later.
+    Each document that alone is longer than ``held_out_tokens`` is cut, by the same share, so that the held-out text is
+    not of short documents only. Its end is held out, for where a text grows by appending, what was trained on
+    is never held out later. A short text with so many copies that together they are longer comes last, and is cut
+    where it is needed at all.
 
     Args:
         lengths_N: tokens of each document.
@@ -57,31 +59,40 @@ def split_documents(
     held_N = np.zeros(len(lengths_N), dtype=np.bool_)
     begins_N = np.zeros(len(lengths_N), dtype=np.int64)
     missing, cut = held_out_tokens, 0
-    for group, long in _groups(hashes_N, lengths_N, held_out_tokens):
-        if missing <= 0:
+    total = int(lengths_N.sum())
+    for group, kind in _groups(hashes_N, lengths_N, held_out_tokens):
+        if missing <= 0 and kind != _LONG:
             break
         held_N[group] = True
-        if long:
+        if kind != _SHORT:
             # Copies are cut at one place, so that the same text is held out in each.
-            at = int(lengths_N[group].min()) - -(-missing // len(group))
-            if at > 0:
-                begins_N[group], cut = boundary(int(group[0]), at), len(group)
-        missing -= int((lengths_N - begins_N)[group].sum())
+            length = int(lengths_N[group].min())
+            wanted = -(-length * held_out_tokens // total) if kind == _LONG else -(-missing // len(group))
+            if wanted < length:
+                begins_N[group] = boundary(int(group[0]), length - wanted)
+                cut += len(group)
+        missing -= int((lengths_N[group] - begins_N[group]).sum())
     train = [(np.flatnonzero(~held_N), 0, lengths_N), (np.flatnonzero(begins_N > 0), 0, begins_N)]
     held = np.flatnonzero(held_N)
     train_P3 = np.concatenate([_spans(index, start, stop) for index, start, stop in train])
     return Split(train_P3[np.argsort(train_P3[:, 0])], _spans(held, begins_N, lengths_N), cut)
 
 
+# Texts that are longer than what is held out, those that are not, and those of which only all copies together are; in
+# the order in which they are looked at.
+_LONG, _SHORT, _COPIES = range(3)
+
+
 def _groups(
     hashes_N: npt.NDArray[np.uint64], lengths_N: npt.NDArray[np.int64], held_out_tokens: int
-) -> Iterator[tuple[npt.NDArray[np.int64], bool]]:
-    """The documents of each text, and whether the text is longer than what is held out: the long ones come last."""
+) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+    """The documents of each text, and which kind of text it is."""
     order_N = np.argsort(hashes_N, kind="stable")
     _, first_G, count_G = np.unique(hashes_N[order_N], return_index=True, return_counts=True)
-    long_G = np.add.reduceat(lengths_N[order_N], first_G) > held_out_tokens
-    for group in np.argsort(long_G, kind="stable"):
-        yield order_N[first_G[group] : first_G[group] + count_G[group]], bool(long_G[group])
+    kind_G = np.where(np.add.reduceat(lengths_N[order_N], first_G) > held_out_tokens, _COPIES, _SHORT)
+    kind_G[np.minimum.reduceat(lengths_N[order_N], first_G) > held_out_tokens] = _LONG
+    for group in np.argsort(kind_G, kind="stable"):
+        yield order_N[first_G[group] : first_G[group] + count_G[group]], int(kind_G[group])
 
 
 def _spans(

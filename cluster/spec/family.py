@@ -118,7 +118,7 @@ class CorpusSpec(Section):
     """Times the corpus is gone through, in a new order each time."""
     held_out: Share = 0.05
     """Share of the text that no student trains on; fidelity is measured there. Whole documents are held out, chosen by
-    a hash of their text; only a text that is longer than this share is cut."""
+    a hash of their text; only documents that are longer than this share are cut."""
     seed: int = 0
     """Decides the order, and what each student's dropout draws. Batch i is a function of (corpus, seed)."""
 

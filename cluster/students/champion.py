@@ -54,7 +54,7 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
             trust_remote_code=job.family.teacher.trust_remote_code,
         ).to(device)
     whole.eval()
-    probe_head(whole, f"the champion v{version}")
+    probe_head(whole, f"the champion v{version}", job.teacher.vocabulary)
     packing, reason = packing_beside(whole, job.packing)
     if reason:
         return Champion(version, None, f"champion v{version} cannot be compared: {reason}")

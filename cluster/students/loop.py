@@ -99,7 +99,7 @@ class _Rank:
             dtype=dtype,
             trust_remote_code=self.job.family.teacher.trust_remote_code,
         ).to(self.device)
-        probe_head(self.model, f"students.{self.job.name}")
+        probe_head(self.model, f"students.{self.job.name}", self.job.teacher.vocabulary)
         verify_packing(self.model, self.job.packing, f"student {self.job.name}")
         self.model.train()
         if self.spec.gradient_checkpointing:

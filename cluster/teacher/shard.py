@@ -83,7 +83,7 @@ class Shard:
             trust_remote_code=self._spec.trust_remote_code,
             **options,
         )
-        probe_head(self._model, f"teacher.model: {self._teacher.folder}")
+        probe_head(self._model, f"teacher.model: {self._teacher.folder}", self._teacher.vocabulary)
         verify_packing(self._model, self._teacher.packing, f"the teacher {self._teacher.folder}")
         self._work = Work(parameters_of(self._model), FORWARD, peak_flops(self._device), self._spec.shards)
 

@@ -252,7 +252,15 @@ def test_a_model_with_broken_weights_is_refused() -> None:
     model = llama()
     with torch.no_grad():
         model.lm_head.weight[3] = torch.nan
-    assert "they differ by nan" in refusal(lambda: probe_head(model, "teacher.model"))
+    assert "logits that are not finite" in refusal(lambda: probe_head(model, "teacher.model"))
+
+
+def test_what_the_padded_rows_hold_does_not_matter() -> None:
+    model = headed_model("phi")
+    with torch.no_grad():
+        model.lm_head.weight[VOCABULARY:] = torch.nan
+        model.lm_head.bias[VOCABULARY:] = torch.inf
+    probe_head(model, "teacher.model", VOCABULARY)
 
 
 @pytest.mark.parametrize("fields", [{}, {"is_decoder": True}], ids=["an encoder", "a decoder with a transform"])

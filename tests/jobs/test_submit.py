@@ -97,6 +97,15 @@ def test_what_travels_is_what_a_run_would_read_here(
     assert "skipped: 6 files (.csv: 1, hidden: 2, named twice: 3)" in capsys.readouterr().err
 
 
+def test_a_path_given_twice_and_one_that_looks_like_a_glob_travel(spec_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("odd")
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    submit.pack(load_spec(spec_path, ["corpus.paths=['a[1].txt', texts, 'a[1].txt', texts]"]), packed, HERE)
+    there = select_files(load_spec(packed / submit.SPEC_FILE).corpus.paths).files
+    assert [Path(name).read_text() for name in there] == ["odd", "a text"]
+
+
 def test_a_file_of_an_unknown_kind_does_not_travel(spec_path: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b")
     with pytest.raises(UserError, match=r"a\.csv is of an unknown kind"):

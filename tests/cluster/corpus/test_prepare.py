@@ -114,9 +114,10 @@ def test_a_cut_is_after_a_blank_line_or_at_least_after_a_line(monkeypatch: pytes
     assert prepare._line_end_before(ids, 450, "t") == 301  # two lines end there, at 401 one
     assert prepare._line_end_before(ids, 301, "t") == 301
     assert prepare._line_end_before(ids, 300, "t") == 102
-    assert prepare._line_end_before(ids, 1400, "t") == 1001
+    assert prepare._line_end_before(ids, 1100, "t") == 1001
     assert prepare._line_end_before(ids, 1001, "t") == 1001
     assert prepare._line_end_before(ids, 2500, "t") == 2500
+    assert prepare._line_end_before(ids[:404], 402, "t") == 402  # behind it lie two tokens
     assert prepare._line_end_before(ids, 40, "t") == 40
     assert prepare._line_end_before(ids, 1, "t") == 1
 
@@ -126,12 +127,11 @@ def test_padded_each_sequence_is_a_document_or_a_piece_and_nothing_is_scored_on_
 ) -> None:
     # The end token inside a document, and a document of nothing else, are no padding.
     documents = [[*ids[:-1], END] for ids in of_lengths(LENGTHS)] + [[END] * 6, [50, END, END, 51, END]]
-    facts = prepared(documents, pack=False)
+    facts = prepared(documents, pack=False, held_out=0.4)
     tokens_NS, lengths_N = np.load(tmp_path / TOKENS_FILE), np.load(tmp_path / LENGTHS_FILE)
     pieces = [tuple(ids[at : at + LENGTH]) for ids in documents for at in range(0, len(ids), LENGTH)]
     found = [tuple(row[:length].tolist()) for row, length in zip(tokens_NS, lengths_N, strict=True)]
-    cut = facts.cut_documents
-    assert cut == 0
+    assert facts.cut_documents == 0
     assert sorted(found) == sorted(piece for piece in pieces if len(piece) > 1)
     assert all((row[length:] == END).all() for row, length in zip(tokens_NS, lengths_N, strict=True))
     assert not (tmp_path / STARTS_FILE).exists()

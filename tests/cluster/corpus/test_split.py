@@ -48,11 +48,13 @@ def test_every_token_is_on_one_side_and_equal_texts_are_on_the_same(
             held[texts[document]].add((side, first, stop))
     assert set(places.values()) == {1}
     assert len(places) == total
-    # All copies of a text are cut at one place, and most texts at none.
-    assert all(len(spans) == (2 if any(first for _, first, _ in spans) else 1) for spans in held.values())
-    assert sum(any(first for _, first, _ in spans) for spans in held.values()) <= 1
+    # All copies of a text are cut at one place, and short texts, but for one of many copies, at none.
+    assert all(len(spans) == (2 if any(first for _, first, _ in spans) else 1) for spans in held.values() if spans)
+    cut = [text for text, spans in held.items() if any(first for _, first, _ in spans)]
+    assert sum(lengths[text] <= wanted for text in cut) <= 1
+    assert found.cut == sum(texts.count(text) for text in cut)
     assert wanted <= tokens(found.held_out_P3)
-    # Not much more than was asked for: the last text, which is at most as long, or a token per copy of one that is cut.
+    # Not much more than was asked for: the last text, which is at most as long, or a token per document that is cut.
     assert tokens(found.held_out_P3) < 2 * wanted + len(texts)
 
 
@@ -88,11 +90,18 @@ def test_a_cut_moves_to_the_boundary_before_it() -> None:
     assert found.held_out_P3.tolist() == [[0, 80, 100]]
 
 
-def test_a_long_text_is_cut_only_where_short_ones_do_not_do() -> None:
-    lengths = {0: 500} | dict.fromkeys(range(1, 60), 10)
-    assert split(list(range(60)), lengths, 50).cut == 0
-    assert split([0, 1, 2], lengths, 50).cut == 1
-    assert whole(split([0, 1, 2], lengths, 50).held_out_P3) == {0, 1, 2}
+def test_long_and_short_documents_are_held_out_in_proportion() -> None:
+    lengths = {0: 3000, 1: 1000} | dict.fromkeys(range(2, 402), 10)
+    found = split(list(range(402)), lengths, 400)
+    held = {document: stop - first for document, first, stop in found.held_out_P3.tolist()}
+    assert (held[0], held[1], found.cut) == (150, 50, 2)
+    assert sum(held.values()) == 400
+
+
+def test_a_short_text_of_many_copies_is_cut_only_where_the_others_do_not_do() -> None:
+    lengths = dict.fromkeys(range(100), 10)
+    assert split([0] * 100 + list(range(1, 100)), lengths, 100).cut == 0
+    assert split([0] * 100 + [1, 2], lengths, 100).cut == 100
 
 
 def test_copies_of_the_only_text_are_cut_at_one_place() -> None:

@@ -162,6 +162,8 @@ def start(_one_process: None, dropping: Path, tmp_path: Path, monkeypatch: pytes
             board=board,
             storage=str(tmp_path),
         )
+        # The board above takes a point at once.
+        monkeypatch.setattr(loop.ray, "wait", lambda posted, **_: (posted, []))
         monkeypatch.setattr(loop.ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
         monkeypatch.setattr(loop, "Reader", lambda stream, name, rank, batches: Pass(job))
         monkeypatch.setattr(loop, "Commits", lambda job, rank: Kept(tmp_path / kept))
