@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from cluster.errors import RunError, UserError
+from cluster.fingerprint import teacher_fingerprint
 from cluster.models import TeacherModel
 from cluster.packing import architecture_packing, probe_packing, verify_packing
 from cluster.prefill import backbone_of, last_hidden
@@ -197,3 +198,11 @@ def test_a_teacher_s_shard_does_not_serve_a_model_that_leaks(falcon: Path, monke
     shard = Shard(spec, TopKLabels(k=8), TeacherModel(str(falcon), 300, "", "", "exact"), 1, 0)
     with pytest.raises(RunError, match=f"the teacher {falcon} .FalconForCausalLM. does not keep packed documents"):
         shard.join("", 0)
+
+
+def test_a_mask_is_part_of_the_address_of_labels(falcon: Path, stillhouse_home: Path) -> None:
+    spec = TeacherSpec(model=str(falcon), dtype="float32")
+    masked, exact, unpacked = (
+        teacher_fingerprint(falcon, spec, 300, packing) for packing in ("masked", "exact", "unpacked")
+    )
+    assert masked != exact == unpacked
