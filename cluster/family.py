@@ -47,9 +47,10 @@ RESTARTS = 20
 # How long a run that cannot go on waits for its parts to put away what they have.
 LAST_S = 30.0
 # How long a run that a person stops waits for the students' last commits; one that fails waits for its ``patience_s``.
-# And what those do that it waits for: others have learnt nothing since their last one.
+# And what those do that it waits for: others have learnt nothing since their last one. One that has stopped is waited
+# for too, because Ray Train may list its last commit only when its task ends.
 HOLD_S = 60.0
-PUTS_AWAY = ("training", "measuring after", "saving")
+PUTS_AWAY = ("training", "measuring after", "saving", "stopped")
 
 
 @dataclass(frozen=True)
