@@ -103,9 +103,12 @@ def ray_cluster(s3_environment: int, traces: Sink) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """A Ray cluster of another process, with token authentication."""
+    """A Ray cluster of another process, with token authentication. All modules share it: leave nothing running on it.
+
+    Its job list keeps what earlier tests submitted, so look a job up by its name.
+    """
     from tests.integration.heads import running_head
 
     with running_head(tmp_path_factory.mktemp("head")) as head:

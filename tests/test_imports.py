@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,16 @@ def sources(*packages: str) -> list[Path]:
     return [path for files in found.values() for path in files]
 
 
+@cache
+def nodes_of(source: Path) -> tuple[ast.AST, ...]:
+    """Its imports and attributes. Kept, for most tests of this file read every source."""
+    nodes = ast.walk(ast.parse(source.read_text(), str(source)))
+    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom | ast.Attribute))
+
+
 def imported_by(source: Path) -> Iterator[str]:
     """Dotted names of all modules that a file imports, at its top or inside a function."""
-    for node in ast.walk(ast.parse(source.read_text(), str(source))):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -83,7 +91,7 @@ def test_only_one_function_loads_weights() -> None:
     callers = [
         str(source.relative_to(ROOT))
         for source in sources("cluster", "jobs", "serving", "infra", "benchmarks")
-        for node in ast.walk(ast.parse(source.read_text()))
+        for node in nodes_of(source)
         if isinstance(node, ast.Attribute)
         and node.attr == "from_pretrained"
         and not (isinstance(node.value, ast.Name) and node.value.id in without_weights)

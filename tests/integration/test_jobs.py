@@ -49,8 +49,9 @@ def test_a_client_that_is_killed_finds_its_job_again(lab: dict[str, str], tiny: 
     os.kill(following.pid, signal.SIGKILL)
     following.communicate(timeout=30)
 
-    (row,) = json.loads(stillhouse("jobs", "ls", "--json", env=lab).stdout)
-    assert (row["job"], row["family"], row["state"]) == ("left-alone", "tiny", "running")
+    rows = json.loads(stillhouse("jobs", "ls", "--json", env=lab).stdout)
+    (row,) = (row for row in rows if row["job"] == "left-alone")
+    assert (row["family"], row["state"]) == ("tiny", "running")
     again = stillhouse("submit", str(path), "--name", "left-alone", env=lab)
     assert (again.returncode, len(again.stderr.strip().splitlines())) == (2, 1), again.stderr
     assert "give another name" in again.stderr

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import shutil
-import signal
 import socket
 import time
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -21,7 +20,6 @@ import ray
 
 from cluster.corpus.batches import Batch, content_address
 from cluster.errors import RunError
-from cluster.heads import OutputHead
 from cluster.labels.kinds import TopK, joined
 from cluster.labels.wire import decode
 from cluster.models import TeacherModel
@@ -35,6 +33,7 @@ from tests.tiny import VOCABULARY
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
 LABELS = TopKLabels(k=8)
 UNSEEN_S = 6.0
+T = TypeVar("T")
 
 
 def a_batch(number: int = 0) -> Batch:
@@ -52,6 +51,57 @@ def shard_processes() -> list[psutil.Process]:
     return own_processes("Shard")
 
 
+class Running:
+    """A pool that several tests share, the event loop that it lives in, and the processes that it began with."""
+
+    def __init__(self, tiny: Path, replicas: int = 1, **settings: Any) -> None:
+        self.pool = pool_of(tiny, replicas=replicas, **settings)
+        self._runner = asyncio.Runner()
+        others = set(shard_processes())
+        self.run(self._start(replicas))
+        self.processes = [process for process in shard_processes() if process not in others]
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+    async def _start(self, replicas: int) -> None:
+        self.pool.start()
+        async with asyncio.timeout(300):
+            while self.pool.stats.ready < replicas:
+                await asyncio.sleep(0.05)
+
+    async def _stop(self) -> None:
+        self.pool.stop()
+
+    def stop(self) -> None:
+        self.run(self._stop())
+        self._runner.close()
+
+
+@pytest.fixture(scope="module")
+def unsharded(tiny: Path) -> Iterator[Running]:
+    """One replica of one shard; no test kills it."""
+    running = Running(tiny)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny: Path) -> Iterator[Running]:
+    """One replica of two shards."""
+    running = Running(tiny, shards=2)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def two_replicas(tiny: Path) -> Iterator[Running]:
+    """Two replicas that are not replaced."""
+    running = Running(tiny, replicas=2, max_restarts=0)
+    yield running
+    running.stop()
+
+
 async def score(pool: TeacherPool, number: int = 0) -> TopK:
     blocks = await pool.score(a_batch(number))
     return read([await ref for ref in blocks])
@@ -63,19 +113,10 @@ def read(blocks: list[np.ndarray]) -> TopK:
     return labels
 
 
-def test_two_shards_give_the_labels_of_one_process(tiny: Path) -> None:
-    async def both() -> tuple[TopK, TopK, OutputHead[np.ndarray], OutputHead[np.ndarray]]:
-        labels, heads = [], []
-        for shards in (1, 2):
-            pool = pool_of(tiny, shards=shards)
-            pool.start()
-            labels.append(await score(pool))
-            heads.append(await pool.head())
-            assert len(shard_processes()) == shards
-            pool.stop()
-        return labels[0], labels[1], heads[0], heads[1]
-
-    one, two, head_one, head_two = asyncio.run(both())
+def test_two_shards_give_the_labels_of_one_process(unsharded: Running, sharded: Running) -> None:
+    one, head_one = unsharded.run(score(unsharded.pool)), unsharded.run(unsharded.pool.head())
+    two, head_two = sharded.run(score(sharded.pool)), sharded.run(sharded.pool.head())
+    assert (len(unsharded.processes), len(sharded.processes)) == (1, 2)
     assert one.ids_TK.shape == (4 * 32, LABELS.k)
     np.testing.assert_array_equal(one.ids_TK, two.ids_TK)
     np.testing.assert_allclose(one.buckets()[0], two.buckets()[0], atol=5e-4)  # and the rounding of 16 bits
@@ -84,24 +125,16 @@ def test_two_shards_give_the_labels_of_one_process(tiny: Path) -> None:
     np.testing.assert_array_equal(head_one.weight_VD, head_two.weight_VD)
 
 
-@pytest.mark.parametrize("shards", [1, 2])
-def test_a_killed_replica_is_replaced_and_its_batch_scored_again(tiny: Path, shards: int) -> None:
-    async def kill_one() -> tuple[TopK, TopK, TeacherPool]:
-        pool = pool_of(tiny, shards=shards)
-        pool.start()
-        before = await score(pool)
-        os.kill(shard_processes()[-1].pid, signal.SIGKILL)
-        after = await score(pool)
-        pool.stop()
-        return before, after, pool
-
-    before, after, pool = asyncio.run(kill_one())
-    assert pool.stats.restarts == 1
-    assert pool.stats.rescored == 1
+def test_a_killed_shard_is_replaced_and_its_batch_scored_again(sharded: Running) -> None:
+    before = sharded.run(score(sharded.pool))
+    sharded.processes[-1].kill()
+    after = sharded.run(score(sharded.pool))
+    assert (sharded.pool.stats.restarts, sharded.pool.stats.rescored) == (1, 1)
     np.testing.assert_array_equal(before.ids_TK, after.ids_TK)
     np.testing.assert_array_equal(before.codes_TK, after.codes_TK)
 
 
+@pytest.mark.nightly
 def test_weights_that_appear_late_are_waited_for(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "teacher", tmp_path / "teacher", ignore=shutil.ignore_patterns("*.safetensors"))
 
@@ -138,6 +171,7 @@ class TakenPort(Shard):
         return host, port
 
 
+@pytest.mark.nightly
 def test_a_port_that_is_taken_is_tried_again(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica_module, "Shard", TakenPort)
     shutil.copytree(tiny / "teacher", tmp_path / "teacher")
@@ -159,21 +193,13 @@ def test_a_port_that_is_taken_is_tried_again(tiny: Path, tmp_path: Path, monkeyp
 
 
 def test_a_failed_call_is_reported_once(
-    tiny: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    unsharded: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("ray"), "propagate", True)  # or nothing of Ray's would be in caplog
 
-    async def beyond_the_vocabulary() -> None:
-        pool = pool_of(tiny)
-        pool.start()
-        batch = replace(a_batch(), tokens_BS=np.full((4, 32), 10**6, dtype=np.int32))
-        try:
-            await pool.score(batch)
-        finally:
-            pool.stop()
-
+    batch = replace(a_batch(), tokens_BS=np.full((4, 32), 10**6, dtype=np.int32))
     with pytest.raises(RunError, match="the teacher failed on batch 0: IndexError"):
-        asyncio.run(beyond_the_vocabulary())
+        unsharded.run(unsharded.pool.score(batch))
     # Ray logs the error of a result that nobody has looked at for five seconds: this one's, and no other.
     unseen = ray.remote(lambda: 1 / 0).remote()
     time.sleep(UNSEEN_S)
@@ -183,79 +209,45 @@ def test_a_failed_call_is_reported_once(
     assert unhandled and all("ZeroDivisionError" in message for message in unhandled)
 
 
-def test_blocks_outlive_the_replica_that_made_them(tiny: Path) -> None:
-    async def read_after_stop() -> TopK:
-        pool = pool_of(tiny)
-        pool.start()
-        blocks = await pool.score(a_batch())
-        pool.stop()
-        await asyncio.sleep(1)
-        return read(await asyncio.to_thread(ray.get, blocks))
+def test_two_replicas_share_the_batches(two_replicas: Running) -> None:
+    pool = two_replicas.pool
 
-    assert np.isfinite(asyncio.run(read_after_stop()).codes_TK).all()
-
-
-def test_two_replicas_share_the_batches(tiny: Path) -> None:
     async def both_at_work() -> tuple[int, int, list[TopK]]:
-        pool = pool_of(tiny, replicas=2)
-        pool.start()
-        async with asyncio.timeout(300):
-            while pool.stats.ready < 2:
-                await asyncio.sleep(0.1)
         idle_before = pool._idle.qsize()
         scoring = [asyncio.ensure_future(score(pool, 7)) for _ in range(2)]
         await asyncio.sleep(0)  # each takes a replica and waits for it
         await asyncio.sleep(0)
         idle_during = pool._idle.qsize()
-        labels = await asyncio.gather(*scoring)
-        pool.stop()
-        return idle_before, idle_during, labels
+        return idle_before, idle_during, await asyncio.gather(*scoring)
 
-    idle_before, idle_during, (one, other) = asyncio.run(both_at_work())
+    idle_before, idle_during, (one, other) = two_replicas.run(both_at_work())
     assert (idle_before, idle_during) == (2, 0)
     np.testing.assert_array_equal(one.codes_TK, other.codes_TK)
 
 
-def test_a_replica_that_keeps_dying_ends_the_pool_with_the_reason(tiny: Path) -> None:
-    async def hopeless() -> None:
-        pool = pool_of(tiny, max_restarts=0)
-        pool.start()
-        await score(pool)
-        os.kill(shard_processes()[0].pid, signal.SIGKILL)
-        try:
-            await score(pool)
-        finally:
-            pool.stop()
+def test_a_replica_that_keeps_dying_is_given_up_while_another_serves(two_replicas: Running) -> None:
+    pool = two_replicas.pool
 
-    with pytest.raises(RunError, match="max_restarts 0"):
-        asyncio.run(hopeless())
-
-
-def test_a_replica_that_keeps_dying_is_given_up_while_another_serves(tiny: Path) -> None:
-    async def one_is_left() -> tuple[TeacherPool, TopK, TopK]:
-        pool = pool_of(tiny, replicas=2, max_restarts=0)
-        pool.start()
-        async with asyncio.timeout(300):
-            while pool.stats.ready < 2:
-                await asyncio.sleep(0.1)
+    async def one_is_left() -> tuple[TopK, TopK]:
+        first, second = two_replicas.processes
         before = await score(pool, 7)
-        shard_processes()[0].kill()
+        first.kill()
         async with asyncio.timeout(300):
             while pool.size > 1:
                 # Whoever is dead is found when it is its turn.
                 await score(pool, 7)
         after = await score(pool, 7)
+        second.kill()
         with pytest.raises(RunError, match=r"died 1 times, which is more than teacher.max_restarts 0.*--resume"):
-            shard_processes()[0].kill()
             await score(pool, 7)
-        pool.stop()
-        return pool, before, after
+        return before, after
 
-    pool, before, after = asyncio.run(one_is_left())
+    before, after = two_replicas.run(one_is_left())
     np.testing.assert_array_equal(before.codes_TK, after.codes_TK)
     assert (pool.stats.lost, pool.stats.restarts) == (1, 0)
 
 
+@pytest.mark.nightly
 def test_a_teacher_whose_output_is_not_finite_is_refused(tiny: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -279,3 +271,15 @@ def test_a_teacher_whose_output_is_not_finite_is_refused(tiny: Path, tmp_path: P
 
     with pytest.raises(RunError, match="not finite"):
         asyncio.run(try_it())
+
+
+def test_blocks_outlive_the_replica_that_made_them(unsharded: Running) -> None:
+    """Comes last, for it stops the pool that the others share."""
+
+    async def read_after_stop() -> TopK:
+        blocks = await unsharded.pool.score(a_batch())
+        unsharded.pool.stop()
+        await asyncio.sleep(1)
+        return read(await asyncio.to_thread(ray.get, blocks))
+
+    assert np.isfinite(unsharded.run(read_after_stop()).codes_TK).all()

@@ -345,7 +345,7 @@ def test_a_night_by_hand_keeps_the_schedule_s_rules(
     assert states(ledger) == ["running", "skipped"]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(1, 8))])
 @pytest.mark.parametrize("overlap", ["skip", "queue", "replace"])
 def test_over_many_nights_with_deaths_none_is_lost_doubled_or_beside_another(
     seed: int, overlap: str, in_memory: Ledger, cluster: Cluster, clock: Clock

@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 import pytest
 
 from serving.experiment.drawing import SVG, Clock, styles
+from serving.experiment.latency_plots import estimates_over_time
+from serving.experiment.plots import gains
 from serving.experiment.report import render
 from serving.experiment.words import NOTHING, between, lasted, milliseconds, percent, quality_of, standing, verdict
 from tests.serving.experiment.snapshots import STARTED, snapshot
@@ -68,7 +70,7 @@ def drawings(page: str) -> dict[str, ElementTree.Element]:
 
 def test_the_first_lines_say_what_won_by_how_much_and_how_surely() -> None:
     given = snapshot()
-    text = Page(render(given)).text
+    text = Page(page_of()).text
     top = text[: text.index("Each candidate against")]
     gain = given["comparisons"]["student-s"]["p50"]
     low, high = gain["interval"]
@@ -168,7 +170,8 @@ def test_hostile_text_is_shown_and_nothing_else() -> None:
     assert HOSTILE in html.unescape(read.text)
     assert "<script" not in page and "<img" not in page
     # Names in a plot are its text, not formulas and not hidden ones.
-    labels = drawings(render(snapshot(["$x_1$"])))["gains"].iter(f"{{{SVG}}}text")
+    looks = styles("champion", ["$x_1$"])
+    labels = ElementTree.fromstring(gains(snapshot(["$x_1$"]), looks).svg).iter(f"{{{SVG}}}text")
     assert "$x_1$" in {"".join(label.itertext()) for label in labels}
 
 
@@ -181,15 +184,17 @@ def test_characters_that_are_not_seen_do_not_reach_the_page() -> None:
 @pytest.mark.parametrize("metric", ["latency_ms", "first_token_ms", "per_token_ms"])
 def test_any_metric_may_decide(metric: str) -> None:
     given = snapshot()
-    given["spec"]["metric"] = metric
-    page = render(given)
+    page = (
+        page_of() if given["spec"]["metric"] == metric else render(given | {"spec": given["spec"] | {"metric": metric}})
+    )
     assert set(drawings(page)) == set(PLOTS)
     assert page.count('<tr class="decides"><th scope="row">median (p50)') == 1
 
 
 @pytest.mark.parametrize("statistic", ["mean", "p50", "p95", "p99"])
 def test_the_deciding_statistic_is_marked(statistic: str) -> None:
-    estimates = drawings(render(snapshot(statistic=statistic)))["estimates"]
+    looks = styles("champion", ["student-s"])
+    estimates = ElementTree.fromstring(estimates_over_time(snapshot(statistic=statistic), looks).svg)
     titles = {text for text in estimates.itertext() if "(decides)" in text}
     assert [title.split()[0] for title in titles] == [{"p50": "median"}.get(statistic, statistic)]
 
@@ -277,7 +282,7 @@ def test_a_snapshot_without_single_times_has_no_distribution() -> None:
 
 def test_a_snapshot_from_disk_gives_the_same_page() -> None:
     given = snapshot(["student-s", "student-m"])
-    assert render(json.loads(json.dumps(given))) == render(given)
+    assert render(json.loads(json.dumps(given))) == page_of("student-s", "student-m")
 
 
 def test_the_environment_and_the_whole_spec_are_there() -> None:
@@ -356,6 +361,6 @@ def test_traffic_in_bars_keeps_every_request() -> None:
     sums = [sum(bucket["requests"].values()) for bucket in given["traffic"]]
     most = max(a + b for a, b in zip(sums[::2], sums[1::2], strict=True)) / 20
     total = sum(bucket["requests"]["student-s"] for bucket in given["traffic"])
-    description = drawings(render(given))["traffic"].find(f"{{{SVG}}}desc")
+    description = drawings(page_of())["traffic"].find(f"{{{SVG}}}desc")
     assert description is not None and f"student-s {total:,} requests" in str(description.text)
     assert str(description.text).endswith(f"at most {most:.3g} per second in all")

@@ -189,12 +189,13 @@ def drawn(case: Case, copies: int) -> Soft:
     return target.soft(tile_of(case, copies), case.objective, 0.0)
 
 
-@pytest.mark.parametrize("draws", [1, 8, 50])
+# How often the labels are drawn: less often where a drawing costs more and errs less.
+@pytest.mark.parametrize(("draws", "most"), [(1, 4096), (8, 2048), (50, 1024)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_draws_are_unbiased_and_their_error_falls_with_their_number(draws: int, temperature: float) -> None:
+def test_draws_are_unbiased_and_their_error_falls_with_their_number(draws: int, most: int, temperature: float) -> None:
     case = Case("sampled", tokens=24, draws=draws, temperature=temperature, hard=0.0, soft=1.0)
     exact = FullTargets(case.next_T, case.teacher_TV).soft(tile_of(case, 1), case.objective, 0.0)
-    soft, most = drawn(case, 4096), 4096
+    soft = drawn(case, most)
     assert soft.grad_CV is not None and exact.grad_CV is not None
     for got, true in ((soft.divergence_C[:, None], exact.divergence_C[:, None]), (soft.grad_CV, exact.grad_CV)):
         error_NTX = got.view(most, 24, -1) - true
@@ -202,7 +203,7 @@ def test_draws_are_unbiased_and_their_error_falls_with_their_number(draws: int, 
         grouped = {n: error_NTX.unflatten(0, (-1, n)).mean(1) for n in (16, 256, most)}
         rms = {n: float(error.square().mean().sqrt()) for n, error in grouped.items()}
         assert rms[256] < rms[16] / 3
-        assert rms[most] < rms[16] / 8
+        assert rms[most] < rms[16] / (most / 16) ** 0.5 * 2
         # 5 standard errors, and ten draws more or less of a token too rare for its deviation to be seen.
         allowed_TX = 5 * error_NTX.std(0) / most**0.5 + 10 * temperature / (most * draws)
         assert (error_NTX.mean(0).abs() <= allowed_TX).all()
