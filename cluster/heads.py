@@ -139,7 +139,8 @@ def _misfit(model: Any, vocabulary: int | None = None) -> str | None:
     head, was_training = whole_head_of(model), model.training
     head = head.cut(vocabulary or len(head.weight_VD))
     rows = len(head.weight_VD)
-    length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS)
+    longest = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS
+    length = min(PROBE_TOKENS, longest) if longest > 0 else PROBE_TOKENS  # XLNet gives -1
     half, at_S = length // 2, torch.arange(length, device=head.weight_VD.device)
     tokens_S = at_S * 7919 % rows
     changed_S = torch.where(at_S < half, tokens_S, (tokens_S + 1) % rows)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.errors import UserError
-from cluster.heads import probe_config
 from cluster.loading import read_config
 from cluster.registry import fetch_model
 
@@ -76,8 +75,8 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
     """The model's transformers configuration.
 
     Raises:
-        UserError: not a causal language model that transformers knows, one that :func:`probe_config` refuses, an
-            adapter, or one whose trusted code lies in another repository.
+        UserError: not a causal language model that transformers knows, an adapter, or one whose trusted code lies in
+            another repository.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -101,7 +100,6 @@ def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> An
         trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     ):
         raise UserError(f"{field}: {folder} is a {config.model_type} model, not a causal language model")
-    probe_config(config, f"{field}: {folder}", trust_remote_code)
     return config
 
 

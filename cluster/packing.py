@@ -103,7 +103,8 @@ def verify_packing(model: Any, packing: Packing, who: str) -> None:
         who: the model, for the error.
 
     Raises:
-        RunError: it leaks all the same, or is not causal; names the model.
+        UserError: it leaks all the same, or is not causal; names the model.
+        RunError: it cannot be run as its architecture can, which may be for want of memory.
     """
     name, backbone = f"{who} ({type(model).__name__})", backbone_of(model)
     with _evaluating(model):
@@ -111,11 +112,11 @@ def verify_packing(model: Any, packing: Packing, who: str) -> None:
             _require_causal(backbone)
             change = 0.0 if packing == "unpacked" else leak(backbone, packing)
         except NotCausalError as error:
-            raise RunError(f"{name} is not causal: {error}; give a causal language model") from None
+            raise UserError(f"{name} is not causal: {error}; give a causal language model") from None
         except Exception as error:
             raise RunError(f"{name} cannot read packed documents ({packing}): {first_line(error)}") from error
     if not change <= _tolerance(backbone):
-        raise RunError(
+        raise UserError(
             f"{name} does not keep packed documents apart: a document's states change by {change:.2g} of their size "
             f"with the document before it, although its architecture was found to be {packing}; use another model"
         )

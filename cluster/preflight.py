@@ -120,26 +120,27 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     _check_tokens(tokenizer, vocabulary, folder)
     check_weights(folder, config, "teacher.model", teacher.trust_remote_code)
     decided = {"the teacher": _packing_of(config, "teacher.model", teacher.trust_remote_code)}
+    champions = {
+        name: begun[name] if begun and name in begun else champion_of(spec.model_name(name), uri)
+        for name, student in spec.students.items()
+        if student.warm_start
+    }
     dirs: dict[str, Path] = {}
-    champions: dict[str, int | None] = {}
     for name, student in spec.students.items():
-        place, init = f"students.{name}", student.init
-        _check_size(f"{place}.init", init, config, teacher.trust_remote_code)
+        place, init, code = f"students.{name}", student.init, teacher.trust_remote_code
+        _check_size(f"{place}.init", init, config, code)
         if isinstance(init, Pretrained):
-            given = f"{place}.init.model"
-            dirs[name] = local_model(init.model, revision=init.revision, tracking_uri=uri, field=given)
-            _check_existing(given, init.model, dirs[name], spec, tokenizer, vocabulary)
-        if student.warm_start:
-            model = spec.model_name(name)
-            version = champions[name] = begun[name] if begun and name in begun else champion_of(model, uri)
-            if version is not None:
-                dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
-                champion = f"the champion {model} v{version}"
-                _check_existing(f"{place}.warm_start", champion, dirs[name], spec, tokenizer, vocabulary)
-        if name in dirs:
-            decided[f"student {name}"] = _packing_of(load_config(dirs[name], place), place)
+            place = f"students.{name}.init.model"
+            dirs[name] = local_model(init.model, revision=init.revision, tracking_uri=uri, field=place)
+            own, code = _check_existing(place, init.model, dirs[name], spec, tokenizer, vocabulary), False
         else:
-            decided[f"student {name}"] = _packing_of(_student_config(init, config), place, teacher.trust_remote_code)
+            own = _student_config(init, config)
+        if (version := champions.get(name)) is not None:
+            model, place = spec.model_name(name), f"students.{name}.warm_start"
+            dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
+            champion = f"the champion {model} v{version}"
+            own, code = _check_existing(place, champion, dirs[name], spec, tokenizer, vocabulary), False
+        decided[f"student {name}"] = _packing_of(own, place, code)
     skipped = {} if text_is_kept else find_files(spec.corpus.paths).skipped
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
@@ -160,10 +161,13 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     )
 
 
-def _packing_of(config: Any, field: str, trust_remote_code: bool = False) -> tuple[Packing, str]:
-    # Imported here, for it loads torch.
+def _packing_of(config: Any, field: str, trust_remote_code: bool) -> tuple[Packing, str]:
+    """How an architecture keeps packed documents apart, and why; refuses one with another head than losses compute."""
+    # Imported here, for both load torch.
+    from cluster.heads import probe_config
     from cluster.packing import architecture_packing
 
+    probe_config(config, field, trust_remote_code)
     return architecture_packing(config, field, trust_remote_code)
 
 
@@ -249,8 +253,8 @@ def _check_size(
     check_scratch(field, teacher_config, init, trust_remote_code)
 
 
-def _check_existing(field: str, model: str, folder: Path, spec: FamilySpec, tokenizer: Any, vocabulary: int) -> None:
-    """Whether an existing model can learn from this teacher."""
+def _check_existing(field: str, model: str, folder: Path, spec: FamilySpec, tokenizer: Any, vocabulary: int) -> Any:
+    """Whether an existing model can learn from this teacher; its configuration."""
     config = load_config(folder, field)
     own = load_tokenizer(folder, field)
     if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer) or config.vocab_size < vocabulary:
@@ -260,3 +264,4 @@ def _check_existing(field: str, model: str, folder: Path, spec: FamilySpec, toke
         )
     _check_length(spec, config, field)
     check_weights(folder, config, field)
+    return config

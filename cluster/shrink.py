@@ -169,6 +169,16 @@ def _mend(fields: dict[str, Any], given: dict[str, Any]) -> None:
     if given.get("attention_head_dim") and given.get("attention_hidden_size"):
         fields["attention_hidden_size"] = HIDDEN * (given["attention_hidden_size"] // given["hidden_size"])
         fields["attention_head_dim"] = fields["attention_hidden_size"] // fields["num_attention_heads"]
+    # Long-context rotary tables have one factor per pair of a head's rotated dimensions.
+    if heads := fields.get("num_attention_heads"):
+        for name in ("rope_parameters", "rope_scaling"):
+            if isinstance(rope := fields.get(name), dict):
+                share = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor")) or 1.0
+                pairs = int((fields.get("head_dim") or fields["hidden_size"] // heads) * share) // 2
+                fields[name] = {
+                    key: value[:pairs] if key.endswith("_factor") and isinstance(value, list) else value
+                    for key, value in rope.items()
+                }
     # Gemma 3n's last layers take their keys from earlier ones of the same kind, which have to be left.
     if shared := given.get("num_kv_shared_layers"):
         fields["num_kv_shared_layers"] = min(shared, fields["num_hidden_layers"] // 2)

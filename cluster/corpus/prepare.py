@@ -178,6 +178,7 @@ def _spans(spec: CorpusSpec, documents: _Documents, pack: bool, tokenizer_dir: s
         lengths_N,
         wanted,
         lambda document, at: _line_end_before(documents.ids[document], at, tokenizer_dir),
+        least=length,
     )
     dice = np.random.default_rng(spec.seed)
     sides = [side[dice.permutation(len(side))] for side in (split.train_P3, split.held_out_P3)]
@@ -202,11 +203,6 @@ def prepare_corpus(
     """
     before = CorpusFacts.read(folder) if (folder / FACTS_FILE).exists() else None
     if before is not None and before.held_out is None:
-        if not pack:
-            raise UserError(
-                "--resume: the run was begun with packed text, and its teacher or a student does not keep packed "
-                "documents apart; start a new run without --resume"
-            )
         log.warning("the run was begun with text that was split by sequence; it keeps that text, unread")
         return before
     context = ray.data.DataContext.get_current()

@@ -38,6 +38,7 @@ def split_documents(
     lengths_N: npt.NDArray[np.int64],
     held_out_tokens: int,
     boundary: Callable[[int, int], int],
+    least: int = 1,
 ) -> Split:
     """Hold out the documents with the smallest hashes until they have ``held_out_tokens``.
 
@@ -45,8 +46,8 @@ def split_documents(
     same quantile of the hashes, so nearly all held-out documents of one night are those of the next; and equal texts
     have equal hashes, so all of them are on one side.
 
-    Each document that alone is longer than ``held_out_tokens`` is cut, by the same share, so that the held-out text is
-    not of short documents only. Its end is held out, for where a text grows by appending, what was trained on
+    Documents that alone are longer than ``held_out_tokens`` are cut first, by the same share, so that the held-out text
+    is not of short documents only. The end is held out, for where a text grows by appending, what was trained on
     is never held out later. A short text with so many copies that together they are longer comes last, and is cut
     where it is needed at all.
 
@@ -55,19 +56,22 @@ def split_documents(
         held_out_tokens: at least 1.
         boundary: of a document's index and a token's index, the index of a nearby token, no later, that may begin the
             held-out part; between 1 and the token's index.
+        least: fewest tokens that a long document is held out with, before the boundary is looked for.
     """
     held_N = np.zeros(len(lengths_N), dtype=np.bool_)
     begins_N = np.zeros(len(lengths_N), dtype=np.int64)
     missing, cut = held_out_tokens, 0
     total = int(lengths_N.sum())
     for group, kind in _groups(hashes_N, lengths_N, held_out_tokens):
-        if missing <= 0 and kind != _LONG:
+        if missing <= 0:
             break
         held_N[group] = True
         if kind != _SHORT:
             # Copies are cut at one place, so that the same text is held out in each.
             length = int(lengths_N[group].min())
-            wanted = -(-length * held_out_tokens // total) if kind == _LONG else -(-missing // len(group))
+            wanted = -(-missing // len(group))
+            if kind == _LONG:  # in proportion, but not in pieces so short that their tokens have no context
+                wanted = min(wanted, max(-(-length * held_out_tokens // total), least))
             if wanted < length:
                 begins_N[group] = boundary(int(group[0]), length - wanted)
                 cut += len(group)

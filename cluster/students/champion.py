@@ -13,7 +13,7 @@ from cluster.errors import UserError
 from cluster.evaluate.fidelity import FIDELITY_SUMS, fidelity_of
 from cluster.evaluate.figures import Champion
 from cluster.fingerprint import tokenizer_fingerprint
-from cluster.heads import probe_head
+from cluster.heads import probe_config, probe_head
 from cluster.labels.make import as_tensor
 from cluster.loading import load_model
 from cluster.memory import keep_memory
@@ -94,6 +94,7 @@ def why_not_comparable(folder: Path, job: StudentJob) -> str | None:
     try:
         tokenizer = load_tokenizer(folder, field)
         config = load_config(folder, field, job.family.teacher.trust_remote_code)
+        probe_config(config, field, job.family.teacher.trust_remote_code)
     except UserError as error:
         return str(error)
     if tokenizer_fingerprint(tokenizer) != job.teacher.tokenizer:

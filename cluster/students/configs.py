@@ -2,7 +2,7 @@
 
 transformers has no common description of what differs from layer to layer. Some types list a kind per layer, some
 list layer numbers, some give a rule (the first three layers, every second one). The tables here translate what the
-installed version has; :mod:`cluster.students.initial` verifies the result on the meta device and refuses the rest.
+installed version has; :mod:`cluster.students.buildable` verifies the result on the meta device and refuses the rest.
 """
 
 from __future__ import annotations

@@ -118,7 +118,6 @@ def _fit(job: StudentJob) -> StudentResult:
     result = trainer.fit()
     if result.checkpoint is None:
         raise StoppedError("it was stopped before its first commit")
-    return student_result(job.name, Path(result.checkpoint.path))
     finished = student_result(job.name, Path(result.checkpoint.path))
     when_there_is_room(job.folder, partial(keep_last_only, job.folder), job.family.patience_s)
     return finished

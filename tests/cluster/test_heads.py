@@ -267,7 +267,7 @@ def test_what_the_padded_rows_hold_does_not_matter() -> None:
 def test_bert_is_no_causal_language_model(fields: dict[str, Any], tmp_path: Path) -> None:
     config = AutoConfig.for_model("bert", architectures=["BertLMHeadModel"], **fields)
     config.save_pretrained(tmp_path)
-    said = refusal(lambda: load_config(tmp_path, "teacher.model"))
+    said = refusal(lambda: probe_config(load_config(tmp_path, "teacher.model"), "teacher.model"))
     assert said.startswith(f"teacher.model: {tmp_path}: BertLMHeadModel")
 
 
