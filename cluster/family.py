@@ -19,7 +19,7 @@ from cluster.board import Board, has_no_rank
 from cluster.capacity import Need, Unplaced
 from cluster.corpus.batches import CORPUS_FOLDER, Batches, CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
-from cluster.errors import RunError, UserError, first_line
+from cluster.errors import RunError, first_line
 from cluster.evaluate.figures import StudentResult
 from cluster.evaluate.result import FamilyResult
 from cluster.metrics import FamilyMetrics
@@ -102,11 +102,8 @@ def run_family(
             if read
             else prepare_corpus(spec.corpus, checked.teacher.folder, text, most, pack=checked.packed)
         )
-        if corpus.packed and not checked.packed:
-            raise UserError(
-                f"--resume: the run was begun with packed text; {checked.packing_notices()[0]}; start a new run "
-                f"without --resume"
-            )
+        if not checked.packed:
+            corpus.require_padded(checked.packing_notices()[0])
         batches = Batches(text, spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
         _open_runs(checked, run, registry, records, lineage, report)

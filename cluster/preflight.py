@@ -167,8 +167,9 @@ def _packing_of(config: Any, field: str, trust_remote_code: bool) -> tuple[Packi
     from cluster.heads import probe_config
     from cluster.packing import architecture_packing
 
+    decided = architecture_packing(config, field, trust_remote_code)
     probe_config(config, field, trust_remote_code)
-    return architecture_packing(config, field, trust_remote_code)
+    return decided
 
 
 def _student_config(init: TeacherLayers | Pretrained | Scratch, teacher_config: Any) -> Any:

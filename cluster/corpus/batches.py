@@ -95,6 +95,15 @@ class CorpusFacts:
             lines.append(f"not packed: {self.pad_tokens:,} tokens of padding ({share:.0f} %)")
         return lines + [line for line in [skipped_line(self.skipped)] if line]
 
+    def require_padded(self, reason: str) -> None:
+        """Refuse to resume a run with packed text, see :func:`cluster.packing.architecture_packing` for the reason.
+
+        Raises:
+            UserError: the text was packed when the run was begun.
+        """
+        if self.packed:
+            raise UserError(f"--resume: the run was begun with packed text; {reason}; start a new run without --resume")
+
     def write(self, folder: Path) -> None:
         """Put the facts beside the tokens, whole or not at all."""
         aside = folder / f".{FACTS_FILE}.part"

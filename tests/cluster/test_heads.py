@@ -268,7 +268,7 @@ def test_bert_is_no_causal_language_model(fields: dict[str, Any], tmp_path: Path
     config = AutoConfig.for_model("bert", architectures=["BertLMHeadModel"], **fields)
     config.save_pretrained(tmp_path)
     said = refusal(lambda: probe_config(load_config(tmp_path, "teacher.model"), "teacher.model"))
-    assert said.startswith(f"teacher.model: {tmp_path}: BertLMHeadModel")
+    assert said.startswith("teacher.model: BertLMHeadModel")
 
 
 def test_a_teacher_that_is_refused_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,13 +116,13 @@ def test_a_loaded_model_has_to_do_what_its_architecture_promised(dtype: torch.dt
     verify_packing(falcon, "masked", "it")
     verify_packing(falcon, "unpacked", "it")
     assert falcon.training
-    with pytest.raises(RunError, match=r"student big \(FalconForCausalLM\) does not keep packed documents apart"):
+    with pytest.raises(UserError, match=r"student big \(FalconForCausalLM\) does not keep packed documents apart"):
         verify_packing(falcon, "exact", "student big")
     mamba = small(MAMBA).to(dtype)
-    with pytest.raises(RunError, match=r"it \(Mamba2ForCausalLM\) does not keep packed documents apart"):
+    with pytest.raises(UserError, match=r"it \(Mamba2ForCausalLM\) does not keep packed documents apart"):
         verify_packing(mamba, "exact", "it")
     verify_packing(mamba, "unpacked", "it")
-    with pytest.raises(RunError, match=r"it \(Bert.*\) is not causal"):
+    with pytest.raises(UserError, match=r"it \(Bert.*\) is not causal"):
         verify_packing(small(BERT).to(dtype), "unpacked", "it")
 
 
@@ -196,7 +196,7 @@ def test_a_teacher_s_shard_does_not_serve_a_model_that_leaks(falcon: Path, monke
     for packing in ("masked", "unpacked"):
         Shard(spec, TopKLabels(k=8), TeacherModel(str(falcon), 300, "", "", packing), 1, 0).join("", 0)
     shard = Shard(spec, TopKLabels(k=8), TeacherModel(str(falcon), 300, "", "", "exact"), 1, 0)
-    with pytest.raises(RunError, match=f"the teacher {falcon} .FalconForCausalLM. does not keep packed documents"):
+    with pytest.raises(UserError, match=f"the teacher {falcon} .FalconForCausalLM. does not keep packed documents"):
         shard.join("", 0)
 
 
@@ -206,3 +206,22 @@ def test_a_mask_is_part_of_the_address_of_labels(falcon: Path, stillhouse_home: 
         teacher_fingerprint(falcon, spec, 300, packing) for packing in ("masked", "exact", "unpacked")
     )
     assert masked != exact == unpacked
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "share", "factors"), [(32, 32, 1.0, 48), (24, 8, 0.75, 48)], ids=["Phi-3.5", "Phi-4-mini"]
+)
+def test_a_long_context_configuration_is_tried_in_small(heads: int, kv_heads: int, share: float, factors: int) -> None:
+    """Sizes as published; the rotary factors are one per pair of a head's rotated dimensions."""
+    config = AutoConfig.for_model(
+        "phi3",
+        hidden_size=3072,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        num_hidden_layers=32,
+        partial_rotary_factor=share,
+        max_position_embeddings=131072,
+        original_max_position_embeddings=4096,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * factors, "long_factor": [1.0] * factors},
+    )
+    assert architecture_packing(config, "teacher.model")[0] == "exact"

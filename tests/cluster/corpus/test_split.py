@@ -115,3 +115,9 @@ def test_repeats_are_all_but_the_first_and_a_collision_is_none() -> None:
     documents = [np.array(ids, dtype=np.int32) for ids in ([1, 2], [3], [1, 2], [4], [1, 2], [3])]
     hashes_N = np.array([7, 8, 7, 7, 7, 8], dtype=np.uint64)
     assert repeats(hashes_N, documents).tolist() == [False, False, True, False, True, True]
+
+
+def test_a_small_share_of_long_documents_is_held_out_in_whole_pieces() -> None:
+    hashes_N, lengths_N = np.arange(400, dtype=np.uint64), np.full(400, 2500, dtype=np.int64)
+    found = split_documents(hashes_N, lengths_N, 1024, lambda _, at: at, least=512)
+    assert (found.held_out_P3[:, 2] - found.held_out_P3[:, 1]).tolist() == [512, 512]
