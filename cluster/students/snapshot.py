@@ -70,7 +70,8 @@ def keep_last_only(folder: Path) -> None:
     keep(folder)
     for result in listed:
         if result != last:
-            shutil.rmtree(folder / result["checkpoint_dir_name"])
+            # It is in no list any more, so what cannot be removed costs its room only.
+            shutil.rmtree(folder / result["checkpoint_dir_name"], ignore_errors=True)
 
 
 def _write(data: bytes, target: Path) -> None:

@@ -52,7 +52,8 @@ def family(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Checke
     folder = tmp_path_factory.mktemp("family")
     teacher = {"model": str(write_headed_model(folder / "phi", "phi"))}
     corpus = {"max_batches": BATCHES, "held_out": 0.2}
-    path = write_family(folder, tiny, STUDENTS, teacher=teacher, corpus=corpus, serving={})
+    sections: dict[str, Any] = {"corpus": corpus, "serving": {}, "checkpoints": {"every": BATCHES // 4}}
+    path = write_family(folder, tiny, STUDENTS, teacher=teacher, **sections)
     return run_here(path)
 
 
@@ -165,6 +166,13 @@ def test_a_registered_student_loads_back_through_mlflow_and_speaks(
     mlflow.set_tracking_uri(checked.tracking_uri)
     pipeline = mlflow.transformers.load_model("models:/tiny-three@challenger")
     assert pipeline("the still", max_new_tokens=4)[0]["generated_text"].startswith("the still")
+
+
+def test_of_a_finished_student_only_its_model_is_kept(family: tuple[Checked, FamilyResult, list[Status]]) -> None:
+    _, result, _ = family
+    for name, student in result.students.items():
+        (kept,) = (result.run.folder / "students" / name).glob("checkpoint_*/")
+        assert Path(student.model_dir).parent == kept and not list(kept.rglob("*optim_states*"))
 
 
 def test_the_model_that_left_zero_3_is_the_one_that_was_measured(
