@@ -1,6 +1,7 @@
 """An experiment on live traffic from start to end: two registered students, a teacher that scores, one decision."""
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +28,10 @@ LAYERS = {"fast": 1, "slow": 24}
 
 
 @pytest.fixture(scope="module")
-def tracking_uri(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+def tracking_uri(ray_cluster: None, empty_registry: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A registry with both students, the slow one its model's champion."""
     folder = tmp_path_factory.mktemp("registry")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    uri = f"sqlite:///{shutil.copyfile(empty_registry, folder / 'mlflow.db')}"
     # An actor, as in a family: it makes its process the nicest of all.
     registry: Any = ray.remote(Registry).options(num_cpus=0).remote(uri, "try", str(folder / "artifacts"))
     nothing: dict[str, dict[str, str]] = {name: {} for name in LAYERS}

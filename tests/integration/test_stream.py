@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from cluster.models import TeacherModel
 from cluster.session import give_back_places
 from cluster.specfile import load_spec
 from cluster.stream.actor import Stream
-from cluster.stream.figures import Delivery
+from cluster.stream.figures import Delivery, StreamStats
 from cluster.stream.reader import Reader
 from cluster.stream.window import READ_AHEAD
-from tests.processes import kill_one
+from tests.processes import own_processes
 from tests.tiny import VOCABULARY, write_family
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_cluster")]
@@ -57,26 +59,26 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
 with_store = pytest.mark.parametrize("store", [True], indirect=True)
 
 
-@pytest.fixture
-def stream(corpus: Any, tmp_path: Path, store: str | None) -> Any:
-    """A stream over a run's folder of its own; without a store unless a test asks for one."""
+@contextmanager
+def running_stream(corpus: Any, folder: Path, store: str | None) -> Iterator[ActorHandle]:
+    """A stream over a run's folder of its own."""
     spec, run = corpus
-    (tmp_path / CORPUS_FOLDER).symlink_to(run / CORPUS_FOLDER)
-    actor = (
-        ray.remote(Stream)
-        .options(num_cpus=0, max_concurrency=100, max_restarts=3)
-        .remote(
-            spec,
-            str(tmp_path),
-            TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8, packing="exact"),
-            store,
-        )
-    )
+    (folder / CORPUS_FOLDER).symlink_to(run / CORPUS_FOLDER)
+    teacher = TeacherModel(spec.teacher.model, VOCABULARY, "aa" * 8, "bb" * 8, packing="exact")
+    options = {"num_cpus": 0, "max_concurrency": 100, "max_restarts": 3}
+    actor = ray.remote(Stream).options(**options).remote(spec, str(folder), teacher, store)
     ray.get(actor.start.remote())
     yield actor
     ray.get(actor.stop.remote())
     ray.kill(actor)
     give_back_places()  # of one that a test has killed; Ray keeps them for as long as this process lives
+
+
+@pytest.fixture
+def stream(corpus: Any, tmp_path: Path, store: str | None) -> Iterator[ActorHandle]:
+    """A test's own; without a store unless a test asks for one."""
+    with running_stream(corpus, tmp_path, store) as stream:
+        yield stream
 
 
 @ray.remote(num_cpus=0)
@@ -109,8 +111,35 @@ def everyone(stream: ActorHandle, pause: dict[str, float] | None = None) -> dict
     return {key: ray.get(task) for key, task in tasks.items()}
 
 
-def test_every_student_sees_every_batch_once_in_order_and_the_teacher_scores_it_once(stream: ActorHandle) -> None:
-    seen = everyone(stream)
+@dataclass(frozen=True)
+class WholePass:
+    """A stream that everyone has read to its end, and what was seen of it before, during and after."""
+
+    stream: ActorHandle
+    before: StreamStats
+    """Once the teacher was ready, and one of the students had not attached yet."""
+    seen: dict[tuple[str, int], list[Any]]
+    after: StreamStats
+
+
+@pytest.fixture(scope="module")
+def whole_pass(corpus: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholePass]:
+    """Shared by the tests that need no more of a stream than this; a student may read again what has been read."""
+    with running_stream(corpus, tmp_path_factory.mktemp("whole"), None) as stream:
+        ray.get(stream.attach.remote("a", 0, 0))
+        until(lambda: ray.get(stream.stats.remote()).pool.ready == 1)
+        time.sleep(1)
+        before = ray.get(stream.stats.remote())
+        seen = everyone(stream)
+        yield WholePass(stream, before, seen, ray.get(stream.stats.remote()))
+
+
+def test_nothing_is_scored_before_all_students_have_said_where_they_start(whole_pass: WholePass) -> None:
+    assert whole_pass.before.scored == {}
+
+
+def test_every_student_sees_every_batch_once_in_order_and_the_teacher_scores_it_once(whole_pass: WholePass) -> None:
+    seen = whole_pass.seen
     for batches in seen.values():
         assert [number for number, *_ in batches] == list(range(BATCHES))
     for number in range(BATCHES):
@@ -120,9 +149,33 @@ def test_every_student_sees_every_batch_once_in_order_and_the_teacher_scores_it_
             ids = np.concatenate([seen[student, rank][number][2] for rank in range(2)])
             np.testing.assert_array_equal(tokens, whole_tokens)
             np.testing.assert_array_equal(ids, whole_ids)
-    stats = ray.get(stream.stats.remote())
-    assert stats.scored == dict.fromkeys(range(BATCHES), 1)
-    assert stats.delivered == dict.fromkeys(RANKS, BATCHES)
+    assert whole_pass.after.scored == dict.fromkeys(range(BATCHES), 1)
+    assert whole_pass.after.delivered == dict.fromkeys(RANKS, BATCHES)
+
+
+def test_a_restarted_student_gets_its_batches_again_and_they_are_the_same(whole_pass: WholePass) -> None:
+    again = ray.get(read.remote(whole_pass.stream, "a", 0, 4, 8))
+    assert [number for number, *_ in again] == [4, 5, 6, 7]
+    for (_, tokens, ids), (_, old_tokens, old_ids) in zip(again, whole_pass.seen["a", 0][4:8], strict=True):
+        np.testing.assert_array_equal(tokens, old_tokens)
+        np.testing.assert_array_equal(ids, old_ids)
+    scored = ray.get(whole_pass.stream.stats.remote()).scored
+    # Student a reads on at 8, so the teacher may have begun with the batches after.
+    assert {n: c for n, c in scored.items() if c != 1 and n < 8} == {4: 2, 5: 2, 6: 2, 7: 2}
+
+
+def test_a_batch_out_of_turn_is_refused(whole_pass: WholePass) -> None:
+    ray.get(whole_pass.stream.attach.remote("b", 0, 0))
+    with pytest.raises(ray.exceptions.RayTaskError, match="asked for batch 5, its next is 0"):
+        ray.get(whole_pass.stream.next.remote("b", 0, 5))
+
+
+def test_held_out_batches_are_scored_once_for_all_students(whole_pass: WholePass) -> None:
+    stream = whole_pass.stream
+    first = ray.get(stream.held_out.remote("a", 0, 0))
+    halves = [ray.get(stream.held_out.remote("b", rank, 0)) for rank in range(2)]
+    assert first.labels == [ref for half in halves for ref in half.labels]
+    np.testing.assert_array_equal(np.concatenate([h.batch.tokens_BS for h in halves]), first.batch.tokens_BS)
 
 
 def test_the_window_bounds_how_far_the_teacher_runs_ahead_of_the_slowest(stream: ActorHandle) -> None:
@@ -139,38 +192,6 @@ def test_the_window_bounds_how_far_the_teacher_runs_ahead_of_the_slowest(stream:
     ray.get(stream.detach.remote("c"))
     ray.get([read.remote(stream, s, r, WINDOW, BATCHES) for s in ("a", "b") for r in range(RANKS[s])])
     assert sorted(ray.get(stream.stats.remote()).scored) == list(range(BATCHES))
-
-
-def test_a_restarted_student_gets_its_batches_again_and_they_are_the_same(stream: ActorHandle) -> None:
-    first = everyone(stream)["a", 0]
-    again = ray.get(read.remote(stream, "a", 0, 4, 8))
-    assert [number for number, *_ in again] == [4, 5, 6, 7]
-    for (_, tokens, ids), (_, old_tokens, old_ids) in zip(again, first[4:8], strict=True):
-        np.testing.assert_array_equal(tokens, old_tokens)
-        np.testing.assert_array_equal(ids, old_ids)
-    scored = ray.get(stream.stats.remote()).scored
-    # It said that it would go on at 8, so the teacher may have begun with the ones after.
-    assert {n: c for n, c in scored.items() if c != 1 and n < 8} == {4: 2, 5: 2, 6: 2, 7: 2}
-
-
-def test_a_batch_out_of_turn_is_refused(stream: ActorHandle) -> None:
-    ray.get(stream.attach.remote("a", 0, 0))
-    with pytest.raises(ray.exceptions.RayTaskError, match="asked for batch 5, its next is 0"):
-        ray.get(stream.next.remote("a", 0, 5))
-
-
-def test_nothing_is_scored_before_all_students_have_said_where_they_start(stream: ActorHandle) -> None:
-    ray.get(stream.attach.remote("a", 0, 0))
-    until(lambda: ray.get(stream.stats.remote()).pool.ready == 1)
-    time.sleep(1)
-    assert ray.get(stream.stats.remote()).scored == {}
-
-
-def test_held_out_batches_are_scored_once_for_all_students(stream: ActorHandle) -> None:
-    first = ray.get(stream.held_out.remote("a", 0, 0))
-    halves = [ray.get(stream.held_out.remote("b", rank, 0)) for rank in range(2)]
-    assert first.labels == [ref for half in halves for ref in half.labels]
-    np.testing.assert_array_equal(np.concatenate([h.batch.tokens_BS for h in halves]), first.batch.tokens_BS)
 
 
 def test_a_call_from_a_rank_that_has_died_does_not_move_its_successor(stream: ActorHandle) -> None:
@@ -245,7 +266,8 @@ def test_a_killed_stream_comes_back_and_its_readers_do_not_notice(stream: ActorH
     while ray.get(stream.stats.remote()).unsaved:
         assert time.monotonic() < deadline, "the store takes nothing"
         time.sleep(0.02)
-    assert kill_one("Stream")
+    # The youngest is this test's own; the one of the whole pass may be alive too.
+    max(own_processes("Stream"), key=lambda process: process.create_time()).kill()
     after = [reader.next(number)[1][0] for number in range(2, 5)]
     again = Reader(stream, "a", 0, BATCHES)
     again.attach(0)

@@ -55,20 +55,21 @@ class Running:
     """A pool that several tests share, the event loop that it lives in, and the processes that it began with."""
 
     def __init__(self, tiny: Path, replicas: int = 1, **settings: Any) -> None:
-        self.pool = pool_of(tiny, replicas=replicas, **settings)
         self._runner = asyncio.Runner()
         others = set(shard_processes())
-        self.run(self._start(replicas))
+        self.pool = self.run(self._started(tiny, replicas, settings))
         self.processes = [process for process in shard_processes() if process not in others]
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
 
-    async def _start(self, replicas: int) -> None:
-        self.pool.start()
+    async def _started(self, tiny: Path, replicas: int, settings: dict[str, Any]) -> TeacherPool:
+        pool = pool_of(tiny, replicas=replicas, **settings)
+        pool.start()
         async with asyncio.timeout(300):
-            while self.pool.stats.ready < replicas:
+            while pool.stats.ready < replicas:
                 await asyncio.sleep(0.05)
+        return pool
 
     async def _stop(self) -> None:
         self.pool.stop()
@@ -80,7 +81,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def unsharded(tiny: Path) -> Iterator[Running]:
-    """One replica of one shard; no test kills it."""
+    """One replica of one shard."""
     running = Running(tiny)
     yield running
     running.stop()
@@ -123,15 +124,6 @@ def test_two_shards_give_the_labels_of_one_process(unsharded: Running, sharded: 
     np.testing.assert_allclose(one.log_tail_T, two.log_tail_T, atol=1e-4)
     assert head_one.weight_VD.shape == (VOCABULARY, 64)
     np.testing.assert_array_equal(head_one.weight_VD, head_two.weight_VD)
-
-
-def test_a_killed_shard_is_replaced_and_its_batch_scored_again(sharded: Running) -> None:
-    before = sharded.run(score(sharded.pool))
-    sharded.processes[-1].kill()
-    after = sharded.run(score(sharded.pool))
-    assert (sharded.pool.stats.restarts, sharded.pool.stats.rescored) == (1, 1)
-    np.testing.assert_array_equal(before.ids_TK, after.ids_TK)
-    np.testing.assert_array_equal(before.codes_TK, after.codes_TK)
 
 
 @pytest.mark.nightly
@@ -195,18 +187,36 @@ def test_a_port_that_is_taken_is_tried_again(tiny: Path, tmp_path: Path, monkeyp
 def test_a_failed_call_is_reported_once(
     unsharded: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The last to use this pool: it has failed for good."""
     monkeypatch.setattr(logging.getLogger("ray"), "propagate", True)  # or nothing of Ray's would be in caplog
 
     batch = replace(a_batch(), tokens_BS=np.full((4, 32), 10**6, dtype=np.int32))
-    with pytest.raises(RunError, match="the teacher failed on batch 0: IndexError"):
+    with pytest.raises(RunError, match="the teacher failed on batch 0: batch 0 holds token 1000000"):
         unsharded.run(unsharded.pool.score(batch))
     # Ray logs the error of a result that nobody has looked at for five seconds: this one's, and no other.
     unseen = ray.remote(lambda: 1 / 0).remote()
     time.sleep(UNSEEN_S)
     del unseen
     gc.collect()
-    unhandled = [record.getMessage() for record in caplog.records if "Unhandled error" in record.getMessage()]
-    assert unhandled and all("ZeroDivisionError" in message for message in unhandled)
+
+    def unhandled() -> list[str]:
+        messages = (record.getMessage() for record in caplog.records)
+        return [message for message in messages if "Unhandled error" in message]
+
+    deadline = time.monotonic() + 60
+    while not unhandled():  # a thread of Ray's logs it, on a busy machine a little later
+        assert time.monotonic() < deadline, caplog.text
+        time.sleep(0.1)
+    assert all("ZeroDivisionError" in message for message in unhandled())
+
+
+def test_a_killed_shard_is_replaced_and_its_batch_scored_again(sharded: Running) -> None:
+    before = sharded.run(score(sharded.pool))
+    sharded.processes[-1].kill()
+    after = sharded.run(score(sharded.pool))
+    assert (sharded.pool.stats.restarts, sharded.pool.stats.rescored) == (1, 1)
+    np.testing.assert_array_equal(before.ids_TK, after.ids_TK)
+    np.testing.assert_array_equal(before.codes_TK, after.codes_TK)
 
 
 def test_two_replicas_share_the_batches(two_replicas: Running) -> None:
@@ -273,13 +283,13 @@ def test_a_teacher_whose_output_is_not_finite_is_refused(tiny: Path, tmp_path: P
         asyncio.run(try_it())
 
 
-def test_blocks_outlive_the_replica_that_made_them(unsharded: Running) -> None:
-    """Comes last, for it stops the pool that the others share."""
+def test_blocks_outlive_the_replica_that_made_them(sharded: Running) -> None:
+    """Comes last: it stops the pool that others share."""
 
     async def read_after_stop() -> TopK:
-        blocks = await unsharded.pool.score(a_batch())
-        unsharded.pool.stop()
+        blocks = await sharded.pool.score(a_batch())
+        sharded.pool.stop()
         await asyncio.sleep(1)
         return read(await asyncio.to_thread(ray.get, blocks))
 
-    assert np.isfinite(unsharded.run(read_after_stop()).codes_TK).all()
+    assert np.isfinite(sharded.run(read_after_stop()).codes_TK).all()

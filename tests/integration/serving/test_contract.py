@@ -1,12 +1,11 @@
 """Every parameter that OpenAI's own client knows, against two arms: honoured, harmless, or refused by name.
 
-``STILLHOUSE_TEST_ENDPOINT=http://127.0.0.1:8000`` has a running endpoint stand for the one that is started here.
+``STILLHOUSE_TEST_ENDPOINT=http://127.0.0.1:8000`` has a running endpoint stand for the folder's own.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -14,10 +13,7 @@ import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
-from serving.arms import Arm
-from serving.deploy import deploy, endpoint_of
 from serving.ingress.relay import ARM_HEADER
-from tests.tiny import write_endless_model
 
 pytestmark = pytest.mark.integration
 
@@ -64,15 +60,9 @@ def text_of(answer: Any, choice: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    if given := os.environ.get("STILLHOUSE_TEST_ENDPOINT"):
-        yield given
-        return
-    request.getfixturevalue("ray_cluster")
-    root: Path = tmp_path_factory.mktemp("arms")
-    arms = [Arm(name, str(write_endless_model(root / name, seed))) for seed, name in enumerate(["small", "large"])]
-    with deploy(endpoint_of(arms, port=0, dtype="float32")) as endpoint:
-        yield endpoint.url
+def url(request: pytest.FixtureRequest) -> str:
+    given = os.environ.get("STILLHOUSE_TEST_ENDPOINT")
+    return given or request.getfixturevalue("endpoint").url
 
 
 @pytest.fixture(scope="module")

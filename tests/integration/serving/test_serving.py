@@ -1,6 +1,6 @@
 """The endpoint as its users meet it: real Ray, real Serve, two tiny arms, OpenAI's own client.
 
-One endpoint for the whole file (it takes ~10 s to come up); each test leaves it as it found it.
+Each test leaves the folder's endpoint as it found it, but for the last ones, which end it.
 """
 
 import http.client
@@ -28,25 +28,10 @@ from serving.bench import run_bench
 from serving.deploy import Endpoint, deploy, endpoint_of
 from serving.ingress.relay import ARM_HEADER
 from tests.integration.otlp import Sink
-from tests.tiny import ENDLESS_POSITIONS, write_endless_model
+from tests.integration.serving.conftest import QUEUE, SLOTS
+from tests.tiny import ENDLESS_POSITIONS
 
 pytestmark = pytest.mark.integration
-
-SLOTS = 2
-QUEUE = 2
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    return {name: write_endless_model(root / name, seed) for seed, name in enumerate(["small", "large"])}
-
-
-@pytest.fixture(scope="module")
-def endpoint(ray_cluster: None, models: dict[str, Path]) -> Iterator[Endpoint]:
-    arms = [Arm(name, str(path)) for name, path in models.items()]
-    with deploy(endpoint_of(arms, port=0, dtype="float32", slots=SLOTS, queue=QUEUE)) as running:
-        yield running
 
 
 @pytest.fixture
