@@ -72,7 +72,7 @@ def death_of(text: str, to_save_memory: str = "") -> str:
     change = f"; if it was, {to_save_memory}" if to_save_memory else ""
     return (
         f"{process} ended without a Python error: it exited, crashed, or was killed, such as by the kernel because the "
-        f"node had no memory left (dmesg there tells){change}"
+        f"node had no memory left (dmesg on that node shows it){change}"
     )
 
 

@@ -117,10 +117,10 @@ def run_family(
         result.seconds = time.monotonic() - started
         result.notices = checked.packing_notices()
     except KeyboardInterrupt:
-        _report_the_end(registry, run, [], killed=True)
+        _report_the_end(registry, run, killed=True)
         raise
     except Exception:
-        _report_the_end(registry, run, list(spec.students), killed=False)
+        _report_the_end(registry, run, killed=False)
         raise
     if not result.students:
         raise RunError("every student failed; " + "; ".join(f"{n}: {why}" for n, why in result.failed.items()))
@@ -142,14 +142,17 @@ def _open_runs(
     """
     spec = checked.spec
     own = {name: _own_lineage(checked, name) for name in spec.students}
-    tree, key = spec.model_dump(mode="json"), uuid.uuid4().hex
+    tree = spec.model_dump(mode="json")
+    run.start, run.warm_start = run.start or uuid.uuid4().hex, dict(checked.champions)
+    # Before MLflow is asked: a driver that dies over it leaves runs that the resumed one finds by this.
+    records.save()
     runs, reason = records.calls.wait(
-        partial(registry.start.remote, run.name, own, tree, lineage, run.mlflow, key),
+        partial(registry.start.remote, run.name, own, tree, lineage, run.mlflow, run.start),
         lambda trouble: report(Status("starting", more=trouble)),
     )
     if reason:
         raise RunError(f"the runs of {run.name} cannot be opened in MLflow: {reason}")
-    run.mlflow, run.warm_start = runs, dict(checked.champions)
+    run.mlflow = runs
     records.save()
 
 
@@ -230,7 +233,7 @@ def _distil(
     status = watch.look("distilling")
     try:
         while tasks or champions.busy:
-            done = wait_for([*tasks, *champions.refs, *records.calls.refs], POLL_S)
+            done = ends.wait()
             status = replace(watch.look("distilling" if tasks else "registering"), more=records.calls.trouble)
             report(status)
             metrics.publish(status)
@@ -255,6 +258,16 @@ def _distil(
         raise
     finally:
         champions.close()
+    status = _close(actors, watch, records, ends, report)
+    stats = status.stats or StreamStats.unstarted(batches.count, None)
+    result = FamilyResult(run, batches.facts, stats, ends.students, ends.failed, watch.curves, 0.0, dict(run.versions))
+    result.champions, result.undecided = champions.found, champions.unknown
+    result.unregistered, result.warnings = records.unregistered, records.warnings
+    return result
+
+
+def _close(actors: _Actors, watch: Watch, records: Records, ends: _Ends, report: Report) -> Status:
+    """End the pass, then wait until MLflow has everything; the last status."""
     status = watch.look("registered")
     # Once more for what this look has posted itself.
     watch.look("registered", ask_stream=False)
@@ -264,11 +277,7 @@ def _distil(
     waiting = replace(status, phase="registering")
     records.close(watch.points, list(ends.failed), lambda trouble: report(replace(waiting, more=trouble)))
     report(status)
-    stats = status.stats or StreamStats.unstarted(batches.count, None)
-    result = FamilyResult(run, batches.facts, stats, ends.students, ends.failed, watch.curves, 0.0, dict(run.versions))
-    result.champions, result.undecided = champions.found, champions.unknown
-    result.unregistered, result.warnings = records.unregistered, records.warnings
-    return result
+    return status
 
 
 class _Ends:
@@ -295,13 +304,23 @@ class _Ends:
         self.students: dict[str, StudentResult] = {}
         self.failed: dict[str, str] = {}
 
+    def wait(self) -> list[ray.ObjectRef]:
+        """Wait a moment for a student or the measurement of a champion to end; also process what MLflow has answered.
+
+        An answer of MLflow does not end the wait: each one is followed by the next call, such as that for the next
+        points, and the loop would run as fast as MLflow answers.
+        """
+        done = wait_for([*self._tasks, *self._champions.refs], POLL_S)
+        self._records.calls.take_ready()
+        return done
+
     def take(self, ref: ray.ObjectRef) -> None:
-        """Something has ended.
+        """A student or the measurement of a champion has ended.
 
         Raises:
             RunError: a student was stopped, because the pass is held.
         """
-        if self._champions.take(ref) or self._records.calls.take(ref):
+        if self._champions.take(ref):
             return
         name = self._tasks.pop(ref)
         try:
@@ -310,7 +329,7 @@ class _Ends:
             cause = getattr(error, "cause", None)
             if isinstance(cause, StoppedError):
                 raise RunError(f"student {name}: {cause}; go on with --resume") from error
-            self.failed[name] = str(cause) if cause is not None else first_line(error)
+            self.failed[name] = first_line(error)
             self._board.phase.remote(name, "failed")
             return
         # Before the registry is busy with the new version for a while.
@@ -364,10 +383,16 @@ def _end_at_once(actors: _Actors) -> None:
     ray.kill(actors.stream)
 
 
-def _report_the_end(registry: ActorHandle, run: Run, failed: list[str], killed: bool) -> None:
-    """Close the runs in MLflow of a family that did not finish; when MLflow is away, nobody waits for it."""
+def _report_the_end(registry: ActorHandle, run: Run, killed: bool) -> None:
+    """Close the runs in MLflow of a family that did not finish; when MLflow is away, nobody waits for it.
+
+    A student that is registered has finished.
+    """
+    registered = {name: run_id for name, run_id in run.mlflow.items() if name in run.versions}
+    others = {name: run_id for name, run_id in run.mlflow.items() if name not in registered}
     try:
-        ray.get(registry.finish.remote(run.mlflow, failed, killed), timeout=LAST_S)
+        calls = [registry.finish.remote(registered, []), registry.finish.remote(others, list(others), killed)]
+        ray.get(calls, timeout=LAST_S)
     except ray.exceptions.RayError as error:
         log.warning("MLflow does not know that the run has ended: %s", error)
 

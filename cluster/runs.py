@@ -25,11 +25,13 @@ class Run:
     Attributes:
         name: ``<family>-<time>``; also the MLflow run's name.
         spec_hash: of all that decides the students' weights, as a tag of the models.
-        mlflow: run ids, ``family`` and one per student.
+        mlflow: run ids in MLflow, under ``""`` the family's, else by student; empty until they are opened.
+        start: marks the MLflow runs of this run. It is saved before they are opened, so that a driver that dies in
+            between finds them again.
         versions: registered model versions of students that are finished.
         text_is_kept: it goes on with the text that it has read before.
         warm_start: per student with a warm start the champion's version that it began with, none where there was no
-            champion then; empty until the students begin.
+            champion then; empty until the runs in MLflow are opened.
         ds: the date that its corpus was rendered for, YYYY-MM-DD; "" in a run from before there were dates.
         teacher: fingerprints of the teacher and its tokenizer; "" in a run from before they were kept.
         promotions: what was decided of them, by student: the fields of a :class:`~cluster.evaluate.gate.Verdict`.
@@ -41,6 +43,7 @@ class Run:
     name: str
     spec_hash: str
     mlflow: dict[str, str] = field(default_factory=dict)
+    start: str = ""
     versions: dict[str, int] = field(default_factory=dict)
     warm_start: dict[str, int | None] = field(default_factory=dict)
     ds: str = ""
@@ -133,7 +136,9 @@ def open_run(
             f"{run.teacher} and is {teacher}; put its files and this version of Stillhouse back, or start a new run "
             f"without --resume"
         )
-    # The number of ranks may have changed.
+    if before != spec:
+        # MLflow keeps a run's parameters as they are: another number of ranks needs other runs, if none is in use yet.
+        run.start = ""
     (run.folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))
     return run
 

@@ -43,8 +43,9 @@ class Facts:
     Attributes:
         ds: the date of its corpus, YYYY-MM-DD.
         status: how the run ended: succeeded, failed or stopped.
-        students: those that are registered, each with ``name``, ``model``, ``version``, and from the held-out text
-            ``kl_before`` and ``kl`` (nats per token), ``agreement`` (share) and ``perplexity``, where they are known.
+        students: those that are finished or registered, each with ``name``, ``model``, ``version`` (null if it is not
+            registered), and from the held-out text ``kl_before`` and ``kl`` (nats per token), ``agreement`` (share) and
+            ``perplexity``, where they are known.
         error: why it failed, in one line.
         verdicts: what was decided about the students, such as whom a gate promoted, one line each.
         mlflow: tracking URI, without credentials.

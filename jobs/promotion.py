@@ -11,12 +11,12 @@ from typing import Any
 
 import typer
 
-from cluster.errors import StillhouseError, UserError, first_line
+from cluster.errors import RunError, UserError, first_line
 from cluster.evaluate.figures import Champion, StudentResult
 from cluster.evaluate.gate import KEPT, PROMOTED, Figures, Verdict, decide
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
-from cluster.registry import ChampionMovedError, Models
+from cluster.registry import AwayError, ChampionMovedError, Models
 from cluster.space import when_there_is_room
 from cluster.spec import FamilySpec, PromotionSpec
 from cluster.specfile import home
@@ -47,7 +47,8 @@ def settle(checked: Checked, result: FamilyResult, serving: Sequence[Mapping[str
     """Decide of every finished student whether it takes its champion's place, and see to it in the registry.
 
     What is decided is written into the run's state before anything is done, and done in steps that may be done again:
-    a run that is resumed carries out what it had decided, and leaves alone what a person has decided since.
+    a run that is resumed carries out what it had decided, and leaves alone what a person has decided since. When the
+    registry stays away, it is waited for once, not for each student.
 
     Args:
         result: its ``verdicts`` are filled, or ``undecided`` with the reason; stays without any where the spec has no
@@ -56,17 +57,21 @@ def settle(checked: Checked, result: FamilyResult, serving: Sequence[Mapping[str
     """
     if checked.spec.promotion is None:
         return
-    models = Models(checked.tracking_uri)
+    models, away = None, ""
     latencies = {row["arm"]: row["latency_ms"].get("p50") for row in serving}
     for name in result.students:
         if name not in result.versions or name in result.undecided:
             continue
+        if away:
+            result.undecided[name] = away
+            continue
         try:
+            models = models or Models(checked.tracking_uri)
             _settle_one(checked, result, models, name, latencies)
         except Exception as error:  # of MLflow, or of a full disk: the others are decided all the same
             log.exception("the promotion of %s is not decided", name)
-            reason = str(error) if isinstance(error, StillhouseError) else first_line(error)
-            result.undecided[name] = f"{reason}; go on with --resume"
+            result.undecided[name] = f"{first_line(error)}; go on with --resume"
+            away = result.undecided[name] if isinstance(error, AwayError) else ""
 
 
 def _settle_one(
@@ -80,8 +85,12 @@ def _settle_one(
         if name in run.promotions:
             verdict = Verdict(**run.promotions[name])
         else:
+            champion = result.champions[name]
+            # A champion that could not be measured keeps its place whatever the latency is.
+            if margins.latency is not None and not latencies and (champion is None or champion.fidelity is not None):
+                raise RunError("the endpoints could not be compared, and latency decides")
             both = latencies.get(model), latencies.get(champion_arm(model))
-            verdict = judge(margins, result.students[name], version, result.champions[name], *both)
+            verdict = judge(margins, result.students[name], version, champion, *both)
             _remember(checked, result, name, verdict)
         verdict = _carry_out(models, model, version, verdict)
     _remember(checked, result, name, verdict)

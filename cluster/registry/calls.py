@@ -103,6 +103,12 @@ class Calls:
             call.done(answer)
         return True
 
+    def take_ready(self) -> None:
+        """Process all answers that have come, without waiting for others."""
+        if refs := self.refs:
+            for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
+                self.take(ref)
+
     def _later(self, call: _Call, reason: str) -> None:
         call.tries += 1
         call.due = time.monotonic() + min(LONGEST_AGAIN_S, FIRST_AGAIN_S * 2 ** (call.tries - 1))

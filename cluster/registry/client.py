@@ -71,12 +71,14 @@ def _is_passing(error: BaseException) -> bool:
     import requests
     from botocore.exceptions import ConnectionError as S3ConnectionError
     from botocore.exceptions import HTTPClientError
+    from sqlalchemy.exc import OperationalError
 
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return True
     of_requests, of_s3 = (requests.ConnectionError, requests.Timeout), (S3ConnectionError, HTTPClientError)
     if (
-        isinstance(error, (ConnectionError, TimeoutError, *of_requests, *of_s3))
+        # MLflow hands on a database's own error while its client is made.
+        isinstance(error, (ConnectionError, TimeoutError, OperationalError, *of_requests, *of_s3))
         or getattr(error, "error_code", None) in TRANSIENT
     ):
         return True

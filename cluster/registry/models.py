@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluster.errors import RunError, UserError
 from cluster.evaluate.gate import KEPT, PROMOTED, ROLLED_BACK, Verdict
@@ -56,7 +56,9 @@ class Models:
     """
 
     def __init__(self, tracking_uri: str, patience_s: float = PATIENCE_S) -> None:
-        self._client, self._where, self._patience_s = client_of(tracking_uri), shown(tracking_uri), patience_s
+        self._where, self._patience_s = shown(tracking_uri), patience_s
+        # MLflow connects to a database here already.
+        self._client: Any = self._do(client_of, tracking_uri)
 
     def _do(self, work: Callable[..., R], *arguments: str) -> R:
         try:

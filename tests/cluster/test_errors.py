@@ -40,7 +40,7 @@ def test_a_sigkill_and_an_exit_name_process_and_node_and_what_they_may_be(name: 
     for error in wrapped(RayActorError("0" * 32, text(name))):
         line = first_line(error, CHANGE)
         assert line.startswith(f"process {pid} on node 192.0.2.2 ended without a Python error")
-        assert line.endswith("no memory left (dmesg there tells); if it was, lower micro_batch")
+        assert line.endswith("no memory left (dmesg on that node shows it); if it was, lower micro_batch")
         assert "--enable-resource-isolation" not in line and "\n" not in line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import ClientError, EndpointConnectionError
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2 as codes
+from sqlalchemy.exc import OperationalError
 
 from cluster.board import FAMILY, Point
 from cluster.evaluate.figures import Fidelity, StudentResult
@@ -66,6 +68,7 @@ def wrapped(cause: Exception) -> S3UploadFailedError:
         (refused(403), False),
         (wrapped(refused(500)), True),
         (wrapped(refused(403)), False),
+        (OperationalError("", None, Exception("connection failed")), True),
         (ValueError("no such format"), False),
     ],
     ids=str,
@@ -84,7 +87,7 @@ class Cluster:
         self.results: dict[Any, Any] = {}
         self.now = 1000.0
         monkeypatch.setattr(ray, "get", self.get)
-        monkeypatch.setattr(ray, "wait", lambda refs, **_: ([r for r in refs if r in self.results][:1], []))
+        monkeypatch.setattr(ray, "wait", self.wait)
         clock = SimpleNamespace(
             monotonic=lambda: self.now, time=lambda: self.now, sleep=self.sleep, strftime=lambda *_: "", localtime=int
         )
@@ -93,7 +96,16 @@ class Cluster:
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
-    def get(self, ref: Any) -> Any:
+    def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        ready = [ref for ref in refs if ref in self.results][:num_returns]
+        if len(ready) < num_returns:
+            self.sleep(timeout)
+        return ready, [ref for ref in refs if ref not in ready]
+
+    def get(self, given: Any, timeout: float | None = None) -> Any:
+        return [self.result(ref) for ref in given] if isinstance(given, list) else self.result(given)
+
+    def result(self, ref: Any) -> Any:
         result = self.results[ref]
         if isinstance(result, Exception):
             raise ray.exceptions.RayTaskError("registry", "", result)
@@ -117,6 +129,8 @@ class Service:
         self.logged: dict[str, list[Point]] = {}
         self.versions: list[str] = []
         self.finished: list[list[str]] = []
+        self.closed: list[tuple[Any, ...]] = []
+        self.started: list[str] = []
         self.asked = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -135,6 +149,10 @@ class Service:
             return len(self.versions)
         elif name == "finish":
             self.finished.append(given[0])
+            self.closed.append((sorted(subject), *given))
+        elif name == "start":
+            self.started.append(given[-1])
+            return {student: f"run-{student}" for student in (FAMILY, *given[0])}
         return None
 
 
@@ -232,6 +250,18 @@ def test_an_actor_that_is_gone_for_good_fails_its_calls_and_not_the_run(tmp_path
         records.register(student("small"), {})
         records.close(points(1), [], lambda _: None)
     assert "ActorDiedError" in records.unregistered["small"]
+
+
+def test_answers_that_have_come_are_processed_without_a_wait(service: Service) -> None:
+    calls, answers = Calls(), list[Any]()
+    never: Any = object()
+    calls.ask(lambda: never, answers.append, answers.append)
+    calls.take_ready()
+    for work in (lambda: 1, lambda: 2):
+        calls.ask(partial(service.cluster.call, work), answers.append, answers.append)
+    begun = service.cluster.now
+    calls.take_ready()
+    assert (answers, calls.refs, service.cluster.now) == ([1, 2], [never], begun)
 
 
 def test_one_call_can_be_waited_for(service: Service) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from cluster.corpus.batches import CorpusFacts
 from cluster.evaluate.figures import Champion, Fidelity, StudentResult
@@ -18,7 +19,8 @@ from cluster.evaluate.result import FamilyResult
 from cluster.limits import NO_LIMIT
 from cluster.models import TeacherModel
 from cluster.preflight import Checked
-from cluster.registry import Models
+from cluster.registry import AwayError, Models
+from cluster.registry import models as models_module
 from cluster.runs import open_run
 from cluster.spec import FamilySpec
 from jobs.cli.main import main
@@ -188,8 +190,82 @@ def test_latency_is_taken_of_the_arms_of_both_and_the_champion_is_served_for_it(
     assert reasons[0] == "answer p50 111 ms against 100 ms of champion v1, allowed 110"
     assert reasons[1].endswith("answer p50 109 ms against 100 ms of champion v1, allowed 110")
     _, result = nights.night(BETTER, Champion(3, FIDELITY), checked)
-    settle(checked, result, [])
+    settle(checked, result, [{"arm": "teacher", "latency_ms": {}}])
     assert result.verdicts["small"] == Verdict(KEPT, "answer p50 was not measured", 3)
+
+
+@pytest.mark.parametrize(
+    ("champion", "outcome"),
+    [(None, None), (Champion(7, None, "gone"), KEPT), (Champion(7, FIDELITY), None)],
+    ids=repr,
+)
+def test_without_a_comparison_of_endpoints_only_what_latency_decides_stays_undecided(
+    nights: Nights, champion: Champion | None, outcome: str | None
+) -> None:
+    checked, result = nights.night(BETTER, champion, nights.checked(promotion={"latency": 0.1}, serving={}))
+    settle(checked, result, [])
+    if outcome is not None:
+        assert result.verdicts["small"].outcome == outcome and not result.undecided
+        return
+    reason = "the endpoints could not be compared, and latency decides; go on with --resume"
+    assert (result.undecided, result.verdicts, result.run.promotions) == ({"small": reason}, {}, {})
+    assert nights.models.verdict(MODEL, 1) is None and nights.models.known(MODEL).challenger == 1
+
+
+def test_a_verdict_from_an_earlier_session_needs_no_comparison(nights: Nights) -> None:
+    checked, result = nights.night(
+        BETTER, Champion(7, FIDELITY), nights.checked(promotion={"latency": 0.1}, serving={})
+    )
+    nights.models.keep(MODEL, 1, "a person decided so")
+    settle(checked, result, [])
+    assert (result.verdicts["small"].reason, result.undecided) == ("a person decided so", {})
+
+
+def three(checked: Checked, result: FamilyResult) -> tuple[Checked, FamilyResult]:
+    """The same family with three students that wait for their promotion."""
+    names = ("small", "medium", "large")
+    students = {name: replace(result.students["small"], name=name) for name in names}
+    result = replace(result, students=students, versions=dict.fromkeys(names, 1), champions=dict.fromkeys(names))
+    specs = dict.fromkeys(names, checked.spec.students["small"])
+    return replace(checked, spec=checked.spec.model_copy(update={"students": specs})), result
+
+
+def test_a_registry_that_is_away_is_waited_for_once_and_not_for_each_student(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, result = three(*nights.night(FIDELITY, None))
+    asked: list[tuple[object, ...]] = []
+
+    def away(*given: object) -> None:
+        asked.append(given)
+        raise AwayError("MLflow x does not answer: refused")
+
+    monkeypatch.setattr(Models, "verdict", away)
+    settle(checked, result, [])
+    assert len(asked) == 1
+    reason = "MLflow x does not answer: refused; go on with --resume"
+    assert result.undecided == dict.fromkeys(("small", "medium", "large"), reason)
+    assert len(result.trouble) == 3 and result.run.promotions == {}
+
+
+def test_a_database_that_is_down_leaves_the_promotions_to_the_resumed_run(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, result = three(*nights.night(FIDELITY, None))
+    tries: list[str] = []
+
+    def down(uri: str) -> None:
+        tries.append(uri)
+        raise OperationalError("", None, Exception("connection failed"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models_module, "client_of", down)
+        patch.setattr(models_module, "patiently", lambda work, _: work())
+        settle(checked, result, [])
+    assert tries == [nights.uri]
+    assert result.undecided.keys() == {"small", "medium", "large"}
+    assert result.undecided["small"].startswith(f"MLflow {nights.uri} does not answer: ")
+    assert result.undecided["small"].endswith("connection failed; go on with --resume")
 
 
 @pytest.mark.parametrize(

@@ -78,10 +78,11 @@ def test_a_report_is_attached(nights: Nights, monkeypatch: pytest.MonkeyPatch) -
     assert [each.path for each in nights.client.list_artifacts(result.run.mlflow[""])] == ["report.html"]
 
 
-def test_endpoints_that_cannot_be_compared_cost_the_comparison_only(
-    nights: Nights, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("latency", [None, 1.1])
+def test_endpoints_that_cannot_be_compared_cost_the_comparison_and_what_latency_decides(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch, latency: float | None
 ) -> None:
-    result, rest = ended(monkeypatch, nights, serving={}, promotion={"latency": 1.1})
+    result, rest = ended(monkeypatch, nights, serving={}, promotion={"latency": latency})
     result.champions["small"] = Champion(9, FIDELITY)
 
     def broken(*_: object) -> list[dict[str, Any]]:
@@ -89,10 +90,16 @@ def test_endpoints_that_cannot_be_compared_cost_the_comparison_only(
 
     monkeypatch.setattr(module, "compare", broken)
     trouble, printed = rest()
-    assert trouble == ""
     assert "warning: the endpoints could not be compared: ConnectionError: no endpoint answers" in printed
-    assert result.verdicts["small"].outcome == KEPT
     assert result.run.report_path.is_file()
+    if latency is None:
+        assert trouble == "" and result.verdicts["small"].outcome == KEPT
+    else:
+        assert trouble == (
+            "the promotion of student small is not decided: the endpoints could not be compared, and latency decides; "
+            "go on with --resume"
+        )
+        assert result.verdicts == {} and result.run.promotions == {}
 
 
 def test_a_student_without_a_version_is_shown_as_such_everywhere(
