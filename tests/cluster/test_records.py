@@ -19,8 +19,9 @@ from mlflow.protos import databricks_pb2 as codes
 from cluster.board import FAMILY, Point
 from cluster.evaluate.figures import Fidelity, StudentResult
 from cluster.records import Records
-from cluster.registry import AwayError, Calls, RefusedError, Registry
+from cluster.registry import PATIENCE_S, AwayError, Calls, RefusedError, Registry
 from cluster.registry import calls as calls_module
+from cluster.registry.calls import SILENT_S
 from cluster.registry.client import is_away
 from cluster.runs import Run
 from cluster.spec import FamilySpec
@@ -77,6 +78,10 @@ def test_what_may_pass_is_told_from_a_refusal(error: Exception, away: bool) -> N
 # -- the calls ---------------------------------------------------------------------------------------------------------
 
 
+class NeverError(Exception):
+    """In place of an answer that never comes."""
+
+
 class Cluster:
     """Actor calls without a cluster: a reference is a new object, and its result is there at once or never."""
 
@@ -84,7 +89,7 @@ class Cluster:
         self.results: dict[Any, Any] = {}
         self.now = 1000.0
         monkeypatch.setattr(ray, "get", self.get)
-        monkeypatch.setattr(ray, "wait", lambda refs, **_: ([r for r in refs if r in self.results][:1], []))
+        monkeypatch.setattr(ray, "wait", self.wait)
         clock = SimpleNamespace(
             monotonic=lambda: self.now, time=lambda: self.now, sleep=self.sleep, strftime=lambda *_: "", localtime=int
         )
@@ -92,6 +97,11 @@ class Cluster:
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
+
+    def wait(self, refs: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        done = [ref for ref in refs if ref in self.results][:num_returns]
+        self.now += 0 if done else timeout
+        return done, []
 
     def get(self, ref: Any) -> Any:
         result = self.results[ref]
@@ -104,16 +114,18 @@ class Cluster:
         ref = object()
         try:
             self.results[ref] = work()
+        except NeverError:
+            pass
         except Exception as error:
             self.results[ref] = error
         return ref
 
 
 class Service:
-    """The registry actor's methods on that cluster. MLflow is ``away``, refuses what is in ``refuses``, or works."""
+    """The registry actor's methods on that cluster. MLflow is ``away``, ``hangs``, refuses what is in ``refuses``, or works."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self.away, self.refuses = cluster, False, set[str]()
+        self.cluster, self.away, self.hangs, self.refuses = cluster, False, False, set[str]()
         self.logged: dict[str, list[Point]] = {}
         self.versions: list[str] = []
         self.finished: list[list[str]] = []
@@ -124,6 +136,8 @@ class Service:
 
     def _do(self, name: str, subject: Any, *given: Any) -> Any:
         self.asked += 1
+        if self.hangs:
+            raise NeverError
         if self.away:
             raise AwayError("MLflow x does not answer: refused")
         if subject in self.refuses if isinstance(subject, str) else False:
@@ -234,6 +248,38 @@ def test_an_actor_that_is_gone_for_good_fails_its_calls_and_not_the_run(tmp_path
     assert "ActorDiedError" in records.unregistered["small"]
 
 
+def test_a_call_that_never_returns_counts_as_mlflow_being_away(tmp_path: Path, service: Service) -> None:
+    records, _ = records_of(tmp_path, service)
+    shown: list[str] = []
+    service.hangs = True
+    begun = service.cluster.now
+    records.register(student("small"), {})
+    # A large upload takes minutes; that is no reason for a message.
+    service.cluster.sleep(SILENT_S)
+    records.calls.look(idle=False)
+    assert records.calls.trouble == ""
+    service.cluster.sleep(1.0)
+    records.calls.look(idle=False)
+    assert records.calls.trouble == "waiting for MLflow since : MLflow does not answer"
+    records.close(points(3), [], shown.append)
+    # From the end of the last student on, and not once more for each call that is still to be made.
+    assert PATIENCE_S < service.cluster.now - begun - SILENT_S < PATIENCE_S + 60
+    assert "does not answer; it has been away" in records.unregistered["small"]
+    assert len(records.warnings) == 3
+
+
+def test_a_refusal_is_an_answer(service: Service) -> None:
+    calls, refusals, shown = Calls(), list[str](), list[str]()
+    service.away = True
+    calls.ask(lambda: service.log.remote("away", []), shown.append, shown.append)
+    calls.take(calls.refs[0])
+    assert calls.trouble
+    service.away, service.refuses = False, {"run"}
+    calls.ask(lambda: service.log.remote("run", []), refusals.append, refusals.append)
+    calls.take(calls.refs[0])
+    assert (refusals, calls.pending, calls.trouble) == (["MLflow x refuses: no such run run"], True, "")
+
+
 def test_one_call_can_be_waited_for(service: Service) -> None:
     service.away = True
     shown: list[str] = []
@@ -296,6 +342,28 @@ def test_a_registration_that_is_made_again_makes_no_second_version_and_no_second
     for _ in range(2):
         own.log(run_id, points(3)["small"])
     assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == [1, 2, 3]
+
+
+def test_a_registration_that_is_made_again_late_does_not_move_the_challenger_back(
+    registry: tuple[Registry, Any], tiny_teacher: Path
+) -> None:
+    own, client = registry
+
+    def register(key: str) -> int:
+        return own.register(start(own, key)["small"], "tiny-small", str(tiny_teacher), {}, {"kl_after": 0.5}, 1.0)
+
+    def aliases() -> dict[str, int]:
+        return {name: int(number) for name, number in client.get_registered_model("tiny-small").aliases.items()}
+
+    assert (register("first"), register("second")) == (1, 2)
+    # The first run's driver died before it had saved its version, and is resumed now.
+    assert register("first") == 1
+    assert aliases() == {"challenger": 2}
+    # Nor does a champion become a challenger.
+    client.set_registered_model_alias("tiny-small", "champion", "2")
+    client.delete_registered_model_alias("tiny-small", "challenger")
+    assert register("second") == 2
+    assert aliases() == {"champion": 2}
 
 
 def test_a_name_that_mlflow_refuses_is_refused_at_once_and_one_line(
