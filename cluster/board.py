@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,13 +56,13 @@ class News:
 
     Attributes:
         points: those after the reader's cursor.
-        total: how many there are. A board that lost some before it could write them has fewer than its reader.
+        process: identifies the board's process. A restarted board may lack points that the old one could not write.
         phases: what every student does now.
         stop: why the run must stop; empty when it need not.
     """
 
     points: list[Point]
-    total: int
+    process: str
     phases: dict[str, str]
     stop: str
 
@@ -90,7 +91,8 @@ class Board:
         state = json.loads(self._state_file.read_bytes()) if self._state_file.exists() else {}
         self._phases: dict[str, str] = state.get("phases", {})
         self._stop: str = state.get("stop", "")
-        self._unwritten = b""
+        self._process = uuid.uuid4().hex
+        self._unwritten, self._out_of_order = b"", False
         # The last writer may have been killed in the middle of a line.
         if self._journal.exists() and (content := self._journal.read_bytes()) and not content.endswith(b"\n"):
             self._unwritten = b"\n"
@@ -101,29 +103,32 @@ class Board:
             return
         self._known.add(point.key)
         self._points.append(point)
-        self._unwritten += json.dumps(asdict(point)).encode() + b"\n"
+        self._unwritten += _line(point)
         self._write()
 
     def _write(self) -> None:
-        """Append what is not in the file yet, as far as its disk has room."""
-        with self._journal.open("ab", buffering=0) as file:
-            while self._unwritten:
-                try:
+        """Append what is not in the file yet, or replace a file in another order, as far as its disk has room."""
+        try:
+            if self._out_of_order:
+                aside = self._journal.with_name(f".{POINTS_FILE}.part")
+                aside.write_bytes(b"".join(map(_line, self._points)))
+                aside.replace(self._journal)
+                self._unwritten, self._out_of_order = b"", False
+                return
+            with self._journal.open("ab", buffering=0) as file:
+                while self._unwritten:
                     self._unwritten = self._unwritten[file.write(self._unwritten) :]
-                except OSError as error:
-                    if error.errno not in DISK_FULL:
-                        raise
-                    return
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
 
     def put_back(self, points: list[Point]) -> None:
-        """Restore the reader's points after a restart that lost some; those that the reader lacks come after them."""
+        """Restore the reader's points in their order after a restart; those that it lacks come after them."""
         keys = {point.key for point in points}
         self._points = [*points, *(point for point in self._points if point.key not in keys)]
         self._known = {point.key for point in self._points}
-        aside = self._journal.with_name(f".{POINTS_FILE}.part")
-        aside.write_bytes(b"".join(json.dumps(asdict(point)).encode() + b"\n" for point in self._points))
-        aside.replace(self._journal)
-        self._unwritten = b""
+        self._out_of_order = True
+        self._write()
 
     def phase(self, student: str, phase: str) -> None:
         """Set what a student is doing now, in a word or two."""
@@ -147,7 +152,11 @@ class Board:
 
     def since(self, cursor: int) -> News:
         """What there is after the first ``cursor`` points."""
-        return News(self._points[cursor:], len(self._points), dict(self._phases), self._stop)
+        return News(self._points[cursor:], self._process, dict(self._phases), self._stop)
+
+
+def _line(point: Point) -> bytes:
+    return json.dumps(asdict(point)).encode() + b"\n"
 
 
 def _read(journal: Path) -> Iterator[Point]:

@@ -140,6 +140,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
             dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
             champion = f"the champion {model} v{version}"
             own, code = _check_existing(place, champion, dirs[name], spec, tokenizer, vocabulary), False
+        _check_layerdrop(f"students.{name}", student.ranks, own)
         decided[f"student {name}"] = _packing_of(own, place, code)
     skipped = {} if text_is_kept else find_files(spec.corpus.paths).skipped
     if (store := store_of(spec)) is not None:
@@ -210,6 +211,17 @@ def _check_length(spec: FamilySpec, config: Any, who: str) -> None:
     length, longest = spec.corpus.sequence_length, getattr(config, "max_position_embeddings", None)
     if longest and length > longest:
         raise UserError(f"corpus.sequence_length: got {length}; {who} reads at most {longest} tokens")
+
+
+def _check_layerdrop(field: str, ranks: int, config: Any) -> None:
+    """Whether all ranks of a student run the same layers: each draws its own, and they would wait in different ones."""
+    dropped = {name: rate for name in ("layerdrop", "decoder_layerdrop") if (rate := getattr(config, name, None))}
+    if ranks > 1 and dropped:
+        given = ", ".join(f"{name} {rate:g}" for name, rate in dropped.items())
+        raise UserError(
+            f"{field}.ranks: got {ranks}; {config.model_type} with {given} leaves out layers at random, and "
+            f"ranks that leave out different ones wait for each other; use ranks: 1, or a model with layerdrop 0"
+        )
 
 
 def _check_tokens(tokenizer: Any, vocabulary: int, folder: Path) -> None:

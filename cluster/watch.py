@@ -118,6 +118,8 @@ class Watch:
         self._of_board = _Source("board", patience_s + AWAY_S)
         self._family_at = float("-inf")
         self._seen: list[Point] = []
+        # The board's process that ``_seen`` counts the points of; none before its first answer.
+        self._process = ""
         self.points: dict[str, list[Point]] = {name: [] for name in (FAMILY, *students)}
         self._phases: dict[str, str] = {}
         self._stats: StreamStats | None = None
@@ -148,10 +150,13 @@ class Watch:
         return Status(phase, students, stats)
 
     def _take(self, news: News) -> None:
-        if news.total < len(self._seen):
-            log.warning("the board lost %d points with its process and gets them back", len(self._seen) - news.total)
-            self._board.put_back.remote(self._seen)
-            return
+        if news.process != self._process:
+            restarted, self._process = bool(self._process), news.process
+            if restarted:
+                # It may lack points that were not written, and have others in their place: counts do not tell.
+                log.warning("the board was restarted and gets back the %d points that were read", len(self._seen))
+                self._board.put_back.remote(self._seen)
+                return
         self._seen += news.points
         for point in news.points:
             # Of a student that the spec had in an earlier session only.

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 # Seconds until the second try; each later one takes twice as long, up to the longest.
 FIRST_AGAIN_S, LONGEST_AGAIN_S = 1.0, 30.0
+# Seconds without an answer to a call after which MLflow counts as away. A dead connection to a database may block for
+# hours, and the upload of a large model takes minutes.
+SILENT_S = 600.0
 
 
 @dataclass
@@ -24,7 +27,7 @@ class _Call:
     """One call until it has an answer.
 
     Attributes:
-        due: when it is to be made again, by the monotonic clock.
+        due: when it is to be made again, by the monotonic clock; ``since`` is when it was made last.
     """
 
     make: Callable[[], ray.ObjectRef]
@@ -32,13 +35,14 @@ class _Call:
     failed: Callable[[str], None]
     tries: int = 0
     due: float = 0.0
+    since: float = 0.0
 
 
 class Calls:
     """Makes calls for an event loop that must not block, and makes them again while MLflow is away.
 
-    A call that MLflow refuses, or whose actor is gone for good, fails at once; one that finds MLflow away fails when
-    :meth:`look` gives it up.
+    A call that MLflow refuses, or whose actor is gone for good, fails at once; one that finds MLflow away, or never
+    returns, fails when :meth:`look` gives it up.
 
     Args:
         patience_s: seconds that MLflow may be away once nothing else is waited for.
@@ -83,6 +87,7 @@ class Calls:
         self._make(_Call(make, done, failed))
 
     def _make(self, call: _Call) -> None:
+        call.since = time.monotonic()
         self._flying[call.make()] = call
 
     def take(self, ref: ray.ObjectRef) -> bool:
@@ -96,8 +101,11 @@ class Calls:
             cause = getattr(error, "cause", None)
             if isinstance(cause, AwayError):
                 self._later(call, str(cause))
+            elif isinstance(cause, StillhouseError):
+                self._away = None  # a refusal is an answer
+                call.failed(str(cause))
             else:
-                call.failed(str(cause) if isinstance(cause, StillhouseError) else first_line(error))
+                call.failed(first_line(error))
         else:
             self._away = None
             call.done(answer)
@@ -113,8 +121,11 @@ class Calls:
         call.tries += 1
         call.due = time.monotonic() + min(LONGEST_AGAIN_S, FIRST_AGAIN_S * 2 ** (call.tries - 1))
         self._waiting.append(call)
+        self._is_away(time.monotonic(), reason)
+
+    def _is_away(self, since: float, reason: str) -> None:
         if self._away is None:
-            self._away = time.time(), time.monotonic(), reason
+            self._away = time.time() - (time.monotonic() - since), since, reason
             log.warning("waiting for MLflow: %s", reason)
 
     def look(self, idle: bool) -> None:
@@ -124,6 +135,9 @@ class Calls:
             idle: whether nothing is left to wait for but MLflow. Before that waiting costs nothing.
         """
         now = time.monotonic()
+        oldest = min((call.since for call in self._flying.values()), default=now)
+        if now - oldest > SILENT_S:
+            self._is_away(oldest, "MLflow does not answer")
         self._idle_since = (self._idle_since or now) if idle else None
         if self._away is not None and self._idle_since is not None:
             waited_s = now - max(self._away[1], self._idle_since)

@@ -124,6 +124,8 @@ class Registry:
     ) -> int:
         """Log a student's final figures and its model under its run, register it and point ``challenger`` at it.
 
+        ``challenger`` stays where it is at a later version, and a version that is or was champion does not become it.
+
         Args:
             at: when the figures were measured, in seconds since 1970.
 
@@ -138,7 +140,10 @@ class Registry:
             version = self._version(client, run_id, name, model_dir)
             for key, value in {**tags, WEIGHTS: weights_digest(Path(model_dir))}.items():
                 client.set_model_version_tag(name, str(version), key, value)
-            client.set_registered_model_alias(name, CHALLENGER, str(version))
+            # A try that comes late finds later versions: a challenger is never moved back, nor a champion made one.
+            standing = Models(self._uri, patience_s=0.0).known(name)
+            if version not in (standing.champion, *standing.line) and version > (standing.challenger or 0):
+                client.set_registered_model_alias(name, CHALLENGER, str(version))
             return version
 
     def champion(self, name: str) -> int | None:

@@ -239,16 +239,19 @@ class Stream:
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
-    async def attach(self, student: str, rank: int, start: int) -> None:
-        """A rank says which batch it will ask for first. A restarted rank may go back; the batches come again."""
+    async def attach(self, student: str, rank: int, start: int, again: bool = False) -> None:
+        """A rank says which batch it will ask for first. A restarted rank may go back; the batches come again.
+
+        Args:
+            again: whether the rank has attached before in its life, to this stream or to one that died.
+        """
         await self.start()
         async with self._changed:
             consumer = self._consumers[student]
-            consumer.next_of_rank[rank] = start
-            consumer.lives[rank] += 1
-            consumer.active, consumer.waits_since = True, None
-            # All ranks of a life start at the same batch.
-            consumer.until = start if self._held else None
+            before = consumer.until if again else None
+            consumer.attach(rank, start, again)
+            # All ranks of a life start at the same batch, but a peer may have been given it before the hold.
+            consumer.until = max(before or 0, consumer.furthest) if self._held else None
             self._changed.notify_all()
 
     async def hold(self) -> None:
@@ -260,8 +263,18 @@ class Stream:
         if not self._held:
             self._held = True
             for consumer in self._consumers.values():
-                consumer.until = max(consumer.next_of_rank)
+                consumer.until = consumer.furthest
         self._changed.notify_all()
+
+    def _is_unclear(self, consumer: Consumer) -> bool:
+        """Whether a rank that this restarted stream has not heard of may have more batches than its peers."""
+        return self._again and len(consumer.here) < consumer.ranks
+
+    def _holds(self, consumer: Consumer, number: int) -> bool:
+        """Whether the hold keeps this batch from a student; where ranks are missing, see :meth:`_is_unclear`."""
+        # A peer that has the last batch never asks again; one that does not is given it too.
+        is_last = number + 1 == self._batches.count
+        return consumer.holds(number) and not (is_last and self._is_unclear(consumer))
 
     async def lost(self, number: int, labels: list[ray.ObjectRef], held_out: bool = False) -> None:
         """Blocks of a batch cannot be had any more, because a node died with them: have them fetched again.
@@ -297,7 +310,8 @@ class Stream:
         consumer = self._consumers[student]
         if not consumer.lives[rank]:
             # This stream was started again while the rank was learning.
-            await self.attach(student, rank, number)
+            await self.attach(student, rank, number, again=True)
+        consumer.here.add(rank)
         if number != consumer.next_of_rank[rank]:
             raise RunError(f"{student} rank {rank} asked for batch {number}, its next is {consumer.next_of_rank[rank]}")
         life, asked_ns = consumer.lives[rank], time.time_ns()
@@ -306,16 +320,20 @@ class Stream:
         async with self._changed:
             self._forget()
             self._changed.notify_all()
-            while number not in self._window.ready or consumer.holds(number):
-                if consumer.holds(number):
-                    raise HeldError(f"the pass is held before batch {number}")
-                if self._error is not None:
+            while number not in self._window.ready or self._holds(consumer, number):
+                if self._holds(consumer, number):
+                    # Its peers may be learning this batch, and wait for it there.
+                    if not self._is_unclear(consumer):
+                        raise HeldError(f"the pass is held before batch {number}")
+                elif self._error is not None:
                     raise RunError(self._error)
                 await self._changed.wait()
                 if consumer.lives[rank] != life:
                     raise RunError(f"{student} rank {rank} has been started again; this call is from before")
             blocks = self._window.ready[number]
             consumer.next_of_rank[rank] = number + 1
+            if consumer.until is not None:
+                consumer.until = max(consumer.until, number + 1)
             if rank == 0:
                 consumer.given()
             trace = self._traces.get(number, "")

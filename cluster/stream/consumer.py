@@ -13,6 +13,7 @@ class Consumer:
     Attributes:
         next_of_rank: the batch that each rank asks for next. All before it were delivered once.
         lives: how often each rank has attached. A call from an earlier life must not move the present one.
+        here: ranks of the student's present life that have attached or asked; of the others ``next_of_rank`` is stale.
         active: False once it has read its last batch or failed; then nobody waits for it.
         done: whether its task has ended, well or not; before that it may need to be started again, also to measure.
         until: the first batch that it is not given any more, where the pass is held.
@@ -22,6 +23,7 @@ class Consumer:
     ranks: int
     next_of_rank: list[int] = field(init=False)
     lives: list[int] = field(init=False)
+    here: set[int] = field(default_factory=set)
     active: bool = True
     done: bool = False
     until: int | None = None
@@ -46,6 +48,24 @@ class Consumer:
     def waiting(self) -> bool:
         """Whether it has nothing to learn from at the moment."""
         return self.waits_since is not None
+
+    @property
+    def furthest(self) -> int:
+        """The first batch that no rank of the present life has been given."""
+        return max((self.next_of_rank[rank] for rank in self.here), default=0)
+
+    def attach(self, rank: int, start: int, again: bool) -> None:
+        """Note which batch a rank asks for first.
+
+        Args:
+            again: whether the rank goes on in its life. Otherwise a rank that is here already begins a new one.
+        """
+        if not again and rank in self.here:
+            self.here.clear()
+        self.here.add(rank)
+        self.next_of_rank[rank] = start
+        self.lives[rank] += 1
+        self.active, self.waits_since = True, None
 
     def holds(self, number: int) -> bool:
         """Whether it is not to be given this batch."""

@@ -103,7 +103,7 @@ class Reader:
 
         def again() -> None:
             # A stream that was restarted knows nobody.
-            ray.get(self._stream.attach.remote(self._student, self._rank, number))
+            ray.get(self._stream.attach.remote(self._student, self._rank, number, again=True))
 
         return self._through(read, again)
 

@@ -17,7 +17,7 @@ from cluster.errors import RunError
 from cluster.watch import Watch
 from tests.jobs.test_console import STATS
 
-POINTS = [Point("small", batch, {"loss": 1.0 / batch}, float(batch)) for batch in range(1, 6)]
+POINTS = [Point("small", batch, {"loss": 1.0 / batch}, float(batch)) for batch in range(1, 9)]
 
 
 def board_of(folder: Path, points: list[Point], again: bool = False) -> Board:
@@ -32,7 +32,7 @@ def test_a_board_that_was_killed_continues_with_its_points_phases_and_reason_to_
     first.phase("small", "training")
     first.stop("the disk is full")
     news = board_of(tmp_path, POINTS[3:], again=True).since(2)
-    assert (news.points, news.total) == (POINTS[2:], 5)
+    assert news.points == POINTS[2:]
     assert (news.phases, news.stop) == ({"small": "training"}, "the disk is full")
 
 
@@ -89,7 +89,7 @@ def test_points_of_a_full_disk_are_kept_and_written_when_there_is_room(
     assert board.since(0).points == POINTS[:4]
     board.post(POINTS[4])
     assert [json.loads(line) for line in (tmp_path / POINTS_FILE).read_text().splitlines()] == [
-        json.loads(json.dumps(asdict(point))) for point in POINTS
+        json.loads(json.dumps(asdict(point))) for point in POINTS[:5]
     ]
 
 
@@ -109,20 +109,39 @@ def watch_of(board: Actor, monkeypatch: pytest.MonkeyPatch) -> Watch:
     return Watch(stream, board, ["small"], 1.0)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("posted", [5, 6, 8])
 def test_what_a_board_lost_with_its_process_comes_back_from_its_reader(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, posted: int
 ) -> None:
     board = Actor(board_of(tmp_path, POINTS[:4]))
     watch = watch_of(board, monkeypatch)
     watch.look("distilling")
-    # Killed while its disk was full: the last two were not written. Then a student posts one more.
+    # Killed while its disk was full: the last two were not written. Then the student posts more before the next look:
+    # fewer than were lost, as many, or so many that the restarted board has more points than its reader.
     journal = tmp_path / POINTS_FILE
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:2]))
-    board.target = board_of(tmp_path, POINTS[4:], again=True)
+    board.target = board_of(tmp_path, POINTS[4:posted], again=True)
     for _ in range(2):
         watch.look("distilling", ask_stream=False)
-    assert watch.points["small"] == POINTS == watch.curves
-    assert [p for p in board_of(tmp_path, [], again=True).since(0).points if p.student] == POINTS
+    assert watch.points["small"] == POINTS[:posted] == watch.curves
+    # The order of the file is that of the reader: a resumed run counts what MLflow has by it.
+    assert [p for p in board_of(tmp_path, [], again=True).since(0).points if p.student] == POINTS[:posted]
+
+
+def test_a_board_that_gets_its_points_back_on_a_full_disk_writes_them_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = board_of(tmp_path, POINTS[4:5])
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        board.put_back(POINTS[:4])
+    assert board.since(0).points == POINTS[:5]
+    board.post(POINTS[5])
+    assert board_of(tmp_path, [], again=True).since(0).points == POINTS[:6]
 
 
 def test_the_curves_hold_the_last_point_of_each_batch_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,19 @@ def test_a_cut_and_a_scratch_student_of_another_type_are_checked_by_building_the
         check({**SCRATCH, "kv_heads": 4}, teacher=bloom)
 
 
+@pytest.mark.parametrize(("ranks", "layerdrop"), [(1, 0.1), (2, 0.0), (2, 0.1)], ids=str)
+def test_ranks_that_would_leave_out_different_layers_are_refused(
+    check: Any, tmp_path: Path, ranks: int, layerdrop: float
+) -> None:
+    teacher = typed_teacher(tmp_path / "opt", "opt", layerdrop=layerdrop)
+    students = {"small": {"init": {"source": "teacher", "layers": 2}, "ranks": ranks}}
+    if ranks == 1 or not layerdrop:
+        assert check(teacher=teacher, students=students)
+        return
+    with pytest.raises(UserError, match=r"^students.small.ranks: got 2; opt with layerdrop 0.1 .* use ranks: 1"):
+        check(teacher=teacher, students=students)
+
+
 def with_token(folder: Path, **special: str) -> Path:
     """A model without padding whose tokenizer has one more token than its embedding has rows."""
     write_tiny_model(folder, padded_to=VOCABULARY)

@@ -21,8 +21,9 @@ from sqlalchemy.exc import OperationalError
 from cluster.board import FAMILY, Point
 from cluster.evaluate.figures import Fidelity, StudentResult
 from cluster.records import Records
-from cluster.registry import AwayError, Calls, RefusedError, Registry
+from cluster.registry import PATIENCE_S, AwayError, Calls, RefusedError, Registry
 from cluster.registry import calls as calls_module
+from cluster.registry.calls import SILENT_S
 from cluster.registry.client import is_away
 from cluster.runs import Run
 from cluster.spec import FamilySpec
@@ -80,6 +81,10 @@ def test_what_may_pass_is_told_from_a_refusal(error: Exception, away: bool) -> N
 # -- the calls ---------------------------------------------------------------------------------------------------------
 
 
+class NeverError(Exception):
+    """In place of an answer that never comes."""
+
+
 class Cluster:
     """Actor calls without a cluster: a reference is a new object, and its result is there at once or never."""
 
@@ -116,16 +121,18 @@ class Cluster:
         ref = object()
         try:
             self.results[ref] = work()
+        except NeverError:
+            pass
         except Exception as error:
             self.results[ref] = error
         return ref
 
 
 class Service:
-    """The registry actor's methods on that cluster. MLflow is ``away``, refuses what is in ``refuses``, or works."""
+    """The registry actor's methods on that cluster. MLflow is ``away``, ``hangs``, ``refuses`` some things, or works."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self.away, self.refuses = cluster, False, set[str]()
+        self.cluster, self.away, self.hangs, self.refuses = cluster, False, False, set[str]()
         self.logged: dict[str, list[Point]] = {}
         self.versions: list[str] = []
         self.finished: list[list[str]] = []
@@ -138,6 +145,8 @@ class Service:
 
     def _do(self, name: str, subject: Any, *given: Any) -> Any:
         self.asked += 1
+        if self.hangs:
+            raise NeverError
         if self.away:
             raise AwayError("MLflow x does not answer: refused")
         if subject in self.refuses if isinstance(subject, str) else False:
@@ -264,6 +273,38 @@ def test_answers_that_have_come_are_processed_without_a_wait(service: Service) -
     assert (answers, calls.refs, service.cluster.now) == ([1, 2], [never], begun)
 
 
+def test_a_call_that_never_returns_counts_as_mlflow_being_away(tmp_path: Path, service: Service) -> None:
+    records, _ = records_of(tmp_path, service)
+    shown: list[str] = []
+    service.hangs = True
+    begun = service.cluster.now
+    records.register(student("small"), {})
+    # A large upload takes minutes; that is no reason for a message.
+    service.cluster.sleep(SILENT_S)
+    records.calls.look(idle=False)
+    assert records.calls.trouble == ""
+    service.cluster.sleep(1.0)
+    records.calls.look(idle=False)
+    assert records.calls.trouble == "waiting for MLflow since : MLflow does not answer"
+    records.close(points(3), [], shown.append)
+    # From the end of the last student on, and not once more for each call that is still to be made.
+    assert PATIENCE_S < service.cluster.now - begun - SILENT_S < PATIENCE_S + 60
+    assert "does not answer; it has been away" in records.unregistered["small"]
+    assert len(records.warnings) == 3
+
+
+def test_a_refusal_is_an_answer(service: Service) -> None:
+    calls, refusals, shown = Calls(), list[str](), list[str]()
+    service.away = True
+    calls.ask(lambda: service.log.remote("away", []), shown.append, shown.append)
+    calls.take(calls.refs[0])
+    assert calls.trouble
+    service.away, service.refuses = False, {"run"}
+    calls.ask(lambda: service.log.remote("run", []), refusals.append, refusals.append)
+    calls.take(calls.refs[0])
+    assert (refusals, calls.pending, calls.trouble) == (["MLflow x refuses: no such run run"], True, "")
+
+
 def test_one_call_can_be_waited_for(service: Service) -> None:
     service.away = True
     shown: list[str] = []
@@ -326,6 +367,28 @@ def test_a_registration_that_is_made_again_makes_no_second_version_and_no_second
     for _ in range(2):
         own.log(run_id, points(3)["small"])
     assert [metric.step for metric in client.get_metric_history(run_id, "loss")] == [1, 2, 3]
+
+
+def test_a_registration_that_is_made_again_late_does_not_move_the_challenger_back(
+    registry: tuple[Registry, Any], tiny_teacher: Path
+) -> None:
+    own, client = registry
+
+    def register(key: str) -> int:
+        return own.register(start(own, key)["small"], "tiny-small", str(tiny_teacher), {}, {"kl_after": 0.5}, 1.0)
+
+    def aliases() -> dict[str, int]:
+        return {name: int(number) for name, number in client.get_registered_model("tiny-small").aliases.items()}
+
+    assert (register("first"), register("second")) == (1, 2)
+    # The first run's driver died before it had saved its version, and is resumed now.
+    assert register("first") == 1
+    assert aliases() == {"challenger": 2}
+    # Nor does a champion become a challenger.
+    client.set_registered_model_alias("tiny-small", "champion", "2")
+    client.delete_registered_model_alias("tiny-small", "challenger")
+    assert register("second") == 2
+    assert aliases() == {"champion": 2}
 
 
 def test_a_name_that_mlflow_refuses_is_refused_at_once_and_one_line(

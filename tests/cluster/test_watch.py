@@ -52,7 +52,7 @@ class Answers:
 
     def get(self, ref: str, timeout: float | None = None) -> Any:
         if ref == "board":
-            return News([], 0, {}, "")
+            return News([], "process", {}, "")
         if isinstance(self.stream, Exception):
             raise self.stream
         return self.stream

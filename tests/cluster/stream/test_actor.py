@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from cluster.errors import RunError
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
 from cluster.stream.actor import Stream
-from cluster.stream.figures import HeldError
+from cluster.stream.figures import Delivery, HeldError
 from cluster.teacher.pool import PoolStats
 from tests.tiny import VOCABULARY, tiny_family
 
@@ -41,7 +42,7 @@ def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, again: bool = False) ->
 def asked(stream: Stream, student: str, rank: int, number: int) -> None:
     """What a rank's call leaves behind."""
     consumer = stream._consumers[student]
-    consumer.next_of_rank[rank], consumer.lives[rank] = number, 1
+    consumer.attach(rank, number, again=True)
 
 
 def needing(stream: Stream) -> list[str]:
@@ -125,6 +126,95 @@ def test_a_held_pass_stops_all_ranks_of_a_student_at_the_same_batch(
         return got
 
     assert asyncio.run(learn()) == [4, "held", "held", "held"]
+
+
+def restarted_and_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """A stream that was started again, has every batch ready, and is held before any rank has asked it."""
+    stream = begun(folder, monkeypatch, again=True)
+    monkeypatch.setattr(stream, "start", lambda: asyncio.sleep(0))
+    monkeypatch.setattr(stream, "_forget", lambda: None)
+    for number in range(stream._batches.count):
+        stream._window.ready[number] = [None] * stream._blocks  # type: ignore[list-item]
+    asyncio.run(stream.hold())
+    return stream
+
+
+async def outcome(call: Awaitable[Delivery]) -> int | str:
+    try:
+        return (await asyncio.wait_for(call, 5.0)).batch.number
+    except HeldError:
+        return "held"
+
+
+def test_a_restarted_stream_that_is_held_stops_a_rank_only_when_it_knows_what_its_peers_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = restarted_and_held(tmp_path, monkeypatch)
+
+    async def learn() -> list[int | str]:
+        # Rank 0 has read batch 6 from the stream that died, rank 1 has not.
+        behind = asyncio.ensure_future(stream.next("a", 1, 6))
+        await asyncio.sleep(0.01)
+        assert not behind.done()
+        calls = (stream.next("a", 0, 7), behind, stream.next("a", 1, 7))
+        return [await outcome(call) for call in calls]
+
+    assert asyncio.run(learn()) == ["held", 6, "held"]
+
+
+def test_a_rank_that_attaches_again_to_a_held_stream_does_not_take_back_what_its_peer_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = restarted_and_held(tmp_path, monkeypatch)
+
+    async def learn() -> list[int | str]:
+        await stream.attach("a", 0, 7, again=True)
+        for _ in range(2):
+            await stream.attach("a", 1, 6, again=True)
+        held = [await outcome(stream.next("a", rank, number)) for rank, number in ((1, 6), (1, 7), (0, 7))]
+        # The student is started again: its ranks stop where they start.
+        for rank in range(2):
+            await stream.attach("a", rank, 4)
+        return [*held, *[await outcome(stream.next("a", rank, 4)) for rank in range(2)]]
+
+    assert asyncio.run(learn()) == [6, "held", "held", "held", "held"]
+
+
+def test_a_rank_gets_the_last_batch_of_a_held_stream_whose_peer_asks_for_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = restarted_and_held(tmp_path, monkeypatch)
+    last = stream._batches.count - 1
+
+    async def learn() -> list[int | str]:
+        return [await outcome(stream.next("a", rank, last)) for rank in (1, 0)]
+
+    assert asyncio.run(learn()) == [last, last]
+
+
+def test_a_hold_while_a_student_starts_again_counts_the_ranks_of_its_new_life_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = begun(tmp_path, monkeypatch)
+    monkeypatch.setattr(stream, "start", lambda: asyncio.sleep(0))
+    monkeypatch.setattr(stream, "_forget", lambda: None)
+    for number in range(stream._batches.count):
+        stream._window.ready[number] = [None] * stream._blocks  # type: ignore[list-item]
+
+    async def learn() -> list[int | str]:
+        for rank in range(2):
+            await stream.attach("a", rank, 0)
+            for number in range(6):
+                await stream.next("a", rank, number)
+        # Killed, and begun again at batch 3; rank 0 is the first to be back, and has read a batch before the hold.
+        await stream.attach("a", 0, 3)
+        await stream.next("a", 0, 3)
+        await stream.hold()
+        held = [await outcome(stream.next("a", 0, 4))]
+        await stream.attach("a", 1, 3)
+        return [*held, *[await outcome(stream.next("a", 1, number)) for number in (3, 4)]]
+
+    assert asyncio.run(learn()) == ["held", 3, "held"]
 
 
 def test_when_no_label_can_be_had_the_pass_is_held_and_every_rank_stops_at_the_same_batch(
