@@ -7,6 +7,7 @@ that it holds can be built again from what its readers ask for and from the stor
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,6 +57,8 @@ class Stream:
         pace: Pace = PACE,
         most: Most = NO_LIMIT,
     ) -> None:
+        # Ray warns of any ``ray.get`` in such an actor. The source's runs in a thread, where it blocks no event loop.
+        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         self._folder = Path(folder)
         self._batches = Batches(self._folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
         self._spec, self._teacher = spec, teacher
@@ -400,26 +403,10 @@ class Stream:
         source = self._source
         if source is None:
             return StreamStats.unstarted(self._batches.count, self._error)
-        active = {name: c for name, c in self._consumers.items() if c.active and c.seen}
-        slowest = min(active, key=lambda name: active[name].position, default=None)
-        fastest = max((c.position for c in active.values()), default=0)
         idle = self._positions() is not None and self._next_to_fetch() is None and not self._window.in_flight
-        left = slowest is not None and active[slowest].position + self._spec.stream.window < self._batches.count
-        return StreamStats(
-            total=self._batches.count,
-            scored=source.log.counts(),
-            read=dict(source.read),
-            delivered={name: c.delivered for name, c in self._consumers.items()},
-            waiting=[name for name, c in active.items() if c.waiting],
-            waited_s={name: c.waited_s for name, c in self._consumers.items()},
-            blocked_by=slowest if idle and left and not self._window.stored else None,
-            behind={name: fastest - c.position for name, c in active.items()},
-            window_used=len(self._window.ready),
-            unsaved=source.unsaved,
-            pool=source.stats,
-            # Once somebody learns, the loss of the pool counts when a label is missing, for there may be enough.
-            error=self._error or (None if any(c.seen for c in self._consumers.values()) else source.error),
-        )
+        # Once somebody learns, the loss of the pool counts when a label is missing, for there may be enough.
+        error = self._error or (None if any(c.seen for c in self._consumers.values()) else source.error)
+        return StreamStats.of(self._consumers, self._window, source, idle, error)
 
     async def finish(self) -> None:
         """The pass is complete: wait until the store has all of it and say so there."""

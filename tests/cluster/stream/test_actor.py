@@ -19,7 +19,7 @@ from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
 from cluster.stream.actor import Stream
 from cluster.stream.figures import Delivery, HeldError
-from cluster.teacher.pool import PoolStats
+from cluster.teacher.figures import PoolStats
 from tests.tiny import VOCABULARY, tiny_family
 
 STUDENT = {"init": {"source": "teacher", "layers": 2}}
