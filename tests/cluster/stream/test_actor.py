@@ -42,7 +42,7 @@ def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, again: bool = False) ->
 def asked(stream: Stream, student: str, rank: int, number: int) -> None:
     """What a rank's call leaves behind."""
     consumer = stream._consumers[student]
-    consumer.attach(rank, number, again=True)
+    consumer.attach(rank, number, again=True, held=False)
 
 
 def needing(stream: Stream) -> list[str]:
