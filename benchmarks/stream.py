@@ -35,7 +35,7 @@ from cluster.spec import FamilySpec
 from cluster.stream.actor import Stream
 from cluster.stream.reader import Reader
 from cluster.stream.source import Lost
-from cluster.teacher.pool import PoolStats
+from cluster.teacher.figures import PoolStats
 
 LENGTH = 8
 READERS = 2

@@ -123,7 +123,7 @@ class Board:
                 raise
 
     def put_back(self, points: list[Point]) -> None:
-        """Restore the reader's points in their order after a restart; those that it lacks come after them."""
+        """Restore the reader's points, in its order, after a restart; those that the reader lacks come after them."""
         keys = {point.key for point in points}
         self._points = [*points, *(point for point in self._points if point.key not in keys)]
         self._known = {point.key for point in self._points}

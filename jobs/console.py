@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from cluster.teacher.pool import PoolStats
+from cluster.teacher.figures import PoolStats
 from cluster.watch import Status
 from jobs.tables import PIPE_WIDTH
 

@@ -7,6 +7,7 @@ that it holds can be built again from what its readers ask for and from the stor
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,13 +57,18 @@ class Stream:
         pace: Pace = PACE,
         most: Most = NO_LIMIT,
     ) -> None:
+        # Ray warns of any ``ray.get`` in such an actor. The source's runs in a thread, where it blocks no event loop.
+        os.environ["RAY_WARN_BLOCKING_GET_INSIDE_ASYNC"] = "0"
         self._folder = Path(folder)
         self._batches = Batches(self._folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
         self._spec, self._teacher = spec, teacher
         self._store_uri, self._pace, self._most = store, pace, most
         self._others: list[Need] = []
         self._blocks = spec.blocks_per_batch
-        self._consumers = {name: Consumer(student.ranks) for name, student in spec.students.items()}
+        # After a restart nobody knows which students have finished; those that have not attach again.
+        self._again = ray.get_runtime_context().was_current_actor_reconstructed
+        count = self._batches.count
+        self._consumers = {name: Consumer(each.ranks, count, self._again) for name, each in spec.students.items()}
         self._window = Window(spec.stream.window, self._batches.count, store is not None)
         self._traces: dict[int, str] = {}
         self._held_out: dict[int, asyncio.Task[list[ray.ObjectRef]]] = {}
@@ -73,8 +79,6 @@ class Stream:
         self._tasks: set[asyncio.Task[None]] = set()
         self._source: LabelSource | None = None
         self._starting: asyncio.Task[None] | None = None
-        # After a restart nobody knows which students have finished; those that have not attach again.
-        self._again = ray.get_runtime_context().was_current_actor_reconstructed
 
     # -- starting --------------------------------------------------------------------------------------------------
 
@@ -248,10 +252,7 @@ class Stream:
         await self.start()
         async with self._changed:
             consumer = self._consumers[student]
-            before = consumer.until if again else None
-            consumer.attach(rank, start, again)
-            # All ranks of a life start at the same batch, but a peer may have been given it before the hold.
-            consumer.until = max(before or 0, consumer.furthest) if self._held else None
+            consumer.attach(rank, start, again, self._held)
             self._changed.notify_all()
 
     async def hold(self) -> None:
@@ -265,16 +266,6 @@ class Stream:
             for consumer in self._consumers.values():
                 consumer.until = consumer.furthest
         self._changed.notify_all()
-
-    def _is_unclear(self, consumer: Consumer) -> bool:
-        """Whether a rank that this restarted stream has not heard of may have more batches than its peers."""
-        return self._again and len(consumer.here) < consumer.ranks
-
-    def _holds(self, consumer: Consumer, number: int) -> bool:
-        """Whether the hold keeps this batch from a student; where ranks are missing, see :meth:`_is_unclear`."""
-        # A peer that has the last batch never asks again; one that does not is given it too.
-        is_last = number + 1 == self._batches.count
-        return consumer.holds(number) and not (is_last and self._is_unclear(consumer))
 
     async def lost(self, number: int, labels: list[ray.ObjectRef], held_out: bool = False) -> None:
         """Blocks of a batch cannot be had any more, because a node died with them: have them fetched again.
@@ -320,10 +311,10 @@ class Stream:
         async with self._changed:
             self._forget()
             self._changed.notify_all()
-            while number not in self._window.ready or self._holds(consumer, number):
-                if self._holds(consumer, number):
-                    # Its peers may be learning this batch, and wait for it there.
-                    if not self._is_unclear(consumer):
+            while number not in self._window.ready or consumer.holds(number):
+                if consumer.holds(number):
+                    # A peer that is not known yet may be learning this batch, and waits there for this rank.
+                    if consumer.all_known:
                         raise HeldError(f"the pass is held before batch {number}")
                 elif self._error is not None:
                     raise RunError(self._error)
@@ -331,11 +322,7 @@ class Stream:
                 if consumer.lives[rank] != life:
                     raise RunError(f"{student} rank {rank} has been started again; this call is from before")
             blocks = self._window.ready[number]
-            consumer.next_of_rank[rank] = number + 1
-            if consumer.until is not None:
-                consumer.until = max(consumer.until, number + 1)
-            if rank == 0:
-                consumer.given()
+            consumer.given(rank, number)
             trace = self._traces.get(number, "")
         tracing.record("deliver", trace, asked_ns, student=student, rank=rank)
         return self._deliver(self._batches.train(number), blocks, rank, consumer.ranks, trace)
@@ -400,26 +387,10 @@ class Stream:
         source = self._source
         if source is None:
             return StreamStats.unstarted(self._batches.count, self._error)
-        active = {name: c for name, c in self._consumers.items() if c.active and c.seen}
-        slowest = min(active, key=lambda name: active[name].position, default=None)
-        fastest = max((c.position for c in active.values()), default=0)
         idle = self._positions() is not None and self._next_to_fetch() is None and not self._window.in_flight
-        left = slowest is not None and active[slowest].position + self._spec.stream.window < self._batches.count
-        return StreamStats(
-            total=self._batches.count,
-            scored=source.log.counts(),
-            read=dict(source.read),
-            delivered={name: c.delivered for name, c in self._consumers.items()},
-            waiting=[name for name, c in active.items() if c.waiting],
-            waited_s={name: c.waited_s for name, c in self._consumers.items()},
-            blocked_by=slowest if idle and left and not self._window.stored else None,
-            behind={name: fastest - c.position for name, c in active.items()},
-            window_used=len(self._window.ready),
-            unsaved=source.unsaved,
-            pool=source.stats,
-            # Once somebody learns, the loss of the pool counts when a label is missing, for there may be enough.
-            error=self._error or (None if any(c.seen for c in self._consumers.values()) else source.error),
-        )
+        # Once somebody learns, the loss of the pool counts when a label is missing, for there may be enough.
+        error = self._error or (None if any(c.seen for c in self._consumers.values()) else source.error)
+        return StreamStats.of(self._consumers, self._window, source, idle, error)
 
     async def finish(self) -> None:
         """The pass is complete: wait until the store has all of it and say so there."""

@@ -11,6 +11,7 @@ class Consumer:
     """A student as the stream sees it.
 
     Attributes:
+        batches: of the pass. ``restarted`` is whether the stream was: some ranks may have read more from the old one.
         next_of_rank: the batch that each rank asks for next. All before it were delivered once.
         lives: how often each rank has attached. A call from an earlier life must not move the present one.
         here: ranks of the student's present life that have attached or asked; of the others ``next_of_rank`` is stale.
@@ -21,6 +22,8 @@ class Consumer:
     """
 
     ranks: int
+    batches: int
+    restarted: bool
     next_of_rank: list[int] = field(init=False)
     lives: list[int] = field(init=False)
     here: set[int] = field(default_factory=set)
@@ -54,7 +57,12 @@ class Consumer:
         """The first batch that no rank of the present life has been given."""
         return max((self.next_of_rank[rank] for rank in self.here), default=0)
 
-    def attach(self, rank: int, start: int, again: bool) -> None:
+    @property
+    def all_known(self) -> bool:
+        """Whether no rank can have more batches than is known of the student."""
+        return not self.restarted or len(self.here) == self.ranks
+
+    def attach(self, rank: int, start: int, again: bool, held: bool) -> None:
         """Note which batch a rank asks for first.
 
         Args:
@@ -65,14 +73,24 @@ class Consumer:
         self.here.add(rank)
         self.next_of_rank[rank] = start
         self.lives[rank] += 1
+        # All ranks of a life start at the same batch, but a peer may have been given it before the hold.
+        self.until = max((self.until or 0) if again else 0, self.furthest) if held else None
         self.active, self.waits_since = True, None
 
     def holds(self, number: int) -> bool:
         """Whether it is not to be given this batch."""
-        return self.until is not None and number >= self.until
+        if self.until is None or number < self.until:
+            return False
+        # A peer that has the last batch never asks again, so it does not become known; one that lacks it gets it too.
+        return self.all_known or number + 1 < self.batches
 
-    def given(self) -> None:
-        """Count that its rank 0 has got a batch."""
+    def given(self, rank: int, number: int) -> None:
+        """Note that a rank has got a batch; rank 0 counts for the student."""
+        self.next_of_rank[rank] = number + 1
+        if self.until is not None:
+            self.until = max(self.until, number + 1)
+        if rank:
+            return
         self.delivered += 1
         if self.waits_since is not None:
             self.waited_s += time.monotonic() - self.waits_since

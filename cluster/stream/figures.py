@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import ray
 
 from cluster.corpus.batches import Batch
-from cluster.teacher.pool import PoolStats
+from cluster.stream.consumer import Consumer
+from cluster.stream.window import Window
+from cluster.teacher.figures import PoolStats
+
+if TYPE_CHECKING:
+    # At run time the display would load the teacher's pool with it.
+    from cluster.stream.source import LabelSource
 
 
 class HeldError(Exception):
@@ -58,6 +65,34 @@ class StreamStats:
     unsaved: int
     pool: PoolStats
     error: str | None
+
+    @classmethod
+    def of(
+        cls, consumers: Mapping[str, Consumer], window: Window, source: LabelSource, idle: bool, error: str | None
+    ) -> Self:
+        """Of a stream that has begun.
+
+        Args:
+            idle: whether there is nothing to fetch, and nothing is on its way.
+        """
+        active = {name: c for name, c in consumers.items() if c.active and c.seen}
+        slowest = min(active, key=lambda name: active[name].position, default=None)
+        fastest = max((c.position for c in active.values()), default=0)
+        left = slowest is not None and active[slowest].position + window.size < window.total
+        return cls(
+            total=window.total,
+            scored=source.log.counts(),
+            read=dict(source.read),
+            delivered={name: c.delivered for name, c in consumers.items()},
+            waiting=[name for name, c in active.items() if c.waiting],
+            waited_s={name: c.waited_s for name, c in consumers.items()},
+            blocked_by=slowest if idle and left and not window.stored else None,
+            behind={name: fastest - c.position for name, c in active.items()},
+            window_used=len(window.ready),
+            unsaved=source.unsaved,
+            pool=source.stats,
+            error=error,
+        )
 
     @classmethod
     def unstarted(cls, total: int, error: str | None) -> Self:

@@ -24,7 +24,8 @@ from cluster.labels.store.store import LabelStore
 from cluster.labels.wire import Stamp, decode, encode
 from cluster.models import TeacherModel
 from cluster.spec import FamilySpec, HiddenLabels, LabelsSpec
-from cluster.teacher.pool import PoolStats, TeacherPool
+from cluster.teacher.figures import PoolStats
+from cluster.teacher.pool import TeacherPool
 from cluster.teacher.scaling import PACE, Demand, Pace
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +19,7 @@ from cluster.errors import RunError, first_line
 from cluster.heads import OutputHead
 from cluster.models import TeacherModel
 from cluster.spec import LabelsSpec, TeacherSpec
+from cluster.teacher.figures import PoolStats
 from cluster.teacher.replica import Replica, is_loss, may_pass
 from cluster.teacher.scaling import PACE, Demand, Look, Pace, Scaling
 
@@ -34,34 +34,6 @@ PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 LESS_MEMORY = "lower teacher.tokens_per_chunk, raise teacher.shards, or run fewer families on that node"
 # A replica is started again after twice this, and each time after twice as long, in seconds.
 AGAIN_S = 0.5
-
-
-@dataclass
-class PoolStats:
-    """Counters of a pool. ``restarts`` are replicas started again; ``rescored`` are batches that died with one.
-
-    Attributes:
-        started: whether there is a pool at all; none is started while the label store has all that is needed.
-        elastic: whether the number of replicas may change with the students' need.
-        growing: whether one more replica is being started.
-        grown: replicas that were added; ``shrunk`` were not needed any more or in a student's place, ``lost`` died and
-            were not needed.
-        mfu: of the replica that scored the last batch, see :mod:`cluster.flops`; none where it is not known.
-    """
-
-    started: bool = False
-    ready: int = 0
-    elastic: bool = False
-    growing: bool = False
-    grown: int = 0
-    shrunk: int = 0
-    lost: int = 0
-    restarts: int = 0
-    rescored: int = 0
-    busy_seconds: float = 0.0
-    label_bytes: int = 0
-    mfu: float | None = None
-    last_error: str = ""
 
 
 class TeacherPool:

@@ -11,7 +11,7 @@ import ray.util.metrics
 from cluster.metrics import FamilyMetrics
 from cluster.spec import FamilySpec
 from cluster.stream.figures import StreamStats
-from cluster.teacher.pool import PoolStats
+from cluster.teacher.figures import PoolStats
 from cluster.watch import Status, StudentStatus
 from tests.tiny import tiny_family
 

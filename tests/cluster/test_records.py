@@ -129,7 +129,7 @@ class Cluster:
 
 
 class Service:
-    """The registry actor's methods on that cluster. MLflow is ``away``, ``hangs``, ``refuses`` some things, or works."""
+    """The registry actor's methods there. MLflow is ``away``, ``hangs``, refuses what is in ``refuses``, or works."""
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.away, self.hangs, self.refuses = cluster, False, False, set[str]()

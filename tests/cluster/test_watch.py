@@ -11,7 +11,7 @@ from cluster import watch
 from cluster.board import FAMILY, News
 from cluster.errors import RunError
 from cluster.stream.figures import StreamStats
-from cluster.teacher.pool import PoolStats
+from cluster.teacher.figures import PoolStats
 from cluster.watch import StudentStatus, Watch, family_point
 
 STATS = StreamStats(

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from cluster.stream.figures import StreamStats
-from cluster.teacher.pool import PoolStats
+from cluster.teacher.figures import PoolStats
 from cluster.watch import Status, StudentStatus
 from jobs.console import Display, quiet
 

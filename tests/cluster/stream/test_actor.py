@@ -19,7 +19,7 @@ from cluster.models import TeacherModel
 from cluster.spec import FamilySpec
 from cluster.stream.actor import Stream
 from cluster.stream.figures import Delivery, HeldError
-from cluster.teacher.pool import PoolStats
+from cluster.teacher.figures import PoolStats
 from tests.tiny import VOCABULARY, tiny_family
 
 STUDENT = {"init": {"source": "teacher", "layers": 2}}
@@ -42,7 +42,7 @@ def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, again: bool = False) ->
 def asked(stream: Stream, student: str, rank: int, number: int) -> None:
     """What a rank's call leaves behind."""
     consumer = stream._consumers[student]
-    consumer.attach(rank, number, again=True)
+    consumer.attach(rank, number, again=True, held=False)
 
 
 def needing(stream: Stream) -> list[str]:
