@@ -95,16 +95,8 @@ def run_family(
     )
     records = Records(registry, run, spec)
     try:
-        text, most = run.folder / CORPUS_FOLDER, checked.most.cpus
-        read = run.text_is_kept
-        corpus = (
-            CorpusFacts.read(text)
-            if read
-            else prepare_corpus(spec.corpus, checked.teacher.folder, text, most, pack=checked.packed)
-        )
-        if not checked.packed:
-            corpus.require_padded(checked.packing_notices()[0])
-        batches = Batches(text, spec.corpus, spec.evaluation.batches)
+        corpus = _corpus(checked, run)
+        batches = Batches(run.folder / CORPUS_FOLDER, spec.corpus, spec.evaluation.batches)
         lineage = _lineage(checked, run, corpus)
         _open_runs(checked, run, registry, records, lineage, report)
         board, stream = _beside_us(Board).remote(str(run.folder)), _start_stream(checked, run, pace)
@@ -125,6 +117,18 @@ def run_family(
     if not result.students:
         raise RunError("every student failed; " + "; ".join(f"{n}: {why}" for n, why in result.failed.items()))
     return result
+
+
+def _corpus(checked: Checked, run: Run) -> CorpusFacts:
+    """Read the corpus into the run's folder, unless the run has kept its text."""
+    text, spec = run.folder / CORPUS_FOLDER, checked.spec.corpus
+    if run.text_is_kept:
+        corpus = CorpusFacts.read(text)
+    else:
+        corpus = prepare_corpus(spec, checked.teacher.folder, text, checked.most.cpus, pack=checked.packed)
+    if not checked.packed:
+        corpus.require_padded(checked.packing_notices()[0])
+    return corpus
 
 
 def _open_runs(

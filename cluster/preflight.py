@@ -125,9 +125,45 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         for name, student in spec.students.items()
         if student.warm_start
     }
+    dirs, of_students = _check_students(spec, config, tokenizer, vocabulary, uri, champions)
+    decided |= of_students
+    skipped = {} if text_is_kept else find_files(spec.corpus.paths).skipped
+    if (store := store_of(spec)) is not None:
+        LabelStore.open(store, STORE_PATIENCE_S)
+    unpacked = {who: reason for who, (packing, reason) in decided.items() if packing == "unpacked"}
+    teacher_packing, *packings = ["unpacked" if unpacked else packing for packing, _ in decided.values()]
+    fingerprint = teacher_fingerprint(folder, teacher, vocabulary, teacher_packing)
+    return Checked(
+        spec,
+        TeacherModel(str(folder), vocabulary, fingerprint, tokenizer_fingerprint(tokenizer), teacher_packing),
+        dirs,
+        uri,
+        store,
+        most,
+        champions,
+        skipped,
+        dict(zip(spec.students, packings, strict=True)),
+        unpacked,
+    )
+
+
+def _check_students(
+    spec: FamilySpec,
+    config: Any,
+    tokenizer: Any,
+    vocabulary: int,
+    uri: str,
+    champions: Mapping[str, int | None],
+) -> tuple[dict[str, Path], dict[str, tuple[Packing, str]]]:
+    """Check each student against the teacher's configuration, tokenizer and vocabulary.
+
+    Returns:
+        The local directories of those that start from an existing model, and how each keeps packed documents apart.
+    """
     dirs: dict[str, Path] = {}
+    decided: dict[str, tuple[Packing, str]] = {}
     for name, student in spec.students.items():
-        place, init, code = f"students.{name}", student.init, teacher.trust_remote_code
+        place, init, code = f"students.{name}", student.init, spec.teacher.trust_remote_code
         _check_size(f"{place}.init", init, config, code)
         if isinstance(init, Pretrained):
             place = f"students.{name}.init.model"
@@ -142,24 +178,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
             own, code = _check_existing(place, champion, dirs[name], spec, tokenizer, vocabulary), False
         _check_layerdrop(f"students.{name}", student.ranks, own)
         decided[f"student {name}"] = _packing_of(own, place, code)
-    skipped = {} if text_is_kept else find_files(spec.corpus.paths).skipped
-    if (store := store_of(spec)) is not None:
-        LabelStore.open(store, STORE_PATIENCE_S)
-    unpacked = {who: reason for who, (packing, reason) in decided.items() if packing == "unpacked"}
-    teacher_packing, *of_students = ["unpacked" if unpacked else packing for packing, _ in decided.values()]
-    fingerprint = teacher_fingerprint(folder, teacher, vocabulary, teacher_packing)
-    return Checked(
-        spec,
-        TeacherModel(str(folder), vocabulary, fingerprint, tokenizer_fingerprint(tokenizer), teacher_packing),
-        dirs,
-        uri,
-        store,
-        most,
-        champions,
-        skipped,
-        dict(zip(spec.students, of_students, strict=True)),
-        unpacked,
-    )
+    return dirs, decided
 
 
 def _packing_of(config: Any, field: str, trust_remote_code: bool) -> tuple[Packing, str]:
