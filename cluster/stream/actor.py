@@ -18,7 +18,7 @@ import ray
 from cluster import tracing
 from cluster.audit import ScoringLog
 from cluster.capacity import Need, student_needs
-from cluster.corpus.batches import CORPUS_FOLDER, Batch, Batches
+from cluster.corpus.batches import CORPUS_FOLDER, Batches
 from cluster.errors import RunError, StillhouseError, first_line
 from cluster.heads import OutputHead
 from cluster.labels.store.store import LabelStore
@@ -64,7 +64,6 @@ class Stream:
         self._spec, self._teacher = spec, teacher
         self._store_uri, self._pace, self._most = store, pace, most
         self._others: list[Need] = []
-        self._blocks = spec.blocks_per_batch
         # After a restart nobody knows which students have finished; those that have not attach again.
         self._again = ray.get_runtime_context().was_current_actor_reconstructed
         count = self._batches.count
@@ -158,18 +157,15 @@ class Stream:
         """Keep as many batches on their way as there are replicas, and some for the store, never past the window."""
         source = self._source
         assert source is not None
+        reads = READS if self._window.stored else 0
         while self._error is None:
             async with self._changed:
                 number = self._next_to_fetch()
-                while number is None or len(self._window.in_flight) >= source.replicas + self._reads:
+                while number is None or len(self._window.in_flight) >= source.replicas + reads:
                     await self._changed.wait()
                     number = self._next_to_fetch()
                 self._window.in_flight.add(number)
             self._spawn(self._fetch(number))
-
-    @property
-    def _reads(self) -> int:
-        return READS if self._window.stored else 0
 
     def _starved(self) -> bool:
         """Whether a student waits for labels, and one more replica would have a batch to score for it.
@@ -325,12 +321,7 @@ class Stream:
             consumer.given(rank, number)
             trace = self._traces.get(number, "")
         tracing.record("deliver", trace, asked_ns, student=student, rank=rank)
-        return self._deliver(self._batches.train(number), blocks, rank, consumer.ranks, trace)
-
-    def _deliver(self, batch: Batch, blocks: list[ray.ObjectRef], rank: int, ranks: int, trace: str = "") -> Delivery:
-        rows, share = len(batch.tokens_BS) // ranks, self._blocks // ranks
-        own = batch.rows(rank * rows, (rank + 1) * rows)
-        return Delivery(own, blocks[rank * share : (rank + 1) * share], batch.loss_tokens, trace)
+        return Delivery.of(self._batches.train(number), blocks, rank, consumer.ranks, trace)
 
     async def held_out(self, student: str, rank: int, number: int) -> Delivery:
         """Held-out batch ``number`` with the teacher's hidden states; fetched once, kept for the whole run.
@@ -346,7 +337,7 @@ class Stream:
                 source.hidden(batch, lambda lost: self._spawn(self.lost(number, lost, held_out=True)))
             )
         blocks = await self._or_held(self._held_out[number])
-        return self._deliver(batch, blocks, rank, self._consumers[student].ranks)
+        return Delivery.of(batch, blocks, rank, self._consumers[student].ranks)
 
     async def teacher_head(self) -> OutputHead[np.ndarray]:
         """The teacher's head, fetched once.

@@ -38,6 +38,13 @@ class Delivery:
     loss_tokens: int
     trace: str = ""
 
+    @classmethod
+    def of(cls, batch: Batch, blocks: list[ray.ObjectRef], rank: int, ranks: int, trace: str = "") -> Self:
+        """One rank's share of a whole batch and of its label blocks."""
+        rows, share = len(batch.tokens_BS) // ranks, len(blocks) // ranks
+        own = batch.rows(rank * rows, (rank + 1) * rows)
+        return cls(own, blocks[rank * share : (rank + 1) * share], batch.loss_tokens, trace)
+
 
 @dataclass(frozen=True)
 class StreamStats:

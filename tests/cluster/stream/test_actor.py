@@ -109,7 +109,7 @@ def test_a_held_pass_stops_all_ranks_of_a_student_at_the_same_batch(
         asked(stream, "a", rank, number)
     asked(stream, "b", 0, 2)
     for number in range(9):
-        stream._window.ready[number] = [None] * stream._blocks  # type: ignore[list-item]
+        stream._window.ready[number] = [None] * stream._spec.blocks_per_batch  # type: ignore[list-item]
 
     async def learn() -> list[int | str]:
         got: list[int | str] = []
@@ -134,7 +134,7 @@ def restarted_and_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Stream:
     monkeypatch.setattr(stream, "start", lambda: asyncio.sleep(0))
     monkeypatch.setattr(stream, "_forget", lambda: None)
     for number in range(stream._batches.count):
-        stream._window.ready[number] = [None] * stream._blocks  # type: ignore[list-item]
+        stream._window.ready[number] = [None] * stream._spec.blocks_per_batch  # type: ignore[list-item]
     asyncio.run(stream.hold())
     return stream
 
@@ -199,7 +199,7 @@ def test_a_hold_while_a_student_starts_again_counts_the_ranks_of_its_new_life_on
     monkeypatch.setattr(stream, "start", lambda: asyncio.sleep(0))
     monkeypatch.setattr(stream, "_forget", lambda: None)
     for number in range(stream._batches.count):
-        stream._window.ready[number] = [None] * stream._blocks  # type: ignore[list-item]
+        stream._window.ready[number] = [None] * stream._spec.blocks_per_batch  # type: ignore[list-item]
 
     async def learn() -> list[int | str]:
         for rank in range(2):
@@ -225,7 +225,7 @@ def test_when_no_label_can_be_had_the_pass_is_held_and_every_rank_stops_at_the_s
         asked(stream, "a", rank, number)
     asked(stream, "b", 0, 2)
     for number in range(5):
-        stream._window.ready[number] = [None] * stream._blocks  # type: ignore[list-item]
+        stream._window.ready[number] = [None] * stream._spec.blocks_per_batch  # type: ignore[list-item]
 
     class Lost:
         """A teacher that is lost, and no store."""
