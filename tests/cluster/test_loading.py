@@ -1,7 +1,6 @@
 """A checkpoint must give every weight of its model and nothing else: found on loading, and before without loading."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,13 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from cluster.errors import UserError
 from cluster.loading import check_weights, load_model, read_config
 from tests.tiny_types import TYPES, tiny_config, tiny_model, write_tiny_type
 
-REAL = Path("/work/shared/assets/stories15M-hf")
 State = dict[str, Tensor]
 
 
@@ -206,17 +203,3 @@ def test_a_padding_token_outside_the_embedding_is_dropped(kind: str, pad: int, t
     model = load_model(folder, dtype=torch.float32)
     assert model.config.pad_token_id is None
     assert model(torch.arange(8)[None]).logits.isfinite().all()
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the shared assets are not on this machine")
-def test_a_real_model_is_whole_and_one_without_its_layer_3_is_not(tmp_path: Path) -> None:
-    check(REAL)
-    whole = load_model(REAL, dtype=torch.float32)
-    theirs = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32)
-    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in whole.state_dict().items())
-    for file in REAL.glob("*.json"):
-        shutil.copyfile(file, tmp_path / file.name)
-    state = {n: t for n, t in load_file(REAL / "model.safetensors").items() if "layers.3." not in n}
-    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    for refusal in refusals(tmp_path):
-        assert "missing: model.layers.3." in refusal
