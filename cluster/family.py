@@ -388,7 +388,7 @@ def _end_at_once(actors: _Actors) -> None:
 
 
 def _report_the_end(registry: ActorHandle, run: Run, killed: bool) -> None:
-    """Close the runs in MLflow of a family that did not finish; when MLflow is away, nobody waits for it.
+    """Close the runs in MLflow of a family that did not finish; when MLflow is away, this does not wait for it.
 
     A student that is registered has finished.
     """

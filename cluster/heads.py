@@ -191,7 +191,7 @@ def probe_config(config: Any, field: str, trust_remote_code: bool = False) -> No
                 if part is not None:
                     part.normal_()  # so large that a bias and a soft-cap show
         misfit = _misfit(model)
-    except Exception as error:  # what a model in sizes that nobody has tried raises says nothing of the real one
+    except Exception as error:  # an error of an untried small size tells nothing of the real model
         log.info("%s is probed when it starts, not before: no tiny %s: %s", field, config.model_type, error)
         return
     if misfit:

@@ -65,7 +65,7 @@ def architecture_packing(config: Any, field: str, trust_remote_code: bool = Fals
             f"{field}: a {config.model_type} model with this configuration is not causal: {error}; give a causal "
             f"language model"
         ) from None
-    except Exception as error:  # whatever a model raises in sizes that nobody has tried
+    except Exception as error:  # a model may raise anything in untried sizes
         log.info("no small %s could be built and run", config.model_type, exc_info=error)
         return "unpacked", f"{config.model_type} models could not be tried in small ({first_line(error)})"
     packing = _found[known]

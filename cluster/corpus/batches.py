@@ -192,7 +192,7 @@ class Batches:
         self._beside = np.load(folder / beside, mmap_mode="r")
         self._size, self._seed = spec.batch_sequences, spec.seed
         total = len(self._tokens_NS)
-        # A run of before documents were split goes on with the sequences that it has held out.
+        # A run that began before documents were split keeps the sequences that it held out.
         held_out = max(1, round(total * spec.held_out)) if self.facts.held_out is None else self.facts.held_out
         self._train = total - held_out
         self._per_epoch = self._train // self._size

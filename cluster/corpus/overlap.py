@@ -40,7 +40,7 @@ def overlap(
     Hashes of 64 bits are compared. Memory is about 40 bytes per held-out token, and a chunk of the training text.
 
     Args:
-        counted_NS: [held-out sequences, positions]; True where a token goes on with the document of the token before
+        counted_NS: [held-out sequences, positions]; True where a token continues the document of the token before
             it, so False where a document starts and on pads.
     """
     length = held_out_NS.shape[1]

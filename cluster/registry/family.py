@@ -32,7 +32,7 @@ def code_version() -> str:
 
 
 class Registry:
-    """MLflow as one family uses it: a Ray actor, so that MLflow's start-up and uploads hold nobody up.
+    """MLflow as one family uses it: a Ray actor, so that MLflow's start-up and uploads block no caller.
 
     Each method tries once and may be called again with the same arguments, also after this actor died over it: what was
     done before is found and not done twice. The actor itself remembers nothing, so it may be restarted.
@@ -48,7 +48,7 @@ class Registry:
     def __init__(self, tracking_uri: str, experiment: str, artifact_root: str) -> None:
         # Its process is its own. Registering a student takes a core for seconds; those that still learn go first.
         os.nice(19)
-        # Whoever calls tries again, and reports that MLflow is away; its own client would be silent for minutes.
+        # The caller retries, and reports that MLflow is away; its own client would be silent for minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         self._uri, self._experiment, self._artifact_root = tracking_uri, experiment, artifact_root
 

@@ -1,4 +1,4 @@
-"""The spec of the labels: in which kind the teacher says what it thinks of a token.
+"""The spec of the labels: the kind in which the teacher reports a token's distribution.
 
 The defaults must never change: stored labels are addressed by the settings that differ from them, see
 :func:`cluster.labels.wire.labels_hash`. A new optional setting is fine.

@@ -64,7 +64,7 @@ class Stream:
         self._spec, self._teacher = spec, teacher
         self._store_uri, self._pace, self._most = store, pace, most
         self._others: list[Need] = []
-        # After a restart nobody knows which students have finished; those that have not attach again.
+        # After a restart it is unknown which students have finished; those that have not attach again.
         self._again = ray.get_runtime_context().was_current_actor_reconstructed
         count = self._batches.count
         self._consumers = {name: Consumer(each.ranks, count, self._again) for name, each in spec.students.items()}
@@ -100,7 +100,7 @@ class Stream:
             await self._fail(str(error))
             return
         except Exception as error:
-            # Left alone, it would reach whoever asks next as that one's own failure.
+            # Otherwise the next student that asks would fail with this error as its own.
             await self._fail(f"the pass cannot begin: {first_line(error)}")
             return
         self._spawn(self._dispatch())
@@ -240,7 +240,7 @@ class Stream:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     async def attach(self, student: str, rank: int, start: int, again: bool = False) -> None:
-        """A rank says which batch it will ask for first. A restarted rank may go back; the batches come again.
+        """A rank reports which batch it will ask for first. A restarted rank may go back; the batches come again.
 
         Args:
             again: whether the rank has attached before in its life, to this stream or to one that died.

@@ -66,7 +66,7 @@ class Consumer:
         """Note which batch a rank asks for first.
 
         Args:
-            again: whether the rank goes on in its life. Otherwise a rank that is here already begins a new one.
+            again: whether the rank continues its life. Otherwise a rank that is here already begins a new one.
         """
         if not again and rank in self.here:
             self.here.clear()
