@@ -6,9 +6,10 @@ export SOAK
 export STILLHOUSE_HOME ?= $(CURDIR)/.stillhouse
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-# Unit tests start no process that the others could meet, so they run on two cores, a file at a time. The other folders
-# hold none, and their imports would take longer than some of the tests.
-UNIT := $(BIN)/pytest -q -m unit -n 2 --dist loadfile --ignore tests/integration --ignore tests/chaos
+# Unit tests start no process that the others could meet, so they run on two cores: each begins with half of the files
+# and takes over tests of the other once it is through. The other folders hold none, and their imports would take longer
+# than some of the tests.
+UNIT := $(BIN)/pytest -q -m unit -n 2 --dist worksteal --ignore tests/integration --ignore tests/chaos
 
 .PHONY: demo test unit integration plan nightly chaos release-check up down status backup restore lint check clean
 
@@ -53,7 +54,8 @@ lint: $(VENV)/dev.stamp  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check: lint unit  ## lint, types and unit tests
+check: $(VENV)/dev.stamp  ## lint, types and unit tests, beside each other
+	@$(MAKE) --no-print-directory --jobs 2 lint unit
 
 clean:  ## remove the environment and everything that was fetched or made
 	rm -rf $(VENV) .stillhouse .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -21,6 +21,8 @@ hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000
 hypothesis.settings.load_profile("change")
 # `make unit` does not read these folders.
 UNIT_FREE = {Path(__file__).parent / name for name in ("integration", "chaos")}
+# A collection of as many takes a tenth of a second.
+MANY_OBJECTS = 100_000
 KINDS = ("unit", "integration", "chaos", "nightly", "slow", "gpu")
 
 
@@ -43,7 +45,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave out of every later garbage collection what the imports have made: each one takes half a second less.
+    _freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collected() -> Iterator[None]:
+    """Collections stay quick in the modules after one that has imported much, or filled a library's caches."""
+    yield
+    if len(gc.get_objects()) > MANY_OBJECTS:
+        _freeze()
+
+
+def _freeze() -> None:
+    """Leave out of every later garbage collection what lives now: each one takes half a second less.
 
     Ends of commands, doors and load generators collect before they are measured or print.
     """

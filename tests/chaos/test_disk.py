@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import random
 import subprocess
 import time
@@ -13,9 +14,12 @@ from typing import Any
 
 import pytest
 
+from cluster.board import POINTS_FILE
 from tests.chaos.families import BATCHES, FAMILY, PAIR, assert_finished_as, learnt
+from tests.chaos.faults import BOARD, VICTIMS
 from tests.chaos.report import ChaosReport
 from tests.integration.heads import environment, start, stillhouse
+from tests.processes import kill_one
 from tests.tiny import write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow]
@@ -81,19 +85,31 @@ def wait_until_noticed(process: subprocess.Popen[str], disk: Path) -> None:
         time.sleep(0.5)
 
 
-def test_the_disk_is_full_for_a_while(
+def assert_posted_once(disk: Path) -> None:
+    """The run's journal has every student's every loss once, in order."""
+    (run,) = (disk / "stillhouse" / "runs" / "tiny").iterdir()
+    points = [json.loads(line) for line in (run / POINTS_FILE).read_text().splitlines()]
+    for name in PAIR:
+        losses = [point["batch"] for point in points if point["student"] == name and "loss" in point["metrics"]]
+        assert losses == list(range(1, BATCHES + 1)), name
+
+
+def test_the_disk_is_full_for_a_while_and_the_board_dies_over_it(
     tiny: Path, tmp_path: Path, disk: Path, undisturbed_pair: Any, dice: random.Random, report: ChaosReport
 ) -> None:
     path = write_family(tmp_path, tiny, PAIR, store={"uri": str(disk / "labels")}, **FAMILY)
     process, hog = run_until_full(path, disk, dice)
-    with report.surviving("a disk filled during a checkpoint"):
+    with report.surviving("a disk filled during a checkpoint", "the board killed over a full disk"):
         wait_until_noticed(process, disk)
-        time.sleep(dice.uniform(0, 15))
+        time.sleep(dice.uniform(2, 15))
         assert process.poll() is None, process.communicate()
+        assert kill_one(VICTIMS[BOARD])
+        time.sleep(dice.uniform(0, 5))
         hog.unlink()
         output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output + tail_of_log(disk)
         assert_finished_as(undisturbed_pair, disk, report)
+        assert_posted_once(disk)
 
 
 def test_the_disk_stays_full_and_the_run_stops_and_can_be_resumed(

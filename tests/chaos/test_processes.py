@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pytest
 from ray.util.placement_group import placement_group_table
 
@@ -21,9 +23,21 @@ from cluster.spec import StreamSpec
 from cluster.specfile import home, load_spec
 from cluster.watch import Status
 from tests.chaos.families import BATCHES, FAMILY, STUDENTS, assert_survived, lives_of
-from tests.chaos.faults import BOARD, RANK, REGISTRY, SHARD, STREAM, STUDENT, TRAINERS, Faults, kill
+from tests.chaos.faults import (
+    BOARD,
+    RANK,
+    REGISTRY,
+    SHARD,
+    STREAM,
+    STUDENT,
+    TRAINERS,
+    VICTIMS,
+    Fault,
+    Faults,
+    kill,
+)
 from tests.chaos.report import ChaosReport, student_recoveries
-from tests.processes import own_processes
+from tests.processes import kill_one, own_processes
 from tests.tiny import run_here, write_family
 
 pytestmark = [pytest.mark.chaos, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
@@ -144,27 +158,82 @@ def registers(status: Status) -> bool:
     return status.phase == "registering"
 
 
-@pytest.mark.parametrize("when", [all_learn, registers], ids=["training", "registration"])
-def test_the_registry_and_the_board_are_killed(
-    killer: Killer, dice: random.Random, when: Callable[[Status], bool]
-) -> None:
-    faults = Faults([kill(victim, dice.randrange(EARLY, LATE), dice, when) for victim in (REGISTRY, BOARD)])
-    result, lives = killer.run(["alone", "two"], faults)
-    assert lives == {"alone": 1, "two": 1}
-    assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
+def first_rank(student: str) -> psutil.Process | None:
+    """The process that writes a student's audit log."""
+    for process in own_processes("RayTrainWorker"):
+        with contextlib.suppress(psutil.Error):  # it has ended since
+            if any(Path(file.path).name == f"{student}.jsonl" for file in process.open_files()):
+                return process
+    return None
+
+
+@dataclass
+class Held:
+    """A student that stands still, alive, until another has ended; then the board dies that only the held one needs."""
+
+    student: str
+    process: psutil.Process | None = None
+
+    def hold(self) -> bool:
+        """Stop its first rank, and with it all that wait for that rank."""
+        self.process = first_rank(self.student)
+        if self.process is not None:
+            self.process.suspend()
+        return self.process is not None
+
+    def another_has_ended(self, status: Status) -> bool:
+        """Whether a student is through while this one is held."""
+        return self.process is not None and any(each.phase == "finished" for each in status.students.values())
+
+    def kill_the_board(self) -> bool:
+        """Kill the board and let the student continue."""
+        killed = kill_one(VICTIMS[BOARD])
+        if killed and self.process is not None:
+            self.process.resume()
+        return killed
+
+
+def assert_recorded_once(result: FamilyResult) -> None:
+    """Every student's version and every point is in MLflow, once."""
     assert (result.unregistered, result.warnings) == ({}, [])
     client = mlflow.MlflowClient(f"sqlite:///{home() / 'mlflow.db'}")
-    for name in lives:
+    assert result.versions.keys() == result.students.keys()
+    for name in result.versions:
         run_id = result.run.mlflow[name]
         versions = client.search_model_versions(f"name='tiny-{name}'")
         (own,) = [each for each in versions if each.run_id == run_id]
         assert int(own.version) == result.versions[name]
         assert int(client.get_model_version_by_alias(f"tiny-{name}", "challenger").version) == result.versions[name]
-        # Every point once, in MLflow and in the result.
         assert [m.step for m in client.get_metric_history(run_id, "loss")] == list(range(1, BATCHES + 1))
         assert [p.batch for p in result.points if p.student == name] == list(range(1, BATCHES + 1))
         assert len(client.get_metric_history(run_id, "kl_after")) == 1
         assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_the_registry_and_the_board_are_killed_while_the_students_learn(killer: Killer, dice: random.Random) -> None:
+    faults = Faults([kill(victim, dice.randrange(EARLY, LATE), dice, all_learn) for victim in (REGISTRY, BOARD)])
+    result, lives = killer.run(["alone", "two"], faults)
+    assert lives == {"alone": 1, "two": 1}
+    assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
+    assert_recorded_once(result)
+
+
+def test_the_board_is_killed_when_a_student_has_ended_and_the_registry_while_it_registers(
+    killer: Killer, dice: random.Random
+) -> None:
+    held = Held("two")
+    faults = Faults(
+        [
+            Fault("a student held", dice.randrange(EARLY, LATE), held.hold, all_learn),
+            Fault(BOARD, BATCHES, held.kill_the_board, held.another_has_ended),
+            kill(REGISTRY, BATCHES, dice, registers),
+        ]
+    )
+    # The other student gets to its end, however far the held one is behind.
+    result, lives = killer.run(["alone", "two"], faults, stream={"window": BATCHES})
+    assert lives == {"alone": 1, "two": 1}
+    assert result.stats.scored == dict.fromkeys(range(BATCHES), 1)
+    assert_recorded_once(result)
 
 
 def test_a_second_run_over_a_warm_store_needs_no_teacher(
