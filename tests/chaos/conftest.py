@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tests.chaos.families import FAMILY, PAIR
 from tests.chaos.report import ChaosReport
 from tests.conftest import CHAOS_SEED
-from tests.integration.heads import environment, stillhouse
+from tests.integration.heads import end_started, environment, stillhouse
 from tests.integration.test_command_line import final_weights
 from tests.tiny import write_family
 
@@ -24,6 +25,12 @@ LONGEST_S = 1800
 def dice(request: pytest.FixtureRequest) -> random.Random:
     """Random moments, from the seed that every run prints first: a test's own, whichever others run before it."""
     return random.Random(f"{CHAOS_SEED} {request.node.nodeid}")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on() -> Iterator[None]:
+    yield
+    end_started()
 
 
 @pytest.fixture(scope="session")

@@ -88,7 +88,8 @@ class Nodes:
     def _start_head(self, port: int) -> None:
         options = ["--head", f"--port={port}", f"--temp-dir={self._folder}", *self._head_options]
         self.head = self._start(*options, cpus=self._head_cpus)
-        self._wait(self._port_file.exists)
+        # Ray makes the file first and writes the address into it then.
+        self._wait(lambda: self._port_file.exists() and bool(self._port_file.read_text().strip()))
 
     def restart_head(self) -> None:
         """Start a head in the place of the one that was killed."""

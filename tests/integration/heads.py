@@ -17,6 +17,8 @@ import psutil
 from tests.integration.seaweed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+# What start() has left running; a test that fails must not leave it to the next ones.
+STARTED: list[subprocess.Popen[str]] = []
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -34,7 +36,24 @@ def stillhouse(*arguments: str, env: dict[str, str], timeout: float = 300) -> su
 def start(*arguments: str, env: dict[str, str], on: Sequence[str] = ()) -> subprocess.Popen[str]:
     """The command, left running; ``on`` goes in front of it."""
     command = [*on, sys.executable, "-u", "-m", "jobs", *arguments]
-    return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    STARTED.append(process)
+    return process
+
+
+def end_started() -> None:
+    """End the commands that still run, with all that they have started."""
+    for process in STARTED:
+        if process.poll() is None:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=30)
+            for each in [process, *family]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.wait()
+    STARTED.clear()
 
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> str:
