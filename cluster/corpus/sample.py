@@ -1,0 +1,82 @@
+"""Reads the beginning of every file of a corpus, so that one that cannot be used is refused before anything starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cluster.corpus.files import (
+    EMPTY,
+    S3,
+    CorpusFiles,
+    filesystems_of,
+    select_files,
+    skipped_line,
+    unusable_reasons,
+)
+from cluster.corpus.read import TextReader
+from cluster.corpus.tokens import begin_token
+from cluster.corpus.unusable import Unusable
+from cluster.errors import UserError
+from cluster.spec import CorpusSpec
+
+# Bytes that are read of all files together, and of each at least. What fits is read whole.
+SAMPLE, LEAST = 32 * 1024**2, 64 * 1024
+# Files that are read at a time: in a bucket each takes a round trip.
+READS = 16
+
+
+def check_corpus(spec: CorpusSpec, tokenizer: Any, vocabulary: int) -> list[str]:
+    """Check the files of a corpus and its begin token; what a person should know of it, a line each.
+
+    Args:
+        vocabulary: tokens that the models have.
+
+    Raises:
+        UserError: see :func:`check_files`; or a begin token that the tokenizer or the models do not have.
+    """
+    _, begin = begin_token(spec.bos, tokenizer)
+    if begin is not None and begin >= vocabulary:
+        raise UserError(
+            f"corpus.bos: the begin token (BOS) of the teacher's tokenizer has the id {begin}; ids must be below "
+            f"{vocabulary}, the teacher's vocabulary; use never"
+        )
+    return check_files(spec)[1]
+
+
+def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
+    """The files behind ``corpus.paths``, after a sample of rows of each was read; and what a person should know of it.
+
+    Raises:
+        UserError: see :func:`~cluster.corpus.files.select_files`; a file that
+            :class:`~cluster.corpus.read.TextReader` refuses; no row at all; or too many that cannot be used, see
+            :meth:`~cluster.corpus.unusable.Unusable.refuse`.
+    """
+    found = select_files(spec.paths)
+    filesystems = filesystems_of(found.files)
+    limit = max(LEAST, SAMPLE // len(found.files))
+
+    def read(path: str) -> tuple[Unusable, bool]:
+        reader = TextReader(path, filesystems[path.startswith(S3)], spec.text_field, limit)
+        counted = Unusable()
+        for table in reader:
+            counted.add(table)
+        return counted, reader.whole
+
+    total, whole = Unusable(), True
+    with ThreadPoolExecutor(READS) as threads:
+        # In order, so that the first file that cannot be used is the one that is named.
+        for counted, all_of_it in threads.map(read, found.files):
+            total.merge(counted)
+            whole = whole and all_of_it
+    if not total.rows:
+        raise UserError(f"corpus.paths: {', '.join(spec.paths)} holds no text: all files are empty; give others")
+    total.refuse(spec.max_bad_share, spec.text_field, whole)
+    skipped = Counter(found.skipped) + Counter({EMPTY: total.empty_files})
+    lines = [line for line in [skipped_line(skipped)] if line]
+    if total.counts:
+        part = "" if whole else " sampled"
+        reasons = unusable_reasons(total.counts, total.first)
+        lines.append(f"{total.counts.total():,} of {total.rows:,}{part} rows cannot be used, left out ({reasons})")
+    return CorpusFiles(found.files, dict(skipped)), lines
