@@ -81,9 +81,7 @@ class TextReader:
             reason = error_reason(error)
             if any(sign in reason for sign in SIGNS_OF_THE_CUT):
                 raise self._refusal("is cut short; copy or download it again") from None
-            raise UserError(
-                f"corpus.paths: cannot read {self._path} as {self._suffix}{self._codec or ''}: {reason}"
-            ) from None
+            raise UserError(f"corpus.paths: cannot read {self._path}: {reason}") from None
         if not rows:
             yield _table([(None, EMPTY, self._path)])
 

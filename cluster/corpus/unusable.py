@@ -65,8 +65,8 @@ class Unusable:
             todo = ENCODING_HINT
         elif most == "array instead of text" and text_field in CHAT_FIELDS:
             todo = NO_CHATS
-        reasons = unusable_reasons(self.counts, self.first)
+        reasons, part = unusable_reasons(self.counts, self.first), "" if whole else "sampled "
         raise UserError(
-            f"corpus.paths: {bad:,} of {self.rows:,} rows cannot be used ({reasons}), "
+            f"corpus.paths: {bad:,} of {self.rows:,} {part}rows cannot be used ({reasons}), "
             f"more than corpus.max_bad_share {max_share:g}; {todo}"
         )

@@ -83,7 +83,9 @@ def test_a_compressed_file_that_is_cut_short_is_refused(tmp_path: Path, name: st
         texts_of(path)
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_parquet_is_read_in_parts_and_only_its_text(tmp_path: Path, kind: pa.DataType) -> None:
     column = pa.array(TEXTS * 200, pa.string()).cast(kind)
     pq.write_table(pa.table({"body": column, "n": range(1000)}), tmp_path / "a.parquet")
