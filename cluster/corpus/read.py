@@ -183,12 +183,13 @@ class TextReader:
     def _fields(self, rows: Iterator[_Row]) -> Iterator[pa.Table]:
         """The field of rows of JSON."""
         names: dict[str, None] = {}
-        there = False
+        there = objects = others = False
         while part := list(itertools.islice(rows, ROWS)):
             found: list[_Text] = []
             for place, row, reason in part:
                 text = None
                 if isinstance(row, dict):
+                    objects = True
                     there = there or self._field in row
                     if not there and len(names) < NAMED_FIELDS:
                         names.update(dict.fromkeys(row))
@@ -196,9 +197,12 @@ class TextReader:
                     if not isinstance(text, str | None):
                         text, reason = None, f"{JSON_TYPES[type(text)]} instead of text"
                 elif reason is None:
+                    others = True
                     reason = f"{JSON_TYPES[type(row)]} instead of an object"
                 found.append((text, reason, place))
             yield _table(found)
+        if others and not objects:
+            raise self._refusal("holds JSON, but no row of it is an object; leave it out by a glob, such as *.jsonl")
         if names and not there:
             raise no_field(self._path, self._field, names)
 

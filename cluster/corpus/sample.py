@@ -15,7 +15,7 @@ from cluster.corpus.files import (
     skipped_line,
     unusable_reasons,
 )
-from cluster.corpus.read import TextReader
+from cluster.corpus.read import TEXT, TextReader
 from cluster.corpus.tokens import begin_token
 from cluster.corpus.unusable import Unusable
 from cluster.errors import UserError
@@ -50,29 +50,31 @@ def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
 
     Raises:
         UserError: see :func:`~cluster.corpus.files.select_files`; a file that
-            :class:`~cluster.corpus.read.TextReader` refuses; no row at all; or too many that cannot be used, see
+            :class:`~cluster.corpus.read.TextReader` refuses; no text at all; or too many rows that cannot be used, see
             :meth:`~cluster.corpus.unusable.Unusable.refuse`.
     """
     found = select_files(spec.paths)
     filesystems = filesystems_of(found.files)
     limit = max(LEAST, SAMPLE // len(found.files))
 
-    def read(path: str) -> tuple[Unusable, bool]:
+    def read(path: str) -> tuple[Unusable, bool, bool]:
         reader = TextReader(path, filesystems[path.startswith(S3)], spec.text_field, limit)
-        counted = Unusable()
+        counted, has_text = Unusable(), False
         for table in reader:
             counted.add(table)
-        return counted, reader.whole
+            has_text = has_text or any(text and not text.isspace() for text in table.column(TEXT).to_pylist())
+        return counted, reader.whole, has_text
 
-    total, whole = Unusable(), True
+    total, whole, any_text = Unusable(), True, False
     with ThreadPoolExecutor(READS) as threads:
         # In order, so that the first file that cannot be used is the one that is named.
-        for counted, all_of_it in threads.map(read, found.files):
+        for counted, all_of_it, has_text in threads.map(read, found.files):
             total.merge(counted)
-            whole = whole and all_of_it
-    if not total.rows:
-        raise UserError(f"corpus.paths: {', '.join(spec.paths)} holds no text: all files are empty; give others")
+            whole, any_text = whole and all_of_it, any_text or has_text
     total.refuse(spec.max_bad_share, spec.text_field, whole)
+    if whole and not any_text:
+        what = f"none of {total.rows:,} rows has text" if total.rows else "all files are empty"
+        raise UserError(f"corpus.paths: {', '.join(spec.paths)} holds no text: {what}; give others")
     skipped = Counter(found.skipped) + Counter({EMPTY: total.empty_files})
     lines = [line for line in [skipped_line(skipped)] if line]
     if total.counts:

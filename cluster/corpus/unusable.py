@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from cluster.corpus.files import EMPTY, unusable_reasons
-from cluster.corpus.read import CHAT_FIELDS, ENCODING_HINT, NO_CHATS, NOT_UTF8, PLACE, UNUSABLE
+from cluster.corpus.read import CHAT_FIELDS, ENCODING_HINT, NO_CHATS, NO_JSON, NOT_UTF8, PLACE, UNUSABLE
 from cluster.errors import UserError
 
 
@@ -60,8 +60,10 @@ class Unusable:
         if sure <= max_share * self.rows:
             return
         most = self.counts.most_common(1)[0][0]
-        todo = "mend or drop them, or raise corpus.max_bad_share"
-        if most == NOT_UTF8:
+        todo = "repair or remove them, or raise corpus.max_bad_share"
+        if most in (NO_JSON, "array instead of an object"):
+            todo = "give a JSON object per line, or one array of them in a .json file"
+        elif most == NOT_UTF8:
             todo = ENCODING_HINT
         elif most == "array instead of text" and text_field in CHAT_FIELDS:
             todo = NO_CHATS

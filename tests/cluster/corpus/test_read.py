@@ -231,6 +231,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4914\nsize 261136
         ("a.jsonl", b'{"messages": []}\n', "chats are not supported yet; render each into one text"),
         ("a.jsonl", b'{"%s": 1, "\\ud83d": 2}\n' % b'": 1, "'.join(b"%d" % n for n in range(20)), "10, 11, ... ("),
         ("a.jsonl", b'{"\\ud83d": 2}\n', "the rows have \\ud83d"),
+        ("a.jsonl", b'["a"]\n', "no row of it is an object; leave it out by a glob"),
+        ("a.json", b'["a", "b"]', "no row of it is an object; leave it out by a glob"),
         ("a.json", b'[{"text": "a"},\n {]', "an array of JSON: line 2"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b'[{"text": "\xe9"}]', "is not UTF-8 (byte 11); convert it to UTF-8"),

@@ -40,7 +40,7 @@ def test_few_unusable_rows_are_told_and_more_than_the_share_are_refused(tmp_path
     message = refusal(path)
     reasons = f"lone surrogate: 1, first at {path}:99; line cut short: 1, first at {path}:100"
     assert f"2 of 100 rows cannot be used ({reasons}), more than corpus.max_bad_share 0.01" in message
-    assert "or raise corpus.max_bad_share" in message
+    assert "repair or remove them, or raise corpus.max_bad_share" in message
     assert check_files(spec_of(path, max_bad_share=0.02))[1] == [f"2 of 100 rows cannot be used, left out ({reasons})"]
     write(tmp_path / "b.jsonl", GOOD * 100)
     assert len(check_files(spec_of(tmp_path))[1]) == 1
@@ -50,6 +50,11 @@ def test_few_unusable_rows_are_told_and_more_than_the_share_are_refused(tmp_path
 def test_a_row_without_the_field_or_without_text_is_no_unusable_one(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD + '{"id": 1}\n{"text": null}\n{"text": " "}\n')
     assert check_files(spec_of(path, max_bad_share=0.0))[1] == []
+
+
+def test_rows_without_any_text_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": null}\n{"text": " "}\n')
+    assert "holds no text: none of 2 rows has text" in refusal(path)
 
 
 def test_every_file_is_looked_at(tmp_path: Path) -> None:
