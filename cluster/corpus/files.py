@@ -92,7 +92,7 @@ def _read_errors(path: str) -> tuple[type[BaseException], ...]:
 def error_reason(error: BaseException) -> str:
     """An error of a file system in one line."""
     number = getattr(error, "errno", None)
-    return os.strerror(number) if number else str(error).splitlines()[0]
+    return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class _Local:

@@ -92,7 +92,9 @@ class TextReader:
         inner = self._path.removeprefix(S3)
         if self._suffix == PARQUET:
             with self._filesystem.open_input_file(inner) as file:
-                if head := file.read(HEAD):
+                head = file.read(HEAD)
+                self.whole = not head
+                if head:
                     self._check_head(head)
                     yield from self._parquet(file)
             return
@@ -131,7 +133,8 @@ class TextReader:
         """Refuse UTF-16 and UTF-32, in which every character of ASCII has bytes that are zero."""
         encoding = next((name for bom, name in BOMS.items() if head.startswith(bom)), None)
         if encoding is None and head.count(0) > len(head) // 5:
-            encoding = "UTF-32" if head.count(0) > 0.6 * len(head) else "UTF-16"
+            order = "LE" if head[1::2].count(0) > head[::2].count(0) else "BE"
+            encoding = "UTF-32" if head.count(0) > 0.6 * len(head) else f"UTF-16{order}"
         if encoding:
             raise self._refusal(f"is {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8")
 

@@ -36,13 +36,15 @@ def check_corpus(spec: CorpusSpec, tokenizer: Any, vocabulary: int) -> list[str]
     Raises:
         UserError: see :func:`check_files`; or a begin token that the tokenizer or the models do not have.
     """
-    _, begin = begin_token(spec.bos, tokenizer)
+    where, begin = begin_token(spec.bos, tokenizer)
     if begin is not None and begin >= vocabulary:
         raise UserError(
             f"corpus.bos: the begin token (BOS) of the teacher's tokenizer has the id {begin}; ids must be below "
             f"{vocabulary}, the teacher's vocabulary; use never"
         )
-    return check_files(spec)[1]
+    declared = ", as the tokenizer declares" if spec.bos is None else ""
+    begins = [] if begin is None else [f"a begin token (BOS) in front of each {where}{declared}"]
+    return check_files(spec)[1] + begins
 
 
 def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
@@ -57,28 +59,30 @@ def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
     filesystems = filesystems_of(found.files)
     limit = max(LEAST, SAMPLE // len(found.files))
 
-    def read(path: str) -> tuple[Unusable, bool, bool]:
+    def read(path: str) -> tuple[Unusable, bool, int]:
         reader = TextReader(path, filesystems[path.startswith(S3)], spec.text_field, limit)
-        counted, has_text = Unusable(), False
+        counted, texts = Unusable(), 0
         for table in reader:
             counted.add(table)
-            has_text = has_text or any(text and not text.isspace() for text in table.column(TEXT).to_pylist())
-        return counted, reader.whole, has_text
+            texts += sum(bool(text and not text.isspace()) for text in table.column(TEXT).to_pylist())
+        return counted, reader.whole, texts
 
-    total, whole, any_text = Unusable(), True, False
+    total, whole, texts = Unusable(), True, 0
     with ThreadPoolExecutor(READS) as threads:
         # In order, so that the first file that cannot be used is the one that is named.
-        for counted, all_of_it, has_text in threads.map(read, found.files):
+        for counted, all_of_it, of_file in threads.map(read, found.files):
             total.merge(counted)
-            whole, any_text = whole and all_of_it, any_text or has_text
+            whole, texts = whole and all_of_it, texts + of_file
     total.refuse(spec.max_bad_share, spec.text_field, whole)
-    if whole and not any_text:
+    if whole and not texts:
         what = f"none of {total.rows:,} rows has text" if total.rows else "all files are empty"
         raise UserError(f"corpus.paths: {', '.join(spec.paths)} holds no text: {what}; give others")
     skipped = Counter(found.skipped) + Counter({EMPTY: total.empty_files})
     lines = [line for line in [skipped_line(skipped)] if line]
-    if total.counts:
-        part = "" if whole else " sampled"
+    bad, rows = total.counts.total(), f"{total.rows:,}{'' if whole else ' sampled'} rows"
+    if blank := total.rows - bad - texts:
+        lines.append(f"{blank:,} of {rows} without text")
+    if bad:
         reasons = unusable_reasons(total.counts, total.first)
-        lines.append(f"{total.counts.total():,} of {total.rows:,}{part} rows cannot be used, left out ({reasons})")
+        lines.append(f"{bad:,} of {rows} cannot be used, left out ({reasons})")
     return CorpusFiles(found.files, dict(skipped)), lines

@@ -98,8 +98,8 @@ class CorpusSpec(Section):
     paths: Annotated[list[str], Field(min_length=1)]
     """Files, folders of files, or globs such as `s3://bucket/x/**/*.jsonl.gz`; local or `s3://`. Formats: .jsonl,
     .json and .txt, each also with .gz or .zst, and .parquet. Hidden files and other formats in a folder are skipped and
-    counted. May hold macros: `{{ ds }}` is `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same without dashes,
-    `{{ ds_add(ds, -1) }}` the day before."""
+    counted, and so are empty files. May hold macros: `{{ ds }}` is `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same
+    without dashes, `{{ ds_add(ds, -1) }}` the day before."""
     text_field: str = "text"
     """Field of a JSON or parquet row that holds its text. A .json file has a row per line or is one array of rows; a
     .txt file is one document."""

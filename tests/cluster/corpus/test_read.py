@@ -248,7 +248,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4914\nsize 261136
         *(
             ("a.jsonl", LINES.decode().encode(code), f"is {name}, not UTF-8; convert it: iconv -f {name} -t UTF-8")
             for code, name in (
-                *(("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16")),
+                *(("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE")),
                 *(("utf-32", "UTF-32"), ("utf-32-be", "UTF-32")),
             )
         ),

@@ -49,7 +49,7 @@ def test_few_unusable_rows_are_told_and_more_than_the_share_are_refused(tmp_path
 
 def test_a_row_without_the_field_or_without_text_is_no_unusable_one(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD + '{"id": 1}\n{"text": null}\n{"text": " "}\n')
-    assert check_files(spec_of(path, max_bad_share=0.0))[1] == []
+    assert check_files(spec_of(path, max_bad_share=0.0))[1] == ["3 of 4 rows without text"]
 
 
 def test_rows_without_any_text_are_refused(tmp_path: Path) -> None:
@@ -79,12 +79,14 @@ def test_latin1_is_refused_with_how_to_convert_it(tmp_path: Path) -> None:
 def test_empty_files_are_counted_and_refused_when_there_is_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b""))
     empty, blank = write(tmp_path / "b.jsonl", ""), write(tmp_path / "c.jsonl", "\n\n")
-    assert "holds no text: all files are empty" in refusal(tmp_path / "a.jsonl.gz", empty, blank)
+    none = [tmp_path / "a.jsonl.gz", empty, blank, write(tmp_path / "e.parquet", "")]
+    for paths in (none, *([path] for path in none)):
+        assert "holds no text: all files are empty" in refusal(*paths)
     text = write(tmp_path / "d.jsonl", GOOD)
     found, lines = check_files(spec_of(empty, tmp_path, text))
     # One is named twice: as a path of its own, and by its folder, which does not give empty files.
-    assert found.skipped == {"empty": 4, "named twice": 1}
-    assert lines == ["skipped: 5 files (empty: 4, named twice: 1)"]
+    assert found.skipped == {"empty": 5, "named twice": 1}
+    assert lines == ["skipped: 6 files (empty: 5, named twice: 1)"]
 
 
 def test_a_large_file_is_read_in_part_and_refused_where_the_part_is_enough_to_know(
@@ -135,6 +137,8 @@ def test_a_begin_token_that_the_models_do_not_have_is_refused(tmp_path: Path) ->
     outside = Tokenizer(bos_token_id=300, declares=True)
     with pytest.raises(UserError, match=r"corpus.bos: .* has the id 300; ids must be below 300, .*; use never"):
         check_corpus(spec_of(path), outside, 300)
-    assert check_corpus(spec_of(path), outside, 301) == check_corpus(spec_of(path, bos="never"), outside, 300) == []
+    assert check_corpus(spec_of(path, bos="never"), outside, 300) == []
+    for bos, told in ((None, "document, as the tokenizer declares"), ("sequence", "sequence")):
+        assert check_corpus(spec_of(path, bos=bos), outside, 301) == [f"a begin token (BOS) in front of each {told}"]
     with pytest.raises(UserError, match=r"corpus.bos: got sequence; .* has no begin token"):
         check_corpus(spec_of(path, bos="sequence"), Tokenizer(bos_token_id=None, declares=False), 300)
