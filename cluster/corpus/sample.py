@@ -75,8 +75,8 @@ def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
             whole, texts = whole and all_of_it, texts + of_file
     total.refuse(spec.max_bad_share, spec.text_field, whole)
     if whole and not texts:
-        what = f"none of {total.rows:,} rows has text" if total.rows else "all files are empty"
-        raise UserError(f"corpus.paths: {', '.join(spec.paths)} holds no text: {what}; give others")
+        what = f"has no text in any of {total.rows:,} rows" if total.rows else "is empty"
+        raise UserError(f"corpus.paths: {', '.join(spec.paths)} {what}; give files with text")
     skipped = Counter(found.skipped) + Counter({EMPTY: total.empty_files})
     lines = [line for line in [skipped_line(skipped)] if line]
     bad, rows = total.counts.total(), f"{total.rows:,}{'' if whole else ' sampled'} rows"

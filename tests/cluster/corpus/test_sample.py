@@ -54,7 +54,7 @@ def test_a_row_without_the_field_or_without_text_is_no_unusable_one(tmp_path: Pa
 
 def test_rows_without_any_text_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": null}\n{"text": " "}\n')
-    assert "holds no text: none of 2 rows has text" in refusal(path)
+    assert "a.jsonl has no text in any of 2 rows" in refusal(path)
 
 
 def test_every_file_is_looked_at(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_empty_files_are_counted_and_refused_when_there_is_nothing_else(tmp_path
     empty, blank = write(tmp_path / "b.jsonl", ""), write(tmp_path / "c.jsonl", "\n\n")
     none = [tmp_path / "a.jsonl.gz", empty, blank, write(tmp_path / "e.parquet", "")]
     for paths in (none, *([path] for path in none)):
-        assert "holds no text: all files are empty" in refusal(*paths)
+        assert f"{paths[-1]} is empty; give files with text" in refusal(*paths)
     text = write(tmp_path / "d.jsonl", GOOD)
     found, lines = check_files(spec_of(empty, tmp_path, text))
     # One is named twice: as a path of its own, and by its folder, which does not give empty files.
