@@ -117,7 +117,7 @@ def _tokenize(table: pa.Table, tokenizer_dir: str, control: bool, begin: int | N
     # With corpus.special_tokens: control a text may begin with it by itself.
     front: list[list[int]] = [[] if begin is None or ids[:1] == [begin] else [begin] for ids in encoded]
     rest = len(table) - len(texts)
-    # Those that cannot be used are among the rest; which row it was says the place.
+    # Unusable rows are among the rest; their places tell which rows they were.
     unusable = [table.column(name).drop_null().to_pylist() for name in (UNUSABLE, PLACE)]
     usable: list[None] = [None] * (len(table) - len(unusable[0]))
     columns = {

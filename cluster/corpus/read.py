@@ -1,8 +1,8 @@
 """Reads the texts of one file: lines or an array of JSON, parquet, or plain text, compressed or not.
 
 A file is read as a stream of small tables, so that its size does not show in a worker's memory; a .txt file and a
-.json file with one array are held whole. Of a row only the text field is looked at. A row that cannot be used does not
-end the reading: it comes as a row without text that names the reason, and :mod:`cluster.corpus.unusable` counts it.
+.json file with one array are held whole. Only the text field of a row is used. A row that cannot be used does not stop
+the reader: it becomes a row without text that names the reason, and :mod:`cluster.corpus.unusable` counts it.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ NO_CHATS = "chats are not supported yet; render each into one text and name its 
 NAMED_FIELDS = 12
 # In Arrow's messages on a compressed stream and on a parquet file without its end.
 SIGNS_OF_THE_CUT = ("Truncated compressed stream", "magic bytes not found in footer", "smaller than the minimum file")
-# First bytes of files that are often not what their names promise. A pointer is smaller than HEAD by its specification.
+# First bytes that identify a format. A Git LFS pointer is smaller than HEAD, by its specification.
 HEAD = 1024
 LFS = b"version https://git-lfs.github.com/spec/"
 MAGIC = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", PARQUET: b"PAR1", "zip": b"PK\x03\x04"}
 BOMS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
-# Of a row the place, what it holds, and why it cannot be used; of a text itself, that reason, and the place.
+# A row: its place, its content, and why it cannot be used. A text: itself, that reason, and its place.
 _Row = tuple[str, Any, str | None]
 _Text = tuple[str | None, str | None, str | None]
 
@@ -98,7 +98,7 @@ class TextReader:
                     self._check_head(head)
                     yield from self._parquet(file)
             return
-        # Compression is by the name, not as Arrow guesses it, for the head that is looked at is that of the file.
+        # Without Arrow's own decompression, to see the first bytes of the file itself.
         with (
             self._filesystem.open_input_stream(inner, compression=None) as raw,
             io.BufferedReader(raw, 1 << 16) as file,
@@ -122,7 +122,7 @@ class TextReader:
         found = next((kind for kind, magic in MAGIC.items() if head.startswith(magic)), None)
         if found not in (promised, None):
             suffix = next((suffix for suffix, codec in CODECS.items() if codec == found), found)
-            todo = "unpack it" if found == "zip" else f"let its name end in {suffix}"
+            todo = "unpack it" if found == "zip" else f"rename it to end in {suffix}"
             raise self._refusal(f"holds {found.removeprefix('.')} data; {todo}")
         web = promised != ".txt" and head.lstrip().startswith(b"<")
         if web or (found is None and promised in MAGIC):
@@ -235,7 +235,7 @@ ENCODING_HINT = "convert it to UTF-8, for Latin-1 or Windows-1252: iconv -f WIND
 
 def _parsed(line: bytes) -> tuple[Any, str | None]:
     """The row of a line of JSON, or why there is none."""
-    # Bytes that are no UTF-8 become lone surrogates, which do no harm outside of the text.
+    # Bytes that are not UTF-8 become lone surrogates, which do no harm in other fields.
     text = line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     try:
         # An integer may have more digits than Python converts.
@@ -248,7 +248,7 @@ def _parsed(line: bytes) -> tuple[Any, str | None]:
 
 
 def _has_escaped(text: str) -> bool:
-    """Whether a text holds bytes that were no UTF-8."""
+    """Whether a text holds bytes that were not UTF-8."""
     return any("\udc80" <= character <= "\udcff" for character in text)
 
 
@@ -265,7 +265,7 @@ def _first_rows(content: str) -> Iterator[Any]:
 
 
 def _table(rows: list[_Text]) -> pa.Table:
-    """Texts as a table; those with characters that are none are taken out."""
+    """Texts as a table; a text with a lone surrogate, which UTF-8 cannot encode, becomes an unusable row."""
     texts, reasons, places = zip(*rows, strict=True)
     try:
         column = pa.array(texts, pa.large_string())
@@ -286,14 +286,14 @@ def _encodable(row: _Text) -> _Text:
 
 
 def _valid(texts: pa.Array, places: list[str]) -> pa.Table:
-    """Texts of parquet as a table; its writers do not all check that they are UTF-8."""
+    """Texts of parquet as a table; not every writer makes sure that they are UTF-8."""
     try:
         texts.validate(full=True)
         nothing = pa.nulls(len(texts), pa.string())
         return pa.table([texts, nothing, nothing], schema=SCHEMA)
     except pa.ArrowInvalid:
         raw = texts.cast(pa.large_binary()).to_pylist()
-        # As of a line: what is no UTF-8 becomes lone surrogates, which are taken out.
+        # As for a line of JSON.
         read = [None if text is None else text.decode("utf-8", "surrogateescape") for text in raw]
         return _table([(text, None, place) for text, place in zip(read, places, strict=True)])
 

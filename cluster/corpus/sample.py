@@ -21,14 +21,14 @@ from cluster.corpus.unusable import Unusable
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
 
-# Bytes that are read of all files together, and of each at least. What fits is read whole.
+# Bytes to read from all files together, and at least from each. A smaller file is read whole.
 SAMPLE, LEAST = 32 * 1024**2, 64 * 1024
 # Files that are read at a time: in a bucket each takes a round trip.
 READS = 16
 
 
 def check_corpus(spec: CorpusSpec, tokenizer: Any, vocabulary: int) -> list[str]:
-    """Check the files of a corpus and its begin token; what a person should know of it, a line each.
+    """Check the files of a corpus and its begin token; returns what a person should know of them, a line each.
 
     Args:
         vocabulary: tokens that the models have.
@@ -48,7 +48,10 @@ def check_corpus(spec: CorpusSpec, tokenizer: Any, vocabulary: int) -> list[str]
 
 
 def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
-    """The files behind ``corpus.paths``, after a sample of rows of each was read; and what a person should know of it.
+    """Select the files behind ``corpus.paths`` and read a sample of rows from each.
+
+    Returns:
+        The files, and what a person should know of them, a line each.
 
     Raises:
         UserError: see :func:`~cluster.corpus.files.select_files`; a file that

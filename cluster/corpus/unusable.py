@@ -49,8 +49,8 @@ class Unusable:
         """Refuse more unusable rows than a share.
 
         Args:
-            whole: all rows were counted. If not, only a share is refused that a sample of this size shows to be larger
-                by three standard deviations.
+            whole: all rows were counted. Otherwise they are a sample, and the share is refused only if it is too large
+                by three standard deviations (Poisson).
 
         Raises:
             UserError: there are more.
