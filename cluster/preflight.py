@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.corpus.files import find_files, skipped_line
+from cluster.corpus.sample import check_corpus
 from cluster.errors import UserError
 from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.labels.store.store import LabelStore
@@ -35,7 +35,7 @@ class Checked:
         store: where labels are kept; none where they are not.
         champions: per student with a warm start the version that it starts from; none where there is no champion yet.
         most: what it may hold of the cluster at a time.
-        skipped: files in the corpus' folders and globs that are not read, by reason.
+        corpus: what the check of its files found, a line each: files that are not read, rows that cannot be used.
         packing: how each student keeps packed documents apart; ``teacher`` knows it of the teacher. All are
             ``unpacked`` where one is, for all read the same batches.
         unpacked_because: per model that cannot keep packed documents apart the reason.
@@ -48,7 +48,7 @@ class Checked:
     store: str | None
     most: Most
     champions: dict[str, int | None] = dataclasses.field(default_factory=dict)
-    skipped: dict[str, int] = dataclasses.field(default_factory=dict)
+    corpus: list[str] = dataclasses.field(default_factory=list)
     packing: dict[str, Packing] = dataclasses.field(default_factory=dict)
     unpacked_because: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -71,8 +71,7 @@ class Checked:
 
     def notices(self) -> list[str]:
         """What a person should know before the start, a line each."""
-        skipped = skipped_line(self.skipped)
-        return [*([f"corpus: {skipped}"] if skipped else []), *self.warm_starts(), *self.packing_notices()]
+        return [*(f"corpus: {line}" for line in self.corpus), *self.warm_starts(), *self.packing_notices()]
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""
@@ -127,7 +126,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     }
     dirs, of_students = _check_students(spec, config, tokenizer, vocabulary, uri, champions)
     decided |= of_students
-    skipped = {} if text_is_kept else find_files(spec.corpus.paths).skipped
+    of_corpus = [] if text_is_kept else check_corpus(spec.corpus, tokenizer, vocabulary)
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
     unpacked = {who: reason for who, (packing, reason) in decided.items() if packing == "unpacked"}
@@ -141,7 +140,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         store,
         most,
         champions,
-        skipped,
+        of_corpus,
         dict(zip(spec.students, packings, strict=True)),
         unpacked,
     )

@@ -275,7 +275,6 @@ def _places(source: str, files: Sequence[str], target: Path) -> list[Path]:
     """Where the files behind one of ``corpus.paths`` go, so that ``target`` is read as the path is here."""
     if Path(source).is_file():
         return [target]
-    if Path(source).is_dir():
-        return [target / Path(file).relative_to(source) for file in files]
-    # Of a glob: numbered, for the order, and because a hidden file that it asks for would be skipped in a folder.
+    # Numbered, for the order, and without their folders: Ray leaves out those named venv, .venv, .git and __pycache__
+    # when it uploads, and a hidden file that a glob asks for would be skipped.
     return [target / f"{number:06d}-{Path(file).name}" for number, file in enumerate(files)]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cluster.corpus.files import skipped_line
+from cluster.corpus.files import skipped_line, unusable_reasons
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
 
@@ -48,6 +48,10 @@ class CorpusFacts:
         pad_tokens: tokens of padding.
         ngrams, ngrams_known, held_out_seen: see :class:`~cluster.corpus.overlap.Overlap`.
         skipped: files that were not read, by reason, see :class:`~cluster.corpus.files.CorpusFiles`.
+        unusable: rows that were left out, by reason, see :class:`~cluster.corpus.unusable.Unusable`;
+            ``first_unusable`` names the file and line of the first of each.
+        bos: what the begin token is in front of: ``never``, ``document`` or ``sequence``. The address covers it by the
+            tokens, so that text without begin tokens keeps its address.
     """
 
     documents: int
@@ -68,6 +72,9 @@ class CorpusFacts:
     ngrams_known: int = 0
     held_out_seen: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    unusable: dict[str, int] = field(default_factory=dict)
+    first_unusable: dict[str, str] = field(default_factory=dict)
+    bos: str = "never"
 
     def lines(self) -> list[str]:
         """What a person should know of the corpus, a line each."""
@@ -93,6 +100,11 @@ class CorpusFacts:
         if not self.packed:
             share = 100 * self.pad_tokens / (self.pad_tokens + self.tokens)
             lines.append(f"not packed: {self.pad_tokens:,} tokens of padding ({share:.0f} %)")
+        if self.bos != "never":
+            lines.append(f"a begin token (BOS) in front of each {self.bos}")
+        if self.unusable:
+            reasons = unusable_reasons(self.unusable, self.first_unusable)
+            lines.append(f"{_count(sum(self.unusable.values()), 'row')} unusable, left out ({reasons})")
         return lines + [line for line in [skipped_line(self.skipped)] if line]
 
     def require_padded(self, reason: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -23,8 +22,6 @@ PARQUET = ".parquet"
 # Suffix of a compressed file, and the name of its codec.
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 ALLOWED = ".jsonl, .json, .txt (each also with .gz or .zst) or .parquet"
-# Files whose first byte is read at a time: in a bucket each takes a round trip.
-READS = 16
 # Reasons for which a file of a folder or a glob is not read, beside its suffix.
 HIDDEN, EMPTY, BROKEN_LINK, REPEATED = "hidden", "empty", "broken link", "named twice"
 
@@ -57,6 +54,12 @@ def skipped_line(skipped: dict[str, int]) -> str | None:
     return f"skipped: {total} file{'s' * (total != 1)} ({_counts(skipped)})" if total else None
 
 
+def unusable_reasons(counts: dict[str, int], first: dict[str, str]) -> str:
+    """The reasons with their numbers and places, such as ``not JSON: 2, first at a.jsonl:7``."""
+    by_number = sorted(counts, key=lambda reason: -counts[reason])
+    return "; ".join(f"{reason}: {counts[reason]:,}, first at {first[reason]}" for reason in by_number)
+
+
 def _counts(skipped: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in sorted(skipped.items()))
 
@@ -86,9 +89,10 @@ def _read_errors(path: str) -> tuple[type[BaseException], ...]:
     return (OSError, ArrowException)
 
 
-def _reason(error: BaseException) -> str:
+def error_reason(error: BaseException) -> str:
+    """An error of a file system in one line."""
     number = getattr(error, "errno", None)
-    return os.strerror(number) if number else str(error).splitlines()[0]
+    return os.strerror(number) if number else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class _Local:
@@ -231,7 +235,7 @@ def select_each(paths: Iterable[str]) -> Iterator[tuple[str, CorpusFiles]]:
         try:
             found = _select(path, trees)
         except _read_errors(path) as error:
-            raise UserError(f"corpus.paths: cannot read {path}: {_reason(error)}") from None
+            raise UserError(f"corpus.paths: cannot read {path}: {error_reason(error)}") from None
         fresh = [name for name in found.files if name not in seen]
         seen.update(fresh)
         repeated = len(found.files) - len(fresh)
@@ -250,31 +254,3 @@ def select_files(paths: Sequence[str]) -> CorpusFiles:
         files += found.files
         skipped.update(found.skipped)
     return CorpusFiles(files, dict(skipped))
-
-
-def find_files(paths: Sequence[str]) -> CorpusFiles:
-    """The files behind ``corpus.paths``, after the first byte of each was read.
-
-    Raises:
-        UserError: see :func:`select_each`; or a file that is empty, cannot be read or is not compressed as named.
-    """
-    found = select_files(paths)
-    filesystems = filesystems_of(found.files)
-    with ThreadPoolExecutor(READS) as threads:
-        # In order, so that the first file that cannot be read is the one that is named.
-        for _ in threads.map(lambda path: _check_readable(path, filesystems[path.startswith(S3)]), found.files):
-            pass
-    return found
-
-
-def _check_readable(path: str, filesystem: Any) -> None:
-    import pyarrow as pa
-
-    known = format_of(path)
-    assert known is not None
-    try:
-        with filesystem.open_input_stream(path.removeprefix(S3), compression=known[1]) as stream:
-            if not stream.read(1):
-                raise UserError(f"corpus.paths: {path} is empty")
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"corpus.paths: cannot read {path}: {_reason(error)}") from None

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +28,13 @@ from cluster.corpus.batches import (
     CorpusFacts,
     content_address,
 )
-from cluster.corpus.files import S3, CorpusFiles, filesystems_of, find_files
+from cluster.corpus.files import EMPTY, S3, CorpusFiles, filesystems_of, select_files
 from cluster.corpus.layout import Layout
 from cluster.corpus.overlap import overlap
-from cluster.corpus.read import TEXT, read_texts
+from cluster.corpus.read import PLACE, SCHEMA, TEXT, UNUSABLE, TextReader
 from cluster.corpus.split import Split, repeats, split_documents
-from cluster.corpus.tokens import Encoder
+from cluster.corpus.tokens import Encoder, begin_token
+from cluster.corpus.unusable import Unusable
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
 
@@ -40,9 +42,9 @@ log = logging.getLogger(__name__)
 
 # A refusal travels as data: of an exception in one of its functions Ray Data keeps the text and loses the cause.
 _REFUSED = "refused"
-_TEXTS = pa.schema([(TEXT, pa.large_string()), (_REFUSED, pa.string())])
+_TEXTS = SCHEMA.append(pa.field(_REFUSED, pa.string()))
 _SCHEMA = pa.schema(
-    [("ids", pa.large_list(pa.int32())), ("hash", pa.uint64()), ("spelled", pa.bool_()), (_REFUSED, pa.string())]
+    [("ids", pa.large_list(pa.int32())), ("hash", pa.uint64()), ("spelled", pa.bool_()), *list(_TEXTS)[1:]]
 )
 # How far before the wanted place a long document's cut looks for a blank line, in tokens.
 LINE_SEARCH = 512
@@ -50,12 +52,16 @@ LINE_SEARCH = 512
 
 @dataclass
 class _Documents:
-    """All tokenised documents, in the order of files and rows; those without text are only counted."""
+    """All tokenised documents, in the order of files and rows; rows that cannot be used or have no text are counted."""
 
     ids: list[npt.NDArray[np.int32]] = field(default_factory=list)
     hashes: list[npt.NDArray[np.uint64]] = field(default_factory=list)
     blank: int = 0
     spelled: int = 0
+    unusable: Unusable = field(default_factory=Unusable)
+    # Where the begin token goes, and its id where it is not in the documents yet.
+    bos: str = "never"
+    begin: int | None = None
 
     def add(self, table: pa.Table) -> None:
         """Take documents over from a table of ``_SCHEMA``."""
@@ -64,7 +70,8 @@ class _Documents:
         used_N = np.diff(offsets) > 0
         self.ids += [values[a:b] for (a, b), used in zip(itertools.pairwise(offsets), used_N, strict=True) if used]
         self.hashes.append(table.column("hash").to_numpy()[used_N])
-        self.blank += int((~used_N).sum())
+        self.blank += int((~used_N).sum()) - (len(table) - table.column(UNUSABLE).null_count)
+        self.unusable.add(table)
         self.spelled += int(table.column("spelled").to_numpy().sum())
 
 
@@ -85,10 +92,10 @@ def _read(table: pa.Table, filesystems: dict[bool, Any], text_field: str) -> Ite
     """Texts of the files that a table names."""
     for path in table.column("path").to_pylist():
         try:
-            for texts in read_texts(path, path.removeprefix(S3), filesystems[path.startswith(S3)], text_field):
-                yield texts.append_column(_REFUSED, pa.nulls(len(texts), pa.string()))
+            for texts in TextReader(path, filesystems[path.startswith(S3)], text_field):
+                yield texts.append_column(_TEXTS.field(_REFUSED), pa.nulls(len(texts), pa.string()))
         except UserError as error:
-            yield pa.Table.from_pydict({TEXT: [None], _REFUSED: [str(error)]}, schema=_TEXTS)
+            yield pa.Table.from_pylist([{_REFUSED: str(error)}], schema=_TEXTS)
             return
 
 
@@ -96,8 +103,8 @@ def _text_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _tokenize(table: pa.Table, tokenizer_dir: str, control: bool) -> pa.Table:
-    """Token ids of each text, with the end token behind; none for one without text."""
+def _tokenize(table: pa.Table, tokenizer_dir: str, control: bool, begin: int | None) -> pa.Table:
+    """Token ids of each text, with the begin and the end token around; none for one without text."""
     if reasons := table.column(_REFUSED).drop_null().to_pylist():
         return _refuse(reasons[0])
     texts = [text for text in table.column(TEXT).to_pylist() if text and text.strip()]
@@ -107,22 +114,34 @@ def _tokenize(table: pa.Table, tokenizer_dir: str, control: bool) -> pa.Table:
     except UserError as error:
         return _refuse(str(error))
     end = [] if eos is None else [eos]
-    blank = len(table) - len(texts)
+    # With corpus.special_tokens: control a text may begin with it by itself.
+    front: list[list[int]] = [[] if begin is None or ids[:1] == [begin] else [begin] for ids in encoded]
+    rest = len(table) - len(texts)
+    # Unusable rows are among the rest; their places tell which rows they were.
+    unusable = [table.column(name).drop_null().to_pylist() for name in (UNUSABLE, PLACE)]
+    usable: list[None] = [None] * (len(table) - len(unusable[0]))
     columns = {
-        "ids": [ids + end for ids in encoded] + [[]] * blank,
-        "hash": [*map(_text_hash, texts), *[0] * blank],
-        "spelled": [*map(encoder.spells_special, texts), *[False] * blank],
+        "ids": [first + ids + end for first, ids in zip(front, encoded, strict=True)] + [[]] * rest,
+        "hash": [*map(_text_hash, texts), *[0] * rest],
+        "spelled": [*map(encoder.spells_special, texts), *[False] * rest],
+        UNUSABLE: usable + unusable[0],
+        PLACE: usable + unusable[1],
         _REFUSED: [None] * len(table),
     }
     return pa.Table.from_pydict(columns, schema=_SCHEMA)
 
 
 def _refuse(reason: str) -> pa.Table:
-    return pa.Table.from_pydict({"ids": [[]], "hash": [0], "spelled": [False], _REFUSED: [reason]}, schema=_SCHEMA)
+    return pa.Table.from_pylist([{"ids": [], "hash": 0, "spelled": False, _REFUSED: reason}], schema=_SCHEMA)
 
 
 def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str) -> _Documents:
-    """Read and tokenise all files."""
+    """Read and tokenise all files.
+
+    Raises:
+        UserError: a file is refused, more rows than ``corpus.max_bad_share`` are, or there is no token to begin with.
+    """
+    bos, begin = begin_token(spec.bos, _tokenizer(tokenizer_dir))
     # A block per file, so that files are read in parallel. Ray runs both steps in one task, so a file's text is never
     # whole in memory; the tokenizer has threads of its own for the documents of a batch.
     paths = ray.data.from_items([{"path": path} for path in files.files], override_num_blocks=len(files.files))
@@ -135,16 +154,17 @@ def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str) -> _Doc
     )
     tokenized = texts.map_batches(
         _tokenize,
-        fn_args=(tokenizer_dir, spec.special_tokens == "control"),
+        fn_args=(tokenizer_dir, spec.special_tokens == "control", begin if bos == "document" else None),
         batch_format="pyarrow",
         batch_size=256,
         num_cpus=0.5,
     )
-    found = _Documents()
+    found = _Documents(bos=bos, begin=begin if bos == "sequence" else None)
     for table in tokenized.iter_batches(batch_format="pyarrow", batch_size=None):
         for reason in table.column(_REFUSED).drop_null().to_pylist():
             raise UserError(reason)
         found.add(table)
+    found.unusable.refuse(spec.max_bad_share, spec.text_field)
     return found
 
 
@@ -170,7 +190,7 @@ def _spans(spec: CorpusSpec, documents: _Documents, pack: bool, tokenizer_dir: s
         documents.ids = [ids for ids, repeated in zip(documents.ids, repeated_N, strict=True) if not repeated]
         hashes_N = hashes_N[~repeated_N]
     lengths_N = np.array([len(ids) for ids in documents.ids], dtype=np.int64)
-    tokens, length = int(lengths_N.sum()), spec.sequence_length
+    tokens, length = int(lengths_N.sum()), spec.sequence_length - (documents.begin is not None)
     # Packed, as many whole sequences as the share says, and at least one.
     wanted = max(1, round(tokens // length * spec.held_out)) * length if pack else max(1, round(tokens * spec.held_out))
     split = split_documents(
@@ -210,14 +230,15 @@ def prepare_corpus(
     context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(cpu=max(1.0, cpus))
     context.enable_progress_bars = False
     folder.mkdir(parents=True, exist_ok=True)
-    files = find_files(spec.paths)
+    files = select_files(spec.paths)
     try:
         documents = _documents(spec, files, tokenizer_dir)
     except (ray.exceptions.RayTaskError, ray.data.exceptions.UserCodeException) as error:
         log.exception("the corpus cannot be read")
         cause = getattr(error, "cause", None) or error
         raise UserError(f"corpus.paths: cannot be read: {str(cause).splitlines()[0]}") from None
-    return _lay_out(spec, documents, files.skipped, tokenizer_dir, folder, pack, before)
+    skipped = dict(Counter(files.skipped) + Counter({EMPTY: documents.unusable.empty_files}))
+    return _lay_out(spec, documents, skipped, tokenizer_dir, folder, pack, before)
 
 
 def _lay_out(
@@ -238,7 +259,7 @@ def _lay_out(
         )
     split, repeated = _spans(spec, documents, pack, tokenizer_dir)
     sides = (split.train_P3, split.held_out_P3)
-    layout = Layout(documents.ids, length, pack)
+    layout = Layout(documents.ids, length, pack, documents.begin)
     train, held_out = map(layout.sequences, sides)
     aside = folder / f".{TOKENS_FILE}.part.npy"
     with aside.open("wb") as file:
@@ -247,6 +268,7 @@ def _lay_out(
         beside = np.concatenate([layout.write(file, side) for side in sides])
     tokens_NS = np.load(aside, mmap_mode="r")
     kept = tokens_NS.size if pack else int(beside.sum())
+    begins = 0 if documents.begin is None else len(tokens_NS)
     seen = overlap(tokens_NS[:train], tokens_NS[train:], layout.continued(beside[train:]))
     facts = CorpusFacts(
         documents=len(documents.ids),
@@ -260,13 +282,16 @@ def _lay_out(
         repeats_dropped=spec.deduplicate == "exact",
         blank=documents.blank,
         spelled=documents.spelled,
-        dropped_tokens=int(sum((side[:, 2] - side[:, 1]).sum() for side in sides)) - kept,
+        dropped_tokens=int(sum((side[:, 2] - side[:, 1]).sum() for side in sides)) - kept + begins,
         packed=pack,
         pad_tokens=tokens_NS.size - kept,
         ngrams=seen.ngrams,
         ngrams_known=seen.known,
         held_out_seen=seen.seen,
         skipped=skipped,
+        unusable=dict(documents.unusable.counts),
+        first_unusable=documents.unusable.first,
+        bos=documents.bos,
     )
     if before is not None and before.address != facts.address:
         aside.unlink()

@@ -69,6 +69,27 @@ class Encoder:
         return [part.id for text in (name[:1], name[1:]) if text for part in backend.model.tokenize(text)]
 
 
+def begin_token(setting: str | None, tokenizer: Any) -> tuple[str, int | None]:
+    """Where the token that begins a text (BOS) goes, and its id; ``never`` and None where there is none.
+
+    Args:
+        setting: ``corpus.bos``; none follows the tokenizer, which declares it by what it puts in front of a plain text.
+
+    Raises:
+        UserError: a begin token is asked for that the tokenizer does not have.
+    """
+    begin = tokenizer.bos_token_id
+    if setting is None:
+        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+        declared = begin is not None and tokenizer("a")["input_ids"][:1] == [begin] != plain[:1]
+        setting = "document" if declared else "never"
+    if setting == "never":
+        return setting, None
+    if begin is None:
+        raise UserError(f"corpus.bos: got {setting}; the teacher's tokenizer has no begin token (BOS); use never")
+    return setting, int(begin)
+
+
 def special_tokens(tokenizer: Any) -> dict[str, int]:
     """The special tokens of a tokenizer with their ids, without one that it makes of what it does not know."""
     found = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))

@@ -98,14 +98,23 @@ class CorpusSpec(Section):
     paths: Annotated[list[str], Field(min_length=1)]
     """Files, folders of files, or globs such as `s3://bucket/x/**/*.jsonl.gz`; local or `s3://`. Formats: .jsonl,
     .json and .txt, each also with .gz or .zst, and .parquet. Hidden files and other formats in a folder are skipped and
-    counted. May hold macros: `{{ ds }}` is `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same without dashes,
-    `{{ ds_add(ds, -1) }}` the day before."""
+    counted, and so are empty files. May hold macros: `{{ ds }}` is `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same
+    without dashes, `{{ ds_add(ds, -1) }}` the day before."""
     text_field: str = "text"
     """Field of a JSON or parquet row that holds its text. A .json file has a row per line or is one array of rows; a
     .txt file is one document."""
     special_tokens: Literal["text", "control"] = "text"
     """What becomes of a special token, such as `</s>`, that a document's text spells out: `text` encodes it like any
     other text, `control` as the special token. The end token behind each document is added in either case."""
+    bos: Literal["never", "document", "sequence"] | None = None
+    """Where the token that begins a text (BOS) goes: in front of each `document`, of each `sequence` of a batch, or
+    `never`. None means as the teacher's tokenizer declares: `document` if it puts one in front of plain text, as those
+    of Llama and Gemma do, else `never`. Documents in one sequence do not see each other, so with `sequence` only the
+    first of them follows it."""
+    max_bad_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    """Share of the rows that may be unusable: lines that are no JSON or are cut short, and text that is no string, is
+    not UTF-8 or holds half of a surrogate pair. They are left out and counted; a larger share refuses the corpus. Other
+    fields of a row may hold anything."""
     deduplicate: Literal["none", "exact"] = "none"
     """`exact` keeps one of the documents that have the same text. Repeats are counted in either case."""
     sequence_length: Annotated[int, Field(ge=8)] = 512

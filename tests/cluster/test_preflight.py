@@ -88,6 +88,41 @@ def test_the_largest_allowed_is_allowed(check: Any, sections: dict[str, Any]) ->
     assert check(**sections)
 
 
+def test_rows_that_cannot_be_used_are_told_or_refused_with_their_place(
+    check: Any, tiny_corpus: Path, tmp_path: Path, stillhouse_home: Path
+) -> None:
+    text = tmp_path / "a.jsonl"
+    text.write_text(tiny_corpus.read_text() + '{"text": "cut sh')
+    with pytest.raises(UserError, match=rf"1 of 65 rows .*line cut short: 1, first at {text}:65.*max_bad_share 0.01"):
+        check(corpus={"paths": [str(text)]})
+    assert not stillhouse_home.exists()
+    (notice,) = check(corpus={"paths": [str(text)], "max_bad_share": 0.02}).notices()
+    assert notice == f"corpus: 1 of 65 rows cannot be used, left out (line cut short: 1, first at {text}:65)"
+
+
+@pytest.mark.parametrize(
+    ("content", "corpus", "said"),
+    [
+        ('{"messages": []}\n', {}, "the rows have messages .* chats are not supported yet"),
+        ('{"body": ""}\n', {}, "the rows have body .*; name one in corpus.text_field"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", {}, "is a Git LFS pointer"),
+        (
+            '{"text": "a"}\n',
+            {"bos": "document"},
+            "corpus.bos: got document; the teacher's tokenizer has no begin token",
+        ),
+    ],
+)
+def test_a_corpus_that_cannot_be_used_is_refused(
+    check: Any, tmp_path: Path, stillhouse_home: Path, content: str, corpus: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=said) as caught:
+        check(corpus={"paths": [str(tmp_path)], **corpus})
+    assert "\n" not in str(caught.value)
+    assert not stillhouse_home.exists()
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such teacher": ({"teacher": {"model": "/no/where"}}, "teacher.model: /no/where is not there"),
     "K above the vocabulary": ({"labels": {"k": 301}}, r"labels.k: got 301; .* 300 tokens"),

@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from cluster.corpus import files
 from cluster.corpus.files import S3, select_files
+from cluster.corpus.sample import check_files
 from cluster.dates import rendered
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
@@ -96,4 +97,4 @@ def test_a_family_file_loads_and_its_corpus_is_found(
     found = select_files(spec.corpus.paths)
     assert found.files == expected
     assert found.skipped == {}
-    assert files.find_files(spec.corpus.paths) == found
+    assert check_files(spec.corpus) == (found, [])

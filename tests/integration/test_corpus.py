@@ -102,10 +102,11 @@ def test_a_run_goes_on_with_the_same_text_from_elsewhere_and_with_no_other(tiny:
     ("name", "content", "says"),
     [
         ("blank.jsonl", b'{"text": "  "}\n{"text": ""}\n', "too few"),
-        ("torn.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read"),
+        ("torn.jsonl", b'{"text": "a"}\n{"text": \n', "torn.jsonl:2), more than corpus.max_bad_share 0.01"),
         ("nofield.jsonl", b'{"body": "a"}\n', "'text' is not there; the rows have body"),
         ("latin.txt", "é".encode("latin-1"), "not UTF-8"),
-        ("torn.parquet", b"PAR1 and then nothing", "cannot be read"),
+        ("torn.parquet", b"PAR1 and then nothing", "torn.parquet is cut short"),
+        ("empty.jsonl", b"", "too few"),
     ],
 )
 def test_text_that_cannot_be_used_is_refused_by_name(
@@ -116,6 +117,38 @@ def test_text_that_cannot_be_used_is_refused_by_name(
         pack(tiny, tmp_path / "out", tmp_path / name)
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_begin_token_is_added_as_declared_and_unusable_rows_are_counted(tiny: Path, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "teacher", bos_token="<|user|>")
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", begin)]
+    )
+    tokenizer.save_pretrained(tmp_path / "declares" / "teacher")
+    text = tmp_path / "a.jsonl"
+    text.write_text((tiny / "corpus.jsonl").read_text() + '{"text": "half \\ud83d"}\n{"text": "cut')
+    plain, _ = pack(tiny, tmp_path / "plain", text, max_bad_share=0.05)
+    assert plain.unusable == {"lone surrogate": 1, "line cut short": 1}
+    assert plain.first_unusable == {"lone surrogate": f"{text}:65", "line cut short": f"{text}:66"}
+    assert plain.address == pack(tiny, tmp_path / "clean", tiny / "corpus.jsonl")[0].address
+    packed = {
+        bos: pack(tmp_path / "declares", tmp_path / str(bos), text, max_bad_share=0.05, bos=bos)
+        for bos in (None, "never", "document", "sequence")
+    }
+    assert packed["never"][0] == plain
+    assert packed[None][0] == packed["document"][0]
+    facts, tokens = packed["document"]
+    starts = np.load(tmp_path / "document" / "starts.npy")
+    assert (facts.bos, facts.documents) == ("document", 64)
+    np.testing.assert_array_equal(tokens == begin, starts)
+    facts, tokens = packed["sequence"]
+    assert facts.bos == "sequence"
+    np.testing.assert_array_equal(np.argwhere(tokens == begin)[:, 1], np.zeros(len(tokens)))
+    assert len({facts.address for facts, _ in packed.values()}) == 3
 
 
 @pytest.fixture(scope="module")

@@ -51,12 +51,21 @@ def other_tokenizer(tmp_path: Path) -> str:
     return f"students.small.init={{source: pretrained, model: {model}}}"
 
 
+def chats(folder: Path) -> Path:
+    (folder / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    return folder / "chats.jsonl"
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], str], list[str]]] = {
     "no such model": (lambda _: "teacher.model=/nowhere/teacher", ["teacher.model", "/nowhere/teacher is not there"]),
     "no such corpus": (lambda _: "corpus.paths=[/nowhere/a.jsonl]", ["corpus.paths", "/nowhere/a.jsonl is not there"]),
     "an empty corpus": (
         lambda folder: f"corpus.paths=[{shutil.copy('/dev/null', folder / 'empty.txt')}]",
         ["corpus.paths", "empty.txt is empty"],
+    ),
+    "a corpus of chats": (
+        lambda folder: f"corpus.paths=[{chats(folder)}]",
+        ["the rows have messages", "chats are not"],
     ),
     "more than its own limit": (lambda _: "limits.cpus=1.5", ["limits.cpus", "got 1.5", "needs at least 2 CPU"]),
     "k above the vocabulary": (lambda _: "labels.k=301", ["labels.k", "got 301", "300 tokens"]),

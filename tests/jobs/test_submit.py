@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import zipfile
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from ray._private import ray_constants
+from ray._private.runtime_env import packaging
 
 from cluster.corpus.files import select_files
 from cluster.dates import rendered
@@ -42,7 +45,7 @@ def test_small_local_text_travels_and_is_found_on_the_other_side(spec_path: Path
     assert [Path(path).exists() for path in local] == [True, True]
     assert all(Path(path).is_relative_to(packed) for path in local)
     assert bucket == "s3://bucket/b.jsonl"
-    assert (Path(local[1]) / "deep" / "a.txt").read_text() == "a text"
+    assert [Path(name).read_text() for name in select_files(local[1:]).files] == ["a text"]
     assert there.students == spec.students
     assert there.teacher == spec.teacher
     assert size == sum(file.stat().st_size for file in packed.rglob("*") if file.is_file())
@@ -55,7 +58,8 @@ def test_what_travels_is_the_corpus_of_one_date(spec_path: Path, tmp_path: Path)
     paths = "corpus.paths=['dt={{ ds_add(ds, -1) }}', 's3://bucket/dt={{ ds }}/']"
     submit.pack(rendered(load_spec(spec_path, [paths]), date(2026, 11, 24)), packed, HERE)
     local, bucket = load_spec(packed / submit.SPEC_FILE).corpus.paths
-    assert (Path(local) / "a.jsonl").read_text() == (tmp_path / "dt=2026-11-23" / "a.jsonl").read_text()
+    (shipped,) = select_files([local]).files
+    assert Path(shipped).read_text() == (tmp_path / "dt=2026-11-23" / "a.jsonl").read_text()
     assert bucket == "s3://bucket/dt=2026-11-24/"
 
 
@@ -95,6 +99,33 @@ def test_what_travels_is_what_a_run_would_read_here(
     assert contents[0] == contents[1] == ["b.jsonl.gz", "more/b.jsonl.gz", "a text", "more/z.txt", ".hidden/c.txt"]
     assert select_files(there.corpus.paths).skipped == {}
     assert "skipped: 6 files (.csv: 1, hidden: 2, named twice: 3)" in capsys.readouterr().err
+
+
+def test_nothing_travels_but_the_files_that_are_read_and_ray_uploads_all_of_them(
+    spec_path: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "texts"
+    secrets = (".env", ".git/config", ".git/a.txt", "sub/.ssh/id.txt", "key.pem", "deep/.netrc", "Makefile")
+    # Ray leaves out folders of these names, also those that hold text.
+    kept = ("venv/b.txt", "sub/__pycache__/c.jsonl", "z.txt")
+    for name in (*secrets, *kept):
+        (here / name).parent.mkdir(exist_ok=True, parents=True)
+        (here / name).write_text(name)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    spec = load_spec(spec_path, ["corpus.paths=[texts]"])
+    submit.pack(spec, packed, HERE)
+    archive = tmp_path / "upload.zip"
+    left_out = ray_constants.get_runtime_env_default_excludes()
+    packaging.create_package(str(packed), archive, include_gitignore=True, excludes=left_out)
+    with zipfile.ZipFile(archive) as uploaded:
+        texts = {uploaded.read(name).decode() for name in uploaded.namelist() if not name.endswith("family.yaml")}
+    assert texts == {"a text", *kept}
+    order = [
+        [Path(name).read_text() for name in select_files(each.corpus.paths).files]
+        for each in (spec, load_spec(packed / submit.SPEC_FILE))
+    ]
+    assert order[0] == order[1] == ["a text", "sub/__pycache__/c.jsonl", "venv/b.txt", "z.txt"]
 
 
 def test_a_path_given_twice_and_one_that_looks_like_a_glob_travel(spec_path: Path, tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import pytest
 from pyarrow import fs
 
 from cluster.corpus import files
-from cluster.corpus.files import find_files, format_of, select_files, skipped_line
+from cluster.corpus.files import format_of, select_files, skipped_line
+from cluster.corpus.sample import check_files
 from cluster.errors import UserError
+from cluster.spec import CorpusSpec
 
 
 def write(path: Path, text: str = "x") -> str:
@@ -26,7 +28,7 @@ def write(path: Path, text: str = "x") -> str:
 
 def refusal(path: Path | str) -> str:
     with pytest.raises(UserError) as caught:
-        find_files([str(path)])
+        check_files(CorpusSpec(paths=[str(path)]))
     assert str(caught.value).startswith("corpus.paths: ")
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -199,17 +201,6 @@ def test_a_folder_without_a_known_file_is_refused_with_what_there_is(tmp_path: P
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     assert "there are no files" in refusal(tmp_path)
-
-
-def test_a_named_file_that_is_empty_is_refused_also_when_compressed(tmp_path: Path) -> None:
-    for name in ("a.txt", "a.txt.gz"):
-        assert f"{name} is empty" in refusal(write(tmp_path / name, ""))
-
-
-def test_a_file_that_is_not_compressed_as_named_is_refused(tmp_path: Path) -> None:
-    for name in ("a.txt.gz", "a.jsonl.zst"):
-        (tmp_path / name).write_text("plain text")
-        assert f"cannot read {tmp_path / name}" in refusal(tmp_path / name)
 
 
 def test_a_file_without_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

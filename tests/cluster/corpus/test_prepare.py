@@ -1,17 +1,22 @@
 """Documents become sequences: which are held out, packed or padded. Reading them takes Ray: see tests/integration."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import fs
 
 from cluster.corpus import prepare
 from cluster.corpus.batches import LENGTHS_FILE, STARTS_FILE, TOKENS_FILE, Batches, CorpusFacts
 from cluster.corpus.files import CorpusFiles
 from cluster.corpus.prepare import prepare_corpus
+from cluster.corpus.unusable import Unusable
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
+from tests.tiny import write_tiny_tokenizer
 
 LENGTH = 8
 # The end token; it is also what padding has, and stands inside a document as well.
@@ -22,10 +27,17 @@ END = 2
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Lays out documents that are given as tokens; those of equal tokens have equal texts. Returns the facts."""
 
-    def run(documents: list[list[int]], folder: Path = tmp_path, pack: bool = True, **fields: Any) -> CorpusFacts:
+    def run(
+        documents: list[list[int]],
+        folder: Path = tmp_path,
+        pack: bool = True,
+        begin: int | None = None,
+        **fields: Any,
+    ) -> CorpusFacts:
         hashes = np.array([hash(tuple(ids)) % 2**64 for ids in documents], dtype=np.uint64)
         found = prepare._Documents([np.array(ids, dtype=np.int32) for ids in documents], [hashes], blank=3, spelled=1)
-        monkeypatch.setattr(prepare, "find_files", lambda _: CorpusFiles(["x"], {".csv": 2}))
+        found.bos, found.begin = ("never", None) if begin is None else ("sequence", begin)
+        monkeypatch.setattr(prepare, "select_files", lambda _: CorpusFiles(["x"], {".csv": 2}))
         monkeypatch.setattr(prepare, "_documents", lambda *_: found)
         monkeypatch.setattr(prepare, "_line_end_before", lambda _ids, at, _tokenizer: at)
         spec = CorpusSpec.model_validate({"paths": ["x"], "sequence_length": LENGTH, "held_out": 0.2} | fields)
@@ -167,6 +179,98 @@ def test_padded_the_length_shows_in_the_address_where_the_tokens_do_not(
     assert np.array_equal(found[0][1][0], found[1][1][0])
     assert found[0][0] != found[1][0]
     assert found[0][2] != found[1][2]
+
+
+BEGIN = 1
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [7, 7, 14], [70], [1] * 17])
+def test_packed_each_sequence_begins_with_the_begin_token_and_starts_are_kept(
+    prepared: Any, tmp_path: Path, lengths: list[int]
+) -> None:
+    facts = prepared(of_lengths(lengths), begin=BEGIN, seed=1)
+    tokens_NS, starts_NS = np.load(tmp_path / TOKENS_FILE), np.load(tmp_path / STARTS_FILE)
+    assert tokens_NS.shape == starts_NS.shape == (facts.sequences, LENGTH)
+    assert (tokens_NS[:, 0] == BEGIN).all()
+    assert not (tokens_NS[:, 1:] == BEGIN).any()
+    assert facts.tokens == tokens_NS.size
+    assert facts.tokens - facts.sequences + facts.dropped_tokens == sum(lengths)
+    train = facts.sequences - facts.held_out
+    for side in (slice(0, train), slice(train, None)):
+        body, starts_NB = tokens_NS[side, 1:].reshape(-1), starts_NS[side, 1:].copy()
+        # A document that starts with a sequence starts with its begin token.
+        assert not starts_NB[:, 0].any()
+        starts_NB[:, 0] = starts_NS[side, 0]
+        assert starts_NB.reshape(-1).tolist() == ([True, *(body[1:] != body[:-1])] if body.size else [])
+    spec = CorpusSpec.model_validate({"paths": ["x"], "sequence_length": LENGTH, "batch_sequences": 1})
+    if train:
+        batch = Batches(tmp_path, spec, 0).train(0)
+        # The document's first token follows the begin token: it is scored there, and counts its place from it.
+        assert batch.loss_mask_BS[:, 0].all()
+        assert batch.positions_BS[:, :2].tolist() == [[0, 1]]
+    assert "a begin token (BOS) in front of each sequence" in facts.lines()
+
+
+def test_padded_each_piece_begins_with_the_begin_token_and_none_is_too_short(prepared: Any, tmp_path: Path) -> None:
+    documents = of_lengths(LENGTHS)
+    facts = prepared(documents, pack=False, begin=BEGIN, held_out=0.4)
+    tokens_NS, lengths_N = np.load(tmp_path / TOKENS_FILE), np.load(tmp_path / LENGTHS_FILE)
+    pieces = [(BEGIN, *ids[at : at + LENGTH - 1]) for ids in documents for at in range(0, len(ids), LENGTH - 1)]
+    found = [tuple(row[:length].tolist()) for row, length in zip(tokens_NS, lengths_N, strict=True)]
+    assert sorted(found) == sorted(pieces)
+    assert facts.dropped_tokens == 0
+    assert facts.tokens == sum(LENGTHS) + facts.sequences
+
+
+def test_without_a_begin_token_the_addresses_are_those_of_before_there_was_one(prepared: Any, tmp_path: Path) -> None:
+    facts = prepared(of_lengths(LENGTHS))
+    spec = CorpusSpec.model_validate({"paths": ["x"], "sequence_length": LENGTH, "batch_sequences": 2})
+    # Written down from the code that knew no begin token.
+    assert facts.address == "5f75eb82b546412d8c1b45770e55fa70"
+    assert Batches(tmp_path, spec, 0).train(0).address == "a8ab1d35830249bd42be80cb0c601622"
+    assert (
+        prepared(of_lengths(LENGTHS), folder=tmp_path / "padded", pack=False).address
+        == "9f43cf5534ce791c7f1a408804d4df5a"
+    )
+    assert CorpusFacts.read(tmp_path).bos == "never"
+
+
+def test_rows_become_documents_and_all_others_are_counted(tmp_path: Path) -> None:
+    write_tiny_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "one"}\n{"text": "<|user|>two"}\n{"text": "x\\ud83d"}\n{"text": " "}\n{"t'
+    )
+    (tmp_path / "b.txt").write_text("three")
+    (tmp_path / "c.jsonl").write_text("")
+    user, end = 1, 0
+    plain: list[list[int]] = []
+    for control, begin in ((False, None), (False, user), (True, user)):
+        found = prepare._Documents()
+        paths = pa.table({"path": [str(tmp_path / name) for name in ("a.jsonl", "b.txt", "c.jsonl")]})
+        for table in prepare._read(paths, {False: fs.LocalFileSystem()}, "text"):
+            found.add(prepare._tokenize(table, str(tmp_path / "tokenizer"), control, begin))
+        ids = [document.tolist() for document in found.ids]
+        plain = plain or ids
+        assert [document[-1] for document in ids] == [end] * 3
+        if begin is not None:
+            # A text that begins with the token already does not get it twice.
+            assert [document.count(user) for document in ids] == [1, 1, 1]
+            assert [document[0] for document in ids] == [user] * 3
+            assert [ids[0][1:], ids[2][1:]] == [plain[0], plain[2]]
+        assert (found.blank, found.spelled) == (1, 1)
+        assert found.unusable == Unusable(
+            rows=6,
+            counts=Counter({"lone surrogate": 1, "line cut short": 1}),
+            first={"lone surrogate": f"{tmp_path}/a.jsonl:3", "line cut short": f"{tmp_path}/a.jsonl:5"},
+            empty_files=1,
+        )
+
+
+def test_a_file_that_is_refused_travels_as_data(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"messages": []}\n')
+    *_, last = prepare._read(pa.table({"path": [str(tmp_path / "a.jsonl")]}), {False: fs.LocalFileSystem()}, "text")
+    (reason,) = prepare._tokenize(last, "none", False, None).column("refused").to_pylist()
+    assert "'text' is not there; the rows have messages" in reason
 
 
 def test_no_file_is_left_half_written(prepared: Any, tmp_path: Path) -> None:

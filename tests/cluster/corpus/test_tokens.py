@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
-from cluster.corpus.tokens import Encoder, special_tokens
+from cluster.corpus.tokens import Encoder, begin_token, special_tokens
 from cluster.errors import UserError
 
 END, START = "</s>", "<s>"
@@ -181,3 +181,40 @@ def test_a_tokenizer_that_cannot_help_it_is_refused_with_the_option() -> None:
     ):
         encoder([f"the {END} fox"])
     assert Encoder(Words(), control=True)([f"the {END} fox"]) == [[2, 1, 3]]
+
+
+def declaring(single: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with a post-processor, as of Llama, Gemma and DeepSeek."""
+    tokenizer = byte_level()
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in (START, END, "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("single", "expected"),
+    [
+        (f"{START} $A", "document"),
+        (f"{START} $A {END}", "document"),
+        (f"$A {END}", "never"),
+        (f"<|im_end|> $A {END}", "never"),  # as BERT's, whose first token is not the one that begins a text
+    ],
+)
+def test_a_begin_token_goes_where_the_tokenizer_puts_it_unless_the_spec_says_otherwise(
+    single: str, expected: str
+) -> None:
+    tokenizer = declaring(single)
+    begin = tokenizer.bos_token_id
+    assert begin_token(None, tokenizer) == (expected, begin if expected == "document" else None)
+    assert begin_token("never", tokenizer) == ("never", None)
+    for setting in ("document", "sequence"):
+        assert begin_token(setting, tokenizer) == (setting, begin)
+
+
+def test_a_tokenizer_that_declares_none_gets_none_and_one_without_any_refuses_it() -> None:
+    assert begin_token(None, byte_level()) == ("never", None)
+    assert begin_token("document", byte_level()) == ("document", 1)
+    without = word_piece()
+    assert begin_token(None, without) == begin_token("never", without) == ("never", None)
+    with pytest.raises(UserError, match=r"corpus.bos: got document; .* has no begin token \(BOS\); use never"):
+        begin_token("document", without)

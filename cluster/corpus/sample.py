@@ -1,0 +1,91 @@
+"""Reads the beginning of every file of a corpus, so that one that cannot be used is refused before anything starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cluster.corpus.files import (
+    EMPTY,
+    S3,
+    CorpusFiles,
+    filesystems_of,
+    select_files,
+    skipped_line,
+    unusable_reasons,
+)
+from cluster.corpus.read import TEXT, TextReader
+from cluster.corpus.tokens import begin_token
+from cluster.corpus.unusable import Unusable
+from cluster.errors import UserError
+from cluster.spec import CorpusSpec
+
+# Bytes to read from all files together, and at least from each. A smaller file is read whole.
+SAMPLE, LEAST = 32 * 1024**2, 64 * 1024
+# Files that are read at a time: in a bucket each takes a round trip.
+READS = 16
+
+
+def check_corpus(spec: CorpusSpec, tokenizer: Any, vocabulary: int) -> list[str]:
+    """Check the files of a corpus and its begin token; returns what a person should know of them, a line each.
+
+    Args:
+        vocabulary: tokens that the models have.
+
+    Raises:
+        UserError: see :func:`check_files`; or a begin token that the tokenizer or the models do not have.
+    """
+    where, begin = begin_token(spec.bos, tokenizer)
+    if begin is not None and begin >= vocabulary:
+        raise UserError(
+            f"corpus.bos: the begin token (BOS) of the teacher's tokenizer has the id {begin}; ids must be below "
+            f"{vocabulary}, the teacher's vocabulary; use never"
+        )
+    declared = ", as the tokenizer declares" if spec.bos is None else ""
+    begins = [] if begin is None else [f"a begin token (BOS) in front of each {where}{declared}"]
+    return check_files(spec)[1] + begins
+
+
+def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
+    """Select the files behind ``corpus.paths`` and read a sample of rows from each.
+
+    Returns:
+        The files, and what a person should know of them, a line each.
+
+    Raises:
+        UserError: see :func:`~cluster.corpus.files.select_files`; a file that
+            :class:`~cluster.corpus.read.TextReader` refuses; no text at all; or too many rows that cannot be used, see
+            :meth:`~cluster.corpus.unusable.Unusable.refuse`.
+    """
+    found = select_files(spec.paths)
+    filesystems = filesystems_of(found.files)
+    limit = max(LEAST, SAMPLE // len(found.files))
+
+    def read(path: str) -> tuple[Unusable, bool, int]:
+        reader = TextReader(path, filesystems[path.startswith(S3)], spec.text_field, limit)
+        counted, texts = Unusable(), 0
+        for table in reader:
+            counted.add(table)
+            texts += sum(bool(text and not text.isspace()) for text in table.column(TEXT).to_pylist())
+        return counted, reader.whole, texts
+
+    total, whole, texts = Unusable(), True, 0
+    with ThreadPoolExecutor(READS) as threads:
+        # In order, so that the first file that cannot be used is the one that is named.
+        for counted, all_of_it, of_file in threads.map(read, found.files):
+            total.merge(counted)
+            whole, texts = whole and all_of_it, texts + of_file
+    total.refuse(spec.max_bad_share, spec.text_field, whole)
+    if whole and not texts:
+        what = f"has no text in any of {total.rows:,} rows" if total.rows else "is empty"
+        raise UserError(f"corpus.paths: {', '.join(spec.paths)} {what}; give files with text")
+    skipped = Counter(found.skipped) + Counter({EMPTY: total.empty_files})
+    lines = [line for line in [skipped_line(skipped)] if line]
+    bad, rows = total.counts.total(), f"{total.rows:,}{'' if whole else ' sampled'} rows"
+    if blank := total.rows - bad - texts:
+        lines.append(f"{blank:,} of {rows} without text")
+    if bad:
+        reasons = unusable_reasons(total.counts, total.first)
+        lines.append(f"{bad:,} of {rows} cannot be used, left out ({reasons})")
+    return CorpusFiles(found.files, dict(skipped)), lines
