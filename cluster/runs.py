@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.corpus.batches import CORPUS_FOLDER, FACTS_FILE
-from cluster.errors import UserError
+from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec
 from cluster.specfile import home, training_hash, training_part
 
@@ -134,8 +134,8 @@ def open_run(
         teacher: fingerprints of the teacher and its tokenizer; "" skips the check that a resumed run has the same.
 
     Raises:
-        UserError: nothing to resume, it is running, or it was started from a spec or a teacher that would train other
-            weights.
+        UserError: nothing to resume, or it was started from a spec or a teacher that would train other weights.
+        RunError: it is running.
     """
     if not resume:
         name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -185,7 +185,7 @@ def _hold(folder: Path) -> None:
     """Lock a run's folder until this process ends, however it ends.
 
     Raises:
-        UserError: another process runs it.
+        RunError: another process runs it. No mistake, so that a scheduled run is tried again.
     """
     if folder in _held:
         return
@@ -195,7 +195,7 @@ def _hold(folder: Path) -> None:
     except OSError as error:
         file.close()
         if error.errno in _TAKEN:
-            raise UserError(f"{folder.name} is running; stop it first") from None
+            raise RunError(f"{folder.name} is running; wait for its end, or stop it first") from None
         log.warning("%s: no lock on its file system, so `stillhouse runs` cannot tell that it runs: %s", folder, error)
         return
     _held[folder] = file
@@ -284,7 +284,7 @@ def kept_runs() -> list[KeptRun]:
                 folder=folder,
                 family=folder.parent.name,
                 state=_lock_state(folder) or (UNFINISHED if unfinished[folder] else FINISHED),
-                used=max(info.st_mtime for info in infos),
+                used=max((info.st_mtime for info in infos), default=0.0),
                 size=sum(info.st_size for info in infos),
                 frees=sum(info.st_size for info in infos if info.st_nlink == 1),
                 registered=states[folder].versions,
@@ -307,14 +307,14 @@ def _infos(folder: Path) -> Iterator[os.stat_result]:
     for root, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                yield os.lstat(os.path.join(root, name))
+                yield Path(root, name).lstat()
 
 
 def remove_run(folder: Path) -> None:
     """Remove a run's folder. Its registered models and its runs in MLflow stay.
 
     Raises:
-        UserError: it is running.
+        RunError: it is running.
     """
     _hold(folder)
     try:

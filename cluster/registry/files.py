@@ -92,20 +92,19 @@ def share_weights(folder: Path, registered: Path, digest: str) -> None:
         digest: of its weights, see :func:`~cluster.registry.models.weights_digest`.
     """
     copies = {file: registered / file.name for file in folder.glob("*.safetensors")}
-    if all(copy.exists() and copy.samefile(file) for file, copy in copies.items()):
-        return
-    if weights_digest(registered) != digest:
-        log.warning("the weights in %s are not those of %s; they are stored twice", registered, folder)
-        return
-    for file, copy in copies.items():
-        aside = file.with_name(f".{file.name}.part")
-        try:
+    try:
+        if all(copy.samefile(file) for file, copy in copies.items()):
+            return
+        if weights_digest(registered) != digest:
+            log.warning("%s is stored twice: the weights in %s are not the same", folder, registered)
+            return
+        for file, copy in copies.items():
+            aside = file.with_name(f".{file.name}.part")
             aside.unlink(missing_ok=True)
             os.link(copy, aside)
-        except OSError as error:
-            log.info("%s and %s are stored twice: %s", file, copy, error)
-            return
-        aside.replace(file)
+            aside.replace(file)
+    except OSError as error:
+        log.info("%s is stored twice: %s", folder, error)
 
 
 def _link_or_copy(source: str, target: str) -> None:

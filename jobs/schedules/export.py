@@ -49,8 +49,8 @@ def manifests(
         raise UserError(f"--overlap: got {schedule.overlap!r}; a Kubernetes CronJob can only skip")
     if local := uploaded(spec):
         raise UserError(
-            f"corpus.paths: {local[0]} is local; a CronJob's family reads its corpus from s3://, or with corpus.upload: "
-            f"false from a path on the cluster"
+            f"corpus.paths: {local[0]} is local; a CronJob's family reads its corpus from s3://, or from a path on the "
+            f"cluster with corpus.upload: false"
         )
     with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
         pack(spec, Path(folder), context)

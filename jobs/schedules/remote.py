@@ -20,7 +20,6 @@ import tenacity
 from cluster.dates import OPENS
 from cluster.errors import RunError, UserError
 from cluster.spec import FamilySpec
-from cluster.specfile import load_spec
 from jobs.client import connect, job_of, log_of, state_of
 from jobs.contexts import Context
 from jobs.follow import ENDED

@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 
 from cluster import runs
-from cluster.errors import UserError
+from cluster.errors import RunError, UserError
 from cluster.runs import KeptRun, Run, kept_runs, last_run, leftovers, open_run, remove_run
 from cluster.spec import FamilySpec
 from tests.tiny import tiny_family
-
 
 DAY = 86_400.0
 # Runs a run's lock as another process does, without what it takes to import ours.
@@ -181,7 +180,7 @@ def test_a_run_is_running_as_long_as_its_process_lives(stillhouse_home: Path) ->
     with run_elsewhere(run) as process:
         assert (kept(run).state, kept(run).in_use) == ("running", "it is running")
         for refused in (lambda: remove_run(run.folder), lambda: open_run(spec(), resume=True)):
-            with pytest.raises(UserError, match=f"{run.name} is running; stop it first"):
+            with pytest.raises(RunError, match=f"{run.name} is running; wait for its end, or stop it first"):
                 refused()
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -31,7 +31,10 @@ def test_ls_shows_state_age_and_size(typed: Typed) -> None:
     old, new = begun(9.5, {"small": 3}), begun(0.1)
     header, *lines = [line.split("\t") for line in typed("ls")[1].splitlines()]
     assert header == ["run", "family", "state", "age", "size", "frees", "registered"]
-    assert [line[:4] for line in lines] == [[old.name, "tiny", "finished", "9d"], [new.name, "tiny", "unfinished", "2h"]]
+    assert [line[:4] for line in lines] == [
+        [old.name, "tiny", "finished", "9d"],
+        [new.name, "tiny", "unfinished", "2h"],
+    ]
     assert (lines[0][-1], lines[1][-1]) == ("small v3", "")
     first, _ = json.loads(typed("ls", "--json")[1])
     assert (first["name"], first["folder"], first["registered"]) == (old.name, str(old.folder), {"small": 3})

@@ -163,38 +163,37 @@ def gc(store: LabelStore, older_than: float | None, at_most_bytes: int | None, d
     # Last, so that a lease that was taken while the rest was listed counts too.
     now = bucket.now()
     leased = live_prefixes(bucket, now)
-    free = [head for head in heads if not _is_leased(_teacher_of(head), leased)]
+    removable = [head for head in heads if not _is_leased(_teacher_of(head), leased)]
     teachers = {stamp.teacher for _, stamp in labels}
-    # One without labels that is only just written waits for its first; it is no reason to remove those of others.
+    # One without labels that was only just written waits for its first; it is no reason to remove those of others.
     counted = [head for head in heads if _teacher_of(head) in teachers]
-    going_first = [head for head in free if head not in counted and _settled(head, now)]
+    heads_going = [head for head in removable if head not in counted and _settled(head, now)]
     if at_most_bytes is not None:
-        going_first += [head for head in free if head in counted and head.size > at_most_bytes]
-    counted = [head for head in counted if head not in going_first]
+        heads_going += [head for head in removable if head in counted and head.size > at_most_bytes]
+    counted = [head for head in counted if head not in heads_going]
     before = now - older_than if older_than is not None else None
-    old, spared = _old(labels, counted, free, leased, before, at_most_bytes)
+    old, spared = _old(labels, counted, removable, leased, before, at_most_bytes)
     going = {entry.key for entry in old}
     kept = {entry.key for entry, _ in labels} - going
     untrue = [entry for entry, manifest in manifests if _is_untrue(entry, manifest, going, kept, now)]
-    bereft = teachers - {stamp.teacher for entry, stamp in labels if entry.key in kept}
-    going_heads = [*going_first, *(head for head in counted if head in free and _teacher_of(head) in bereft)]
-    known = {stamp.teacher for entry, stamp in labels if entry.key in kept}
-    known |= {_teacher_of(head) for head in heads if head not in going_heads}
-    nameless = [entry for entry in names if _is_forgotten(entry, known, leased, now)]
+    teachers = {stamp.teacher for entry, stamp in labels if entry.key in kept}
+    heads_going += [head for head in counted if head in removable and _teacher_of(head) not in teachers]
+    heads_left = [head for head in heads if head not in heads_going]
+    teachers |= {_teacher_of(head) for head in heads_left}
+    unused_names = [entry for entry in names if _is_unused(entry, teachers, leased, now)]
     if not dry_run:
-        for entries in (untrue, old, going_heads, nameless):
+        for group in (untrue, old, heads_going, unused_names):
             with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(bucket.delete, (entry.key for entry in entries)))
-    left = sum(entry.size for entry, _ in labels if entry.key in kept)
-    left += sum(head.size for head in heads if head not in going_heads)
-    entries = (*untrue, *old, *going_heads, *nameless)
+                list(pool.map(bucket.delete, (entry.key for entry in group)))
+    left = sum(entry.size for entry, _ in labels if entry.key in kept) + sum(head.size for head in heads_left)
+    entries = (*untrue, *old, *heads_going, *unused_names)
     return Removed(entries, bucket.sweep(now - SETTLED_S, dry_run), spared, left, models)
 
 
 def _old(
     labels: list[tuple[Entry, Stamp]],
     heads: list[Entry],
-    free: Collection[Entry],
+    removable: Collection[Entry],
     leased: tuple[str, ...],
     before: float | None,
     at_most_bytes: int | None,
@@ -202,9 +201,9 @@ def _old(
     """The labels that go, oldest first, and how many a lease spares.
 
     Args:
-        heads: those that count; ``free`` are those that may go with their teacher's last labels.
+        heads: those that count; the ``removable`` ones go with their teacher's last labels.
     """
-    going_sizes = {_teacher_of(head): head.size for head in heads if head in free}
+    head_sizes = {_teacher_of(head): head.size for head in heads if head in removable}
     left = Counter(stamp.teacher for _, stamp in labels)
     total = sum(head.size for head in heads) + sum(entry.size for entry, _ in labels)
     going, spared = [], 0
@@ -220,7 +219,7 @@ def _old(
         total -= entry.size
         left[stamp.teacher] -= 1
         if not left[stamp.teacher]:
-            total -= going_sizes.get(stamp.teacher, 0)
+            total -= head_sizes.get(stamp.teacher, 0)
     return going, spared
 
 
@@ -237,10 +236,10 @@ def _is_leased(teacher: str, leased: tuple[str, ...]) -> bool:
     return used or head_key(teacher).startswith(leased)
 
 
-def _is_forgotten(name: Entry, known: Collection[str], leased: tuple[str, ...], now: float) -> bool:
-    """Whether a teacher's name is of one that has neither labels nor a head, and is not about to."""
+def _is_unused(name: Entry, teachers: Collection[str], leased: tuple[str, ...], now: float) -> bool:
+    """Whether a name is of a teacher that has nothing in the store and is not about to."""
     teacher = _teacher_of(name)
-    return teacher not in known and _settled(name, now) and not _is_leased(teacher, leased)
+    return teacher not in teachers and _settled(name, now) and not _is_leased(teacher, leased)
 
 
 def _teacher_of(entry: Entry) -> str:

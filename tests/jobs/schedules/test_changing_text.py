@@ -136,8 +136,8 @@ def test_a_snapshot_is_read_by_every_run_and_only_where_it_was_accepted(add: Cal
 
 
 @pytest.mark.parametrize("snapshot", [False, True])
-def test_a_date_macro_in_an_uploaded_path_is_refused_for_what_it_is(snapshot: bool, add: Callable[..., Ledger]) -> None:
-    with pytest.raises(UserError, match=r"dt=\{\{ ds \}\} has a date macro, but files of this machine are uploaded once"):
+def test_a_date_macro_in_an_uploaded_path_is_refused(snapshot: bool, add: Callable[..., Ledger]) -> None:
+    with pytest.raises(UserError, match=r"dt=\{\{ ds \}\} has a date macro, but files of this machine are uploaded"):
         add("text/dt={{ ds }}", upload=True, snapshot=snapshot)
 
 
