@@ -298,7 +298,7 @@ def kept_runs() -> list[KeptRun]:
 
 def _unfinished(spec: dict[str, Any], run: Run) -> bool:
     """Whether a resumed run has a student to train or to register, or a promotion to decide."""
-    decided = run.versions.keys() & run.promotions.keys() if spec["promotion"] else run.versions.keys()
+    decided = run.versions.keys() & run.promotions.keys() if spec.get("promotion") else run.versions.keys()
     return not spec["students"].keys() <= decided
 
 

@@ -49,7 +49,8 @@ def remove_runs(names: Sequence[str]) -> None:
             raise UserError(f"{run.name} cannot be removed: {run.in_use}")
     for run in going:
         remove_run(run.folder)
-        typer.echo(f"removed {run.name}, {show_size(run.frees)}; what it has in MLflow stays")
+        lost = f"; {', '.join(run.only_copies)} was never registered and is gone" if run.only_copies else ""
+        typer.echo(f"removed {run.name}, {show_size(run.frees)}; what it has in MLflow stays{lost}")
 
 
 def collect(older_than: str | None, max_size: str | None, dry_run: bool) -> None:

@@ -51,6 +51,7 @@ def test_rm_removes_what_does_not_run_or_nothing(typed: Typed) -> None:
     assert code == 0 and out.startswith(f"removed {one.name}, ")
     assert [run.folder.exists() for run in (one, two, three)] == [False, False, True]
     assert typed("rm", one.name)[0] == 2
+    assert typed("rm", begun(versions={}).name)[1].endswith("stays; small was never registered and is gone\n")
 
 
 def test_gc_removes_by_age_what_is_not_needed(typed: Typed) -> None:
