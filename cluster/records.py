@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from ray.actor import ActorHandle
 
@@ -92,7 +93,14 @@ class Records:
     # -- models ----------------------------------------------------------------------------------------------------
 
     def register(self, student: StudentResult, tags: Mapping[str, str]) -> None:
-        """Begin to register a finished student, unless an earlier session has done so."""
+        """Begin to register a finished student, unless an earlier session has done so.
+
+        The family's own run gets its final figures as well, as ``<student>.<figure>``.
+        """
+        figures = {f"{student.name}.{name}": value for name, value in _figures_of(student).items()}
+        last = [Point(FAMILY, student.batches, figures)]
+        log_last = partial(self._registry.log.remote, self._run.mlflow[FAMILY], last)
+        self.calls.ask(log_last, lambda _: None, partial(self._lost, FAMILY))
         if student.name in self._run.versions:
             return
         run_id, model = self._run.mlflow[student.name], self._spec.model_name(student.name)
@@ -146,3 +154,24 @@ def _figures_of(student: StudentResult) -> dict[str, float]:
         "teacher_perplexity": student.after.teacher_perplexity,
         "parameters": float(student.parameters),
     }
+
+
+def latency_figures(
+    spec: FamilySpec, runs: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """What the comparison of endpoints measured, as MLflow names it, by run id.
+
+    Args:
+        runs: run ids by student, and under ``FAMILY`` the family's, which gets all arms as ``<arm>.<figure>``.
+        rows: of the comparison, one per arm: an arm is a student, its champion or the teacher.
+    """
+    figures: dict[str, dict[str, float]] = {runs[FAMILY]: {}}
+    for row in rows:
+        arm = row["arm"].removeprefix(f"{spec.name}-")
+        times = {name: row[f"{name}_ms"] for name in ("latency", "first_token")}
+        own = {f"{name}_{quantile}_ms": value for name, of in times.items() for quantile, value in of.items()}
+        own |= {name: row[name] for name in ("errors", "tokens_per_s")}
+        figures[runs[FAMILY]] |= {f"{arm}.{name}": value for name, value in own.items()}
+        if row["arm"] in {spec.model_name(name) for name in spec.students}:
+            figures[runs[arm]] = own
+    return figures

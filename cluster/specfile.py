@@ -126,7 +126,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> FamilySpec:
 # ranks (only the order of sums differs), how often they are tried, what is kept or shown. Nor does it matter where the
 # corpus lies: what it holds is compared when it has been read.
 _NOT_TRAINING: Any = {
-    "corpus": {"paths"},
+    "corpus": {"paths", "upload"},
     "tracking": True,
     "serving": True,
     "notify": True,

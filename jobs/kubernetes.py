@@ -31,7 +31,7 @@ from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
 from jobs.contexts import Context
 from jobs.follow import say
-from jobs.submit import FAMILY, STOP_S, USER, begun, command, pack
+from jobs.submit import FAMILY, STOP_S, USER, begun, command, corpus_lines, pack
 
 FOLDER = "/family"
 # What a ConfigMap may hold.
@@ -91,11 +91,12 @@ def place_of(
 
 
 class Manifests(NamedTuple):
-    """A RayJob's name, the objects that it takes, and the bytes of files that they carry."""
+    """A RayJob's name, the objects that it takes, the bytes of files that they carry, and where its text comes from."""
 
     name: str
     objects: list[dict[str, Any]]
     size: int
+    corpus: list[str]
 
 
 def submit(made: Manifests, place: Place, *, dry_run: bool = False) -> None:
@@ -113,6 +114,8 @@ def submit(made: Manifests, place: Place, *, dry_run: bool = False) -> None:
     _create(text, place.namespace, made.name, "--dry-run=server")
     _create(text, place.namespace, made.name)
     say(f"submitted {made.name} ({made.size / 1024:.0f} KiB in a ConfigMap)")
+    for line in made.corpus:
+        say(line)
     say(f"follow it with: kubectl -n {place.namespace} logs -f job/{made.name}")
     say(
         f"stop it, or remove what is left of it, with: kubectl -n {place.namespace} delete rayjob,configmap {made.name}"
@@ -181,7 +184,7 @@ def manifests(
             },
         },
     }
-    return Manifests(name, [config, job], sum(map(len, files.values())))
+    return Manifests(name, [config, job], sum(map(len, files.values())), corpus_lines(spec))
 
 
 def head_address(cluster: str) -> str:

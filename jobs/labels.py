@@ -11,8 +11,9 @@ import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from cluster.errors import UserError
+from cluster.labels.store.objects import HEADS
 from cluster.labels.store.store import LabelStore
-from cluster.labels.store.upkeep import gc, passes, stat, verify
+from cluster.labels.store.upkeep import SETTLED_S, gc, passes, stat, verify
 from cluster.specfile import home
 from jobs.tables import show_table
 
@@ -49,19 +50,19 @@ def list_passes(uri: str | None, as_json: bool) -> None:
 
 
 def show_holdings(uri: str | None, as_json: bool) -> None:
-    """Print what the store holds, a line for each teacher and labels section."""
+    """Print what the store holds, a line for each teacher and labels section and for each head."""
     found = stat(open_store(uri))
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in found]))
         return
     rows = [
         (
-            *(each.teacher, each.tokenizer, each.labels, each.kind, str(each.objects)),
-            *(_size(each.size), _when(each.oldest), _when(each.newest)),
+            *(each.teacher, each.model, each.tokenizer, each.labels, each.kind, str(each.objects)),
+            *(show_size(each.size), _when(each.oldest), _when(each.newest)),
         )
         for each in found
     ]
-    columns = ("teacher", "tokenizer", "labels", "kind", "objects", "size", "oldest", "newest")
+    columns = ("teacher", "model", "tokenizer", "labels", "kind", "objects", "size", "oldest", "newest")
     show_table(columns, rows, right=("objects", "size"))
 
 
@@ -86,11 +87,20 @@ def collect(uri: str | None, older_than: str | None, max_size: str | None, dry_r
     age = parse_age(older_than).total_seconds() if older_than is not None else None
     at_most = parse_size(max_size) if max_size is not None else None
     removed = gc(open_store(uri), age, at_most, dry_run)
+    heads = {entry.key: removed.models.get(entry.key.removeprefix(HEADS), "?") for entry in removed.heads}
     for entry in (*removed.entries, *removed.leftovers):
-        typer.echo(entry.key)
+        head = f" (head of {heads[entry.key]}, {show_size(entry.size)})" if entry.key in heads else ""
+        typer.echo(f"{entry.key}{head}")
     count = len(removed.entries) + len(removed.leftovers)
+    in_heads = f", {show_size(sum(head.size for head in removed.heads))} of it in heads" if heads else ""
     spared = f"; {removed.leased} more are under a live lease" if removed.leased else ""
-    typer.echo(f"{'would remove' if dry_run else 'removed'} {count} objects, {_size(removed.size)}{spared}")
+    did = "would remove" if dry_run else "removed"
+    typer.echo(f"{did} {count} objects, {show_size(removed.size)}{in_heads}{spared}; {show_size(removed.left)} left")
+    if at_most is not None and removed.left > at_most:
+        typer.echo(
+            f"warning: more than --max-size {max_size} is left; a run holds a lease on it, or wrote it within the last "
+            f"{SETTLED_S / 60:g} minutes"
+        )
 
 
 def parse_age(text: str) -> timedelta:
@@ -120,7 +130,8 @@ def parse_size(text: str) -> int:
         raise UserError(f"--max-size {text}: give bytes or a unit such as MB, GB, TB or GiB, such as 200GB") from None
 
 
-def _size(size: int) -> str:
+def show_size(size: int) -> str:
+    """Bytes with a decimal unit, such as ``757.2MB``."""
     return ByteSize(size).human_readable(decimal=True)
 
 

@@ -125,7 +125,8 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
     from cluster.evaluate.report import write_report
     from cluster.family import run_family
     from cluster.queue.place import place_for
-    from cluster.registry import attach_report
+    from cluster.records import latency_figures
+    from cluster.registry import attach_report, log_figures
     from cluster.session import ray_session
 
     with Display(console) as display, ray_session(), contextlib.ExitStack() as held:
@@ -143,6 +144,9 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
             # The students are trained and registered all the same.
             with _only_warned_of("the endpoints could not be compared", result):
                 serving = compare(checked, result)
+        if serving:
+            with _only_warned_of("the latencies are not in MLflow; --resume measures them again", result):
+                log_figures(checked.tracking_uri, latency_figures(checked.spec, run.mlflow, serving))
         settle(checked, result, serving)
         again = f"make it with: stillhouse run {run.name} --resume"
         with _only_warned_of(f"the report {run.report_path} could not be written; {again}", result):

@@ -89,6 +89,8 @@ def submit(
             metadata=begun(resume, ds),
         )
     say(f"submitted {job} ({size / 1024:.0f} KiB shipped)")
+    for line in corpus_lines(spec):
+        say(line)
     say(f"dashboard {context.address}/#/jobs/{job}")
     tracking = spec.tracking.uri or context.tracking_uri
     if tracking and tracking.startswith("http"):
@@ -221,8 +223,21 @@ def submit_patiently(client: Any, **job: Any) -> None:
         time.sleep(1.0)
 
 
+def uploaded(spec: FamilySpec) -> list[str]:
+    """Those of ``corpus.paths`` whose files travel with a job. Runs read the others on the cluster."""
+    return [path for path in spec.corpus.paths if spec.corpus.upload and not path.startswith(S3)]
+
+
+def corpus_lines(spec: FamilySpec) -> list[str]:
+    """Which of ``corpus.paths`` travel with a job and which are read on the cluster, one line each."""
+    travels = uploaded(spec)
+    there = [path for path in spec.corpus.paths if path not in travels]
+    lines = {"corpus: uploaded as it is now: ": travels, "corpus: read on the cluster when a run starts: ": there}
+    return [start + ", ".join(paths) for start, paths in lines.items() if paths]
+
+
 def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
-    """Write the resolved spec and copy its local corpus files into ``folder``; returns the bytes.
+    """Write the resolved spec and copy the corpus files that travel into ``folder``; returns the bytes.
 
     The files are those that a run would read here; what is skipped is shown, for the cluster never sees it.
 
@@ -235,7 +250,8 @@ def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
         UserError: a file is not there or of an unknown kind, or more corpus than may travel with a job.
     """
     # Each path once: of one that is given again all files are known by then.
-    local = dict(select_each(dict.fromkeys(path for path in spec.corpus.paths if not path.startswith(S3))))
+    travels = set(uploaded(spec))
+    local = dict(select_each(path for path in dict.fromkeys(spec.corpus.paths) if path in travels))
     files = [Path(name) for found in local.values() for name in found.files]
     skipped = sum((Counter(found.skipped) for found in local.values()), Counter[str]())
     if line := skipped_line(skipped):
@@ -248,12 +264,13 @@ def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
         named = ", ".join(f"{file} ({sizes[file] / 1024**2:.1f} MiB)" for file in largest)
         raise UserError(
             f"corpus.paths: {size / 1024**2:.1f} MiB of local files, the largest {named}; at most "
-            f"{SHIPPED_LIMIT / 1024**2:g} MiB travel with a job; put them into a bucket and name them s3://..."
+            f"{SHIPPED_LIMIT / 1024**2:g} MiB travel with a job; put them into a bucket and name them s3://..., or set "
+            f"corpus.upload: false where the cluster has them under the same path"
         )
     tree = spec.model_dump(mode="json", exclude_unset=True)
     shipped = []
     for number, source in enumerate(spec.corpus.paths):
-        if source.startswith(S3):
+        if source not in travels:
             shipped.append(source)
         elif source in local and (found := local.pop(source).files):
             name = Path(source).name if Path(source).exists() else "files"

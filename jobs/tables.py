@@ -13,14 +13,14 @@ PIPE_WIDTH = 150
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A table on a terminal; in a pipe one line for each row, its cells parted by tabs.
+    """A table on a terminal; in a pipe a line of column names and one for each row, their cells parted by tabs.
 
     Args:
         right: columns of numbers.
     """
     console = Console()
     if not console.is_terminal:
-        for row in rows:
+        for row in ([columns] if any(columns) else []) + list(rows):
             typer.echo("\t".join(row))
         return
     table = Table(box=None, pad_edge=False, show_header=any(columns))

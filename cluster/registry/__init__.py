@@ -2,7 +2,7 @@
 
 from cluster.registry.calls import Calls
 from cluster.registry.client import CHALLENGER, CHAMPION, PATIENCE_S, AwayError, RefusedError, shown
-from cluster.registry.family import Registry, attach_report, code_version
+from cluster.registry.family import Registry, attach_report, code_version, log_figures
 from cluster.registry.files import fetch_model, on_this_node
 from cluster.registry.models import (
     CHAMPIONS,
@@ -32,6 +32,7 @@ __all__ = [
     "champion_of",
     "code_version",
     "fetch_model",
+    "log_figures",
     "on_this_node",
     "shown",
 ]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import subprocess
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cluster.board import FAMILY, Point
 from cluster.registry.client import CHALLENGER, EXISTS, client_of, one_try, patiently
+from cluster.registry.files import local_folder, share_weights
 from cluster.registry.models import WEIGHTS, Models, weights_digest
 
 PARENT = FAMILY
@@ -124,6 +126,8 @@ class Registry:
     ) -> int:
         """Log a student's final figures and its model under its run, register it and point ``challenger`` at it.
 
+        Where MLflow keeps the model in this file system, the weights in ``model_dir`` become hard links to it.
+
         ``challenger`` stays where it is at a later version, and a version that is or was champion does not become it.
 
         Args:
@@ -132,14 +136,16 @@ class Registry:
         Returns:
             The new version's number.
         """
-        from mlflow.entities import Metric
-
         with one_try(self._uri):
             client = self._client()
-            client.log_batch(run_id, metrics=[Metric(key, value, int(at * 1000), 0) for key, value in figures.items()])
+            _log_figures(client, run_id, figures, at)
             version = self._version(client, run_id, name, model_dir)
-            for key, value in {**tags, WEIGHTS: weights_digest(Path(model_dir))}.items():
+            digest = weights_digest(Path(model_dir))
+            for key, value in {**tags, WEIGHTS: digest}.items():
                 client.set_model_version_tag(name, str(version), key, value)
+            registered = local_folder(client.get_model_version_download_uri(name, str(version)))
+            if registered is not None:
+                share_weights(Path(model_dir), registered / "model", digest)
             # A try that comes late finds later versions: a challenger is never moved back, nor a champion made one.
             standing = Models(self._uri, patience_s=0.0).known(name)
             if version not in (standing.champion, *standing.line) and version > (standing.challenger or 0):
@@ -208,6 +214,33 @@ def attach_report(tracking_uri: str, run_id: str, path: Path) -> None:
     """
     with one_try(tracking_uri):
         patiently(lambda: client_of(tracking_uri).log_artifact(run_id, str(path)), REPORT_PATIENCE_S)
+
+
+def log_figures(tracking_uri: str, figures: Mapping[str, Mapping[str, float]]) -> None:
+    """Log what was measured after a family's runs were closed, such as latencies.
+
+    Args:
+        figures: names and values, by run id.
+
+    Raises:
+        AwayError: MLflow has been away for a minute.
+        RefusedError: MLflow refuses.
+    """
+    at = time.time()
+
+    def log() -> None:
+        client = client_of(tracking_uri)
+        for run_id, values in figures.items():
+            _log_figures(client, run_id, values, at)
+
+    with one_try(tracking_uri):
+        patiently(log, REPORT_PATIENCE_S)
+
+
+def _log_figures(client: Any, run_id: str, figures: Mapping[str, float], at: float) -> None:
+    from mlflow.entities import Metric
+
+    client.log_batch(run_id, metrics=[Metric(key, value, int(at * 1000), 0) for key, value in figures.items()])
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

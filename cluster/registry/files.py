@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
+import shutil
 import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from cluster.errors import RunError, UserError
 from cluster.registry.client import client_of, patiently, shown
-from cluster.registry.models import Models
+from cluster.registry.models import WEIGHTS, Models, weights_digest
 from cluster.specfile import home
+
+log = logging.getLogger(__name__)
+
+# Tags of a version by which its run's folder is found.
+FAMILY_TAG, RUN_TAG = "stillhouse.family", "stillhouse.run"
 
 
 def fetch_model(uri: str, tracking_uri: str, put: Path | None = None, patience_s: float = 0.0) -> Path:
@@ -65,6 +75,56 @@ def on_this_node(folder: str | Path) -> Path:
     return path
 
 
+def local_folder(uri: str) -> Path | None:
+    """The folder that an artifact URI names in this file system; None for one that lies elsewhere."""
+    parts = urlsplit(uri)
+    return Path(url2pathname(parts.path)) if parts.scheme in ("", "file") else None
+
+
+def share_weights(folder: Path, registered: Path, digest: str) -> None:
+    """Make a model's weights hard links to those that MLflow copied, so that they are stored once.
+
+    Both are never written to again. Each name can be removed without the other. Does nothing where the copy differs,
+    or where the file system does not allow it.
+
+    Args:
+        folder: the model in its run's folder.
+        digest: of its weights, see :func:`~cluster.registry.models.weights_digest`.
+    """
+    copies = {file: registered / file.name for file in folder.glob("*.safetensors")}
+    try:
+        if all(copy.samefile(file) for file, copy in copies.items()):
+            return
+        if weights_digest(registered) != digest:
+            log.warning("%s is stored twice: the weights in %s are not the same", folder, registered)
+            return
+        for file, copy in copies.items():
+            aside = file.with_name(f".{file.name}.part")
+            aside.unlink(missing_ok=True)
+            os.link(copy, aside)
+            aside.replace(file)
+    except OSError as error:
+        log.info("%s is stored twice: %s", folder, error)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)
+
+
+def _in_run_folder(name: str, tags: Mapping[str, str]) -> Path | None:
+    """A version's files in the folder of the run that made it, where this machine sees it and its weights agree."""
+    family, run, digest = tags.get(FAMILY_TAG, ""), tags.get(RUN_TAG, ""), tags.get(WEIGHTS)
+    student = name.removeprefix(f"{family}-")
+    parts = (family, run, student)
+    if digest is None or any(not part or Path(part).name != part for part in parts):
+        return None
+    kept = (home() / "runs" / family / run / "students" / student).glob("checkpoint_*/model")
+    return next((folder for folder in kept if weights_digest(folder) == digest), None)
+
+
 def _fetched_once(client: Any, uri: str, tracking_uri: str) -> Path:
     """Where a version's files lie for good. An alias may move meanwhile, so it is the version that is fetched."""
     import mlflow
@@ -72,7 +132,7 @@ def _fetched_once(client: Any, uri: str, tracking_uri: str) -> Path:
     name, version = Models(tracking_uri, patience_s=0.0).resolve(uri)
     exact = f"models:/{name}/{version}"
     source = client.get_model_version_download_uri(name, str(version))
-    if urlsplit(source).scheme in ("", "file"):
+    if local_folder(source) is not None:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=exact))
     # Another registry may have a model of this name, and so may this one when it was deleted and made anew.
     digest = hashlib.sha256(f"{tracking_uri} {source}".encode()).hexdigest()[:12]
@@ -82,8 +142,11 @@ def _fetched_once(client: Any, uri: str, tracking_uri: str) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetching-", dir=place.parent) as half:
         files = Path(half) / "files"
-        files.mkdir()
-        mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=str(files))
+        if (kept := _in_run_folder(name, client.get_model_version(name, str(version)).tags)) is not None:
+            shutil.copytree(kept, files, copy_function=_link_or_copy)
+        else:
+            files.mkdir()
+            mlflow.artifacts.download_artifacts(artifact_uri=exact, dst_path=str(files))
         if not any(files.iterdir()):
             raise RunError(f"{uri}: registered, but its files are gone")
         try:

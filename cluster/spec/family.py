@@ -100,6 +100,9 @@ class CorpusSpec(Section):
     .json and .txt, each also with .gz or .zst, and .parquet. Hidden files and other formats in a folder are skipped and
     counted, and so are empty files. May hold macros: `{{ ds }}` is `--ds` as YYYY-MM-DD, `{{ ds_nodash }}` the same
     without dashes, `{{ ds_add(ds, -1) }}` the day before."""
+    upload: bool = True
+    """Whether `submit` and `schedule add` upload the local files of `paths` as they are at that moment. `false`: local
+    paths are paths on the cluster, read there when each run starts."""
     text_field: str = "text"
     """Field of a JSON or parquet row that holds its text. A .json file has a row per line or is one array of rows; a
     .txt file is one document."""

@@ -125,6 +125,7 @@ class LabelSource:
         prefixes = sorted({labels_prefix(stamp) for stamp in (*wanted.values(), *exact)})
         self._lease = await self._ask(self._store.lease, self._holder, *prefixes)
         self._keeper = asyncio.get_running_loop().create_task(self._renew(self._lease))
+        await self._tried(self._store.name_teacher, self._teacher.fingerprint, self._spec.teacher.model)
         missing = await self._ask(self._store.missing, [*wanted.values(), *exact])
         if missing or await self._ask(self._store.get_head, self._teacher.fingerprint) is None:
             self._started()

@@ -16,6 +16,7 @@ from jobs.cli.jobs import jobs
 from jobs.cli.labels import labels
 from jobs.cli.models import models
 from jobs.cli.options import Address, ContextName, Ds, DueBy, Overrides, SpecPath
+from jobs.cli.runs import runs
 from jobs.cli.schedules import scheduler, schedules
 from jobs.cli.serving import serving
 
@@ -48,6 +49,7 @@ app.add_typer(jobs, name="jobs")
 app.add_typer(contexts, name="context")
 app.add_typer(schedules, name="schedule")
 app.add_typer(labels, name="labels")
+app.add_typer(runs, name="runs")
 app.command()(scheduler)
 # Without a name: their commands are commands of their own.
 app.add_typer(models)

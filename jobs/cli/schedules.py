@@ -45,6 +45,9 @@ def schedule_add(
         list[str] | None,
         typer.Option(metavar="NAME[=VALUE]", help="Set a variable for each night; the cluster keeps it. May repeat."),
     ] = None,
+    snapshot: Annotated[
+        bool, typer.Option("--snapshot", help="Let every run read the local corpus files as they are now.")
+    ] = False,
     address: Address = None,
     context: ContextName = None,
 ) -> None:
@@ -53,9 +56,11 @@ def schedule_add(
     from jobs.schedules.plan import schedule_of
     from jobs.schedules.remote import add_schedule
     from jobs.schedules.shown import say_scheduler
+    from jobs.submit import corpus_lines
 
+    family = load_spec(spec, overrides or [])
     schedule = schedule_of(
-        name=name or load_spec(spec, overrides or []).name,
+        name=name or family.name,
         cron=cron,
         timezone=timezone,
         overlap=overlap,
@@ -65,8 +70,10 @@ def schedule_add(
         longest_s=longest_s,
     )
     where = _context(context, address)
-    answer = add_schedule(schedule, spec, overrides or [], where, env or [])
+    answer = add_schedule(schedule, family, where, env or [], snapshot)
     typer.echo(f"schedule {schedule.name} {'replaced' if answer['replaced'] else 'added'}: {cron} {timezone}")
+    for line in corpus_lines(family):
+        typer.echo(line)
     say_scheduler(answer, where, begin=True)
 
 

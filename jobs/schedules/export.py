@@ -15,7 +15,7 @@ from cluster.specfile import load_spec
 from jobs.contexts import Context
 from jobs.kubernetes import FOLDER, LARGEST, SUBMITTER_ROLE, Place, head_address, submitter
 from jobs.schedules.plan import LATE_S, Schedule, schedule_of
-from jobs.submit import SPEC_FILE, pack
+from jobs.submit import SPEC_FILE, pack, uploaded
 
 # A day: one missed night is caught up, an older one is not.
 CATCH_UP_S = 86_400
@@ -47,8 +47,11 @@ def manifests(
     if schedule.overlap != "skip":
         # It has no queue, and one that replaces a pod would leave the job that the pod follows running.
         raise UserError(f"--overlap: got {schedule.overlap!r}; a Kubernetes CronJob can only skip")
-    if local := [path for path in spec.corpus.paths if not path.startswith("s3://")]:
-        raise UserError(f"corpus.paths: {local[0]} is local; a CronJob's family reads its corpus from s3://")
+    if local := uploaded(spec):
+        raise UserError(
+            f"corpus.paths: {local[0]} is local; a CronJob's family reads its corpus from s3://, or from a path on the "
+            f"cluster with corpus.upload: false"
+        )
     with tempfile.TemporaryDirectory(prefix="stillhouse-export-") as folder:
         pack(spec, Path(folder), context)
         text = (Path(folder) / SPEC_FILE).read_text()

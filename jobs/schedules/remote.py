@@ -17,15 +17,16 @@ from typing import Any
 
 import tenacity
 
+from cluster.dates import OPENS
 from cluster.errors import RunError, UserError
-from cluster.specfile import load_spec
+from cluster.spec import FamilySpec
 from jobs.client import connect, job_of, log_of, state_of
 from jobs.contexts import Context
 from jobs.follow import ENDED
 from jobs.lines import last_line
 from jobs.schedules import ANSWER
 from jobs.schedules.plan import Schedule
-from jobs.submit import environment_of, pack, submit_patiently
+from jobs.submit import environment_of, pack, submit_patiently, uploaded
 
 # A job starts in seconds; a cluster on which one does not has no process to spare.
 ANSWER_S = 120.0
@@ -88,15 +89,22 @@ def _forget(client: Any, job: str) -> None:
 
 
 def add_schedule(
-    schedule: Schedule, spec_path: Path, overrides: Sequence[str], context: Context, env: Sequence[str]
+    schedule: Schedule,
+    spec: FamilySpec,
+    context: Context,
+    env: Sequence[str],
+    snapshot: bool = False,
 ) -> dict[str, Any]:
     """Ship a family with its small local files, to be run by a schedule from now on.
 
+    Args:
+        snapshot: whether every run may read the local files as they are now.
+
     Raises:
-        UserError: the spec, a file it names or a variable cannot be used.
+        UserError: the spec, a file it names or a variable cannot be used, or its text would never change.
         RunError: the cluster cannot be reached.
     """
-    spec = load_spec(spec_path, overrides)
+    _check_text(spec, snapshot)
     variables = environment_of(env)
     with tempfile.TemporaryDirectory(prefix="stillhouse-schedule-") as folder:
         pack(spec, Path(folder), context)
@@ -109,6 +117,21 @@ def add_schedule(
             user=getpass.getuser(),
             variables=variables,
         )
+
+
+def _check_text(spec: FamilySpec, snapshot: bool) -> None:
+    """Refuse local files that would be uploaded once and read by every run of a schedule."""
+    allowed = "name s3:// paths, or set corpus.upload: false where the cluster has them under the same path"
+    for path in uploaded(spec):
+        if OPENS in path:
+            raise UserError(
+                f"corpus.paths: {path} has a date macro, but files of this machine are uploaded once, now; {allowed}"
+            )
+        if not snapshot:
+            raise UserError(
+                f"corpus.paths: {path} is on this machine and would be uploaded once, so every run would read the same "
+                f"text; {allowed}, or accept the snapshot with --snapshot"
+            )
 
 
 def begin_scheduler(context: Context) -> str:

@@ -76,7 +76,7 @@ def test_the_head_dies_and_another_comes(
         cluster = Cluster(nodes, tmp_path)
         node = nodes.add(CPUS, **{DRIVER: 2})
         with cluster.scheduler() as scheduler:
-            cluster.type("schedule", "add", str(path), "--cron", "0 0 1 1 *")
+            cluster.type("schedule", "add", str(path), "--cron", "0 0 1 1 *", "--snapshot")
             cluster.type("schedule", "run-now", "tiny")
             ledger = Ledger(f"sqlite:///{tmp_path / 'stillhouse' / 'schedules.db'}")
             wait_for(lambda: any(night.run for night in ledger.nights("tiny")))

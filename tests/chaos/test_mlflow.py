@@ -107,4 +107,5 @@ def test_mlflow_stays_away_and_the_resumed_run_brings_what_is_missing(
         assert [metric.step for metric in history] == list(range(1, BATCHES + 1))
         (version,) = client.search_model_versions("name='tiny-alone'")
         assert int(version.version) == again.versions["alone"]
+        assert client.get_run(again.run.mlflow[""]).data.metrics["alone.kl_after"] > 0
         assert client.get_run(again.run.mlflow[""]).info.status == "FINISHED"

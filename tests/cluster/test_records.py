@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from functools import partial
@@ -19,9 +20,10 @@ from mlflow.protos import databricks_pb2 as codes
 from sqlalchemy.exc import OperationalError
 
 from cluster.board import FAMILY, Point
+from cluster.errors import UserError
 from cluster.evaluate.figures import Fidelity, StudentResult
-from cluster.records import Records
-from cluster.registry import PATIENCE_S, AwayError, Calls, RefusedError, Registry
+from cluster.records import Records, _figures_of, latency_figures
+from cluster.registry import PATIENCE_S, AwayError, Calls, RefusedError, Registry, fetch_model, log_figures
 from cluster.registry import calls as calls_module
 from cluster.registry.calls import SILENT_S
 from cluster.registry.client import is_away
@@ -174,6 +176,16 @@ def student(name: str) -> StudentResult:
     return StudentResult(name, f"/models/{name}", 100, FIDELITY, FIDELITY, 8, 1.0)
 
 
+def final(*names: str) -> dict[str, float]:
+    """What the family's run gets of finished students."""
+    return {f"{name}.{figure}": value for name in names for figure, value in _figures_of(student(name)).items()}
+
+
+def without_final(service: Service) -> dict[str, list[Point]]:
+    """What was logged of curves."""
+    return {run: logged for run, logged in service.logged.items() if run != "run"}
+
+
 def points(count: int) -> dict[str, list[Point]]:
     of = {name: [Point(name, b, {"loss": 1.0}, float(b)) for b in range(1, count + 1)] for name in ("small", "large")}
     return {FAMILY: [], **of}
@@ -196,7 +208,11 @@ def test_a_refused_student_is_reported_and_the_others_are_registered(tmp_path: P
     line = records.unregistered["small"]
     assert "refuses: no such run run-small" in line and "/models/small" in line and "--resume" in line
     # Its curve is refused too, which is shown, and the other one's is there.
-    assert service.logged == {"run-large": points(3)["large"]}
+    assert without_final(service) == {"run-large": points(3)["large"]}
+    # The family's run has the final figures of both.
+    logged = [point.metrics for point in service.logged["run"]]
+    assert {**logged[0], **logged[1]} == final("small", "large")
+    assert final("small")["small.kl_after"] == FIDELITY.kl
     (warning,) = records.warnings
     assert "metrics of student small are not in MLflow" in warning and str(tmp_path / "points.jsonl") in warning
     assert service.finished == [["small"]]
@@ -215,11 +231,12 @@ def test_mlflow_is_waited_for_as_long_as_anything_else_goes_on(tmp_path: Path, s
         records.calls.look(idle=False)
     assert "waiting for MLflow since" in records.calls.trouble
     # With longer and longer pauses, not without end.
-    assert service.asked < 610
+    assert service.asked < 810
     service.away = False
     records.close(points(200), [], lambda _: None)
     assert (run.versions, records.unregistered, records.warnings) == ({"small": 1}, {}, [])
-    assert service.logged == {f"run-{name}": points(200)[name] for name in ("small", "large")}
+    assert without_final(service) == {f"run-{name}": points(200)[name] for name in ("small", "large")}
+    assert [point.metrics for point in service.logged["run"]] == [final("small")]
     assert run.logged == {"small": 200, "large": 200}
     assert records.calls.trouble == ""
 
@@ -234,7 +251,7 @@ def test_when_mlflow_stays_away_the_run_ends_and_tells_what_is_kept_where(tmp_pa
     assert 3600 < service.cluster.now - begun < 3700
     assert any("waiting for MLflow since" in line and "refused" in line for line in shown)
     assert run.versions == {} and "/models/small" in records.unregistered["small"]
-    assert len(records.warnings) == 3  # both curves, and that the run is not closed
+    assert len(records.warnings) == 4  # both curves, the family's final figures, and that the run is not closed
     # The resumed run logs and registers what is missing, and nothing else.
     service.away = False
     again, _ = records_of(tmp_path, service)
@@ -242,7 +259,8 @@ def test_when_mlflow_stays_away_the_run_ends_and_tells_what_is_kept_where(tmp_pa
     again.register(student("small"), {})
     again.close(points(3), [], shown.append)
     assert (run.versions, again.unregistered, again.warnings) == ({"small": 1}, {}, [])
-    assert service.logged == {f"run-{name}": points(3)[name] for name in ("small", "large")}
+    assert without_final(service) == {f"run-{name}": points(3)[name] for name in ("small", "large")}
+    assert [point.metrics for point in service.logged["run"]] == [final("small")]
     again.register(student("small"), {})
     assert service.versions == ["tiny-small"]
 
@@ -290,7 +308,7 @@ def test_a_call_that_never_returns_counts_as_mlflow_being_away(tmp_path: Path, s
     # From the end of the last student on, and not once more for each call that is still to be made.
     assert PATIENCE_S < service.cluster.now - begun - SILENT_S < PATIENCE_S + 60
     assert "does not answer; it has been away" in records.unregistered["small"]
-    assert len(records.warnings) == 3
+    assert len(records.warnings) == 4
 
 
 def test_a_refusal_is_an_answer(service: Service) -> None:
@@ -332,6 +350,13 @@ def registry(tmp_path: Path, empty_registry: Path, monkeypatch: pytest.MonkeyPat
     return Registry(uri, "tiny", str(tmp_path / "artifacts")), mlflow.MlflowClient(uri)
 
 
+@pytest.fixture
+def model(tiny_teacher: Path, tmp_path: Path) -> Path:
+    """A finished student's model where its run keeps it."""
+    place = tmp_path / "stillhouse/runs/tiny/tiny-1/students/small/checkpoint_0/model"
+    return Path(shutil.copytree(tiny_teacher, place))
+
+
 def start(registry: Registry, key: str = "key") -> dict[str, str]:
     return registry.start("tiny-1", STUDENTS, {"students": {name: {"lr": 1.0} for name in STUDENTS}}, {}, {}, key)
 
@@ -349,11 +374,11 @@ def test_a_start_that_is_made_again_finds_the_runs_of_the_first_try(registry: tu
 
 
 def test_a_registration_that_is_made_again_makes_no_second_version_and_no_second_row(
-    registry: tuple[Registry, Any], tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch
+    registry: tuple[Registry, Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, client = registry
     run_id = start(own)["small"]
-    given = (run_id, "tiny-small", str(tiny_teacher), {"stillhouse.family": "tiny"}, {"kl_after": 0.5}, 1.0)
+    given = (run_id, "tiny-small", str(model), {"stillhouse.family": "tiny"}, {"kl_after": 0.5}, 1.0)
     with monkeypatch.context() as patch:  # it dies after the version was made, before it has its tags
         patch.setattr(type(client), "set_model_version_tag", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -370,12 +395,12 @@ def test_a_registration_that_is_made_again_makes_no_second_version_and_no_second
 
 
 def test_a_registration_that_is_made_again_late_does_not_move_the_challenger_back(
-    registry: tuple[Registry, Any], tiny_teacher: Path
+    registry: tuple[Registry, Any], model: Path
 ) -> None:
     own, client = registry
 
     def register(key: str) -> int:
-        return own.register(start(own, key)["small"], "tiny-small", str(tiny_teacher), {}, {"kl_after": 0.5}, 1.0)
+        return own.register(start(own, key)["small"], "tiny-small", str(model), {}, {"kl_after": 0.5}, 1.0)
 
     def aliases() -> dict[str, int]:
         return {name: int(number) for name, number in client.get_registered_model("tiny-small").aliases.items()}
@@ -392,13 +417,91 @@ def test_a_registration_that_is_made_again_late_does_not_move_the_challenger_bac
 
 
 def test_a_name_that_mlflow_refuses_is_refused_at_once_and_one_line(
-    registry: tuple[Registry, Any], tiny_teacher: Path
+    registry: tuple[Registry, Any], model: Path
 ) -> None:
     own, client = registry
     client.register_prompt("tiny-small", "a prompt has taken this name")
     with pytest.raises(RefusedError, match=r"^MLflow sqlite:.* refuses: .*prompt") as caught:
-        own.register(start(own)["small"], "tiny-small", str(tiny_teacher), {}, {"kl_after": 0.5}, 1.0)
+        own.register(start(own)["small"], "tiny-small", str(model), {}, {"kl_after": 0.5}, 1.0)
     assert "\n" not in str(caught.value)
+
+
+def stored(*folders: Path) -> int:
+    """Bytes on the disk; a file with several names counts once."""
+    files = {(info.st_dev, info.st_ino): info.st_size for f in folders for p in f.rglob("*") if (info := p.stat())}
+    return sum(files.values())
+
+
+def test_a_registered_model_is_stored_once_on_one_file_system(
+    registry: tuple[Registry, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, client = registry
+    monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path / "stillhouse"))
+    weights = (model / "model.safetensors").read_bytes()
+    tags = {"stillhouse.family": "tiny", "stillhouse.run": "tiny-1"}
+    given = (start(own)["small"], "tiny-small", str(model), tags, {}, 1.0)
+    assert own.register(*given) == own.register(*given) == 1
+    artifacts = Path(client.get_model_version_download_uri("tiny-small", "1")) / "model"
+    assert (model / "model.safetensors").samefile(artifacts / "model.safetensors")
+    assert stored(model, artifacts) < 1.2 * len(weights)
+    # A third copy, for arms and warm starts, where MLflow keeps its artifacts elsewhere.
+    monkeypatch.setattr(type(client), "get_model_version_download_uri", lambda *_: "mlflow-artifacts:/elsewhere")
+    fetched = fetch_model("models:/tiny-small/1", own._uri)
+    assert fetched.is_relative_to(tmp_path / "stillhouse/models")
+    assert stored(model, artifacts, fetched) < 1.2 * len(weights)
+    # Any of them may go.
+    shutil.rmtree(model)
+    shutil.rmtree(artifacts)
+    assert (fetched / "model.safetensors").read_bytes() == weights
+
+
+def test_a_model_whose_file_system_allows_no_link_is_registered_all_the_same(
+    registry: tuple[Registry, Any], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    own, _ = registry
+    monkeypatch.setattr(os, "link", refuse)
+    assert own.register(start(own)["small"], "tiny-small", str(model), {}, {}, 1.0) == 1
+    assert (model / "model.safetensors").stat().st_nlink == 1
+
+
+def test_a_run_folder_with_other_weights_than_were_registered_is_not_fetched(
+    registry: tuple[Registry, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, client = registry
+    monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path / "stillhouse"))
+    tags = {"stillhouse.family": "tiny", "stillhouse.run": "tiny-1"}
+    own.register(start(own)["small"], "tiny-small", str(model), tags, {}, 1.0)
+    changed = (model / "model.safetensors").read_bytes()[:-1] + b"x"
+    (model / "model.safetensors").unlink()  # MLflow's own stays what it is
+    (model / "model.safetensors").write_bytes(changed)
+    monkeypatch.setattr(type(client), "get_model_version_download_uri", lambda *_: "mlflow-artifacts:/elsewhere")
+    with pytest.raises(UserError, match="mlflow-artifacts URI"):  # it goes to the server, which is none here
+        fetch_model("models:/tiny-small/1", own._uri)
+
+
+def row(arm: str, p50: float) -> dict[str, Any]:
+    """A row of the comparison of endpoints."""
+    return {"arm": arm, "count": 4, "errors": 0, "tokens_per_s": 9.0, "first_token_ms": {}, "latency_ms": {"p50": p50}}
+
+
+def test_the_family_s_run_has_its_students_figures_and_latencies(registry: tuple[Registry, Any]) -> None:
+    own, client = registry
+    runs = start(own)
+    own.log(runs[FAMILY], [Point(FAMILY, 8, final("small", "large"))])
+    spec = FamilySpec.model_validate(tiny_family())
+    rows = [row("tiny-small", 12.5), row("tiny-small.champion", 14.0), row("teacher", 80.0)]
+    log_figures(own._uri, latency_figures(spec, runs, rows))
+    assert client.get_run(runs[FAMILY]).data.metrics["teacher.latency_p50_ms"] == 80.0
+    assert client.get_run(runs[FAMILY]).data.metrics["small.champion.latency_p50_ms"] == 14.0
+    of_family = client.get_run(runs[FAMILY]).data.metrics
+    assert (of_family["small.kl_after"], of_family["large.parameters"]) == (FIDELITY.kl, 100.0)
+    assert of_family["small.latency_p50_ms"] == client.get_run(runs["small"]).data.metrics["latency_p50_ms"] == 12.5
+    client.delete_run(runs["small"])
+    with pytest.raises(RefusedError, match="refuses"):
+        log_figures(own._uri, {runs["small"]: {"latency_p50_ms": 12.5}})
 
 
 def test_metrics_of_a_deleted_run_are_refused(registry: tuple[Registry, Any]) -> None:

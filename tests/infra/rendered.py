@@ -61,7 +61,7 @@ def submitted() -> tuple[Object, ...]:
         corpus.write_text('{"text": "one"}\n')
         path = Path(folder) / "family.yaml"
         path.write_text(yaml.safe_dump(tiny_family("hf://org/teacher", corpus)))
-        _, objects, _ = manifests(path, [], None, Place("registry.example.com/stillhouse/cpu:0.1.0"), name="tiny")
+        objects = manifests(path, [], None, Place("registry.example.com/stillhouse/cpu:0.1.0"), name="tiny").objects
     return tuple(objects)
 
 

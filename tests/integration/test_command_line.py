@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,18 @@ def write_sixty_batches(folder: Path, tiny: Path) -> Path:
     return write_family(folder, tiny, STUDENTS, corpus=corpus, checkpoints=checkpoints)
 
 
-def run_until_ctrl_c(path: Path, home: Path, students: Collection[str]) -> None:
-    """Start a family and press Ctrl-C once every student has a checkpoint; nothing of it is left."""
+def states(home: Path) -> list[str]:
+    """Of all runs, as `stillhouse runs ls` shows them."""
+    listed = stillhouse("runs", "ls", "--json", env=own_environment(home))
+    return [run["state"] for run in json.loads(listed.stdout)]
+
+
+def run_until_ctrl_c(path: Path, home: Path, students: Collection[str], look: Callable[[], None] | None = None) -> None:
+    """Start a family and press Ctrl-C once every student has a checkpoint; nothing of it is left.
+
+    Args:
+        look: called before Ctrl-C is pressed.
+    """
     env = own_environment(home)
     before = left_files(home)
     process = start("run", str(path), env=env)
@@ -75,6 +85,8 @@ def run_until_ctrl_c(path: Path, home: Path, students: Collection[str]) -> None:
     assert wait_for_checkpoints(home, process, students)
     family = psutil.Process(process.pid).children(recursive=True)
     assert any("raylet" in p.name() for p in family)
+    if look is not None:
+        look()
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
@@ -93,7 +105,16 @@ def test_ctrl_c_leaves_nothing(tiny: Path, tmp_path: Path, empty_registry: Path)
         checkpoints={"every": 2},
         tracking=copied(empty_registry, tmp_path),
     )
-    run_until_ctrl_c(path, tmp_path / "home", SMALL)
+    home = tmp_path / "home"
+
+    def look() -> None:
+        assert states(home) == ["running"]
+        (run,) = (home / "stillhouse/runs/tiny").iterdir()
+        refused = stillhouse("runs", "rm", run.name, env=own_environment(home))
+        assert (refused.returncode, refused.stderr) == (2, f"error: {run.name} cannot be removed: it is running\n")
+
+    run_until_ctrl_c(path, home, SMALL, look)
+    assert states(home) == ["unfinished"]
 
 
 @pytest.mark.nightly
@@ -110,6 +131,7 @@ def test_resume_after_ctrl_c_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_
 
     resumed = stillhouse("run", str(path), "--resume", env=environment(homes[0]))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert states(homes[0]) == ["finished"]
     whole = stillhouse("run", str(path), env=environment(homes[1]))
     assert whole.returncode == 0, whole.stdout + whole.stderr
     # Each went on where it was, for it had committed that before it stopped.

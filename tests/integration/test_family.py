@@ -153,6 +153,9 @@ def test_runs_hold_curves_and_the_resolved_spec(
         history = client.get_metric_history(run.info.run_id, "kl")
         assert [metric.step for metric in history] == list(range(1, BATCHES + 1))
         assert run.data.metrics["kl_after"] == pytest.approx(result.students[name].after.kl)
+        assert parent.data.metrics[f"{name}.kl_after"] == run.data.metrics["kl_after"]
+        # Stored once: its run's folder and MLflow's artifacts share the weights.
+        assert (Path(result.students[name].model_dir) / "model.safetensors").stat().st_nlink == 2
         assert run.data.params["zero_stage"] == str(STUDENTS[name]["zero_stage"])
         downloaded = client.download_artifacts(run.info.run_id, "spec.json", dst_path=str(tmp_path))
         resolved = json.loads(Path(downloaded).read_text())

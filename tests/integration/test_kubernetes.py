@@ -91,7 +91,7 @@ def test_a_ray_job_s_files_arrive_with_it_on_the_cluster(operator: Operator, tin
     (tmp_path / "texts" / "a.jsonl").write_text('{"said": "hello"}\n')
     path = tmp_path / "family.yaml"
     path.write_text(yaml.safe_dump(tiny_family(tiny / "teacher", "texts")))
-    _, (config, job), _ = manifests(path, [], None, Place("stillhouse:0.1.0"), name="first")
+    config, job = manifests(path, [], None, Place("stillhouse:0.1.0"), name="first").objects
     facts, pod = job["spec"], job["spec"]["submitterPodTemplate"]["spec"]
     folder = mount(config, pod["volumes"][0], tmp_path / "mounted")
     runtime_env = yaml.safe_load(facts["runtimeEnvYAML"])

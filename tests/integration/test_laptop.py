@@ -70,9 +70,14 @@ def test_a_family_is_submitted_left_found_again_and_scheduled(
     assert "read by small 40" in followed.stdout
     assert followed.stdout.rstrip().endswith("from-a-laptop succeeded")
 
-    scheduled = laptop.type("schedule", "add", str(path), "--cron", "0 2 * * *", "--timezone", "Europe/Berlin")
+    nightly = ["schedule", "add", str(path), "--cron", "0 2 * * *", "--timezone", "Europe/Berlin"]
+    refused = laptop.type(*nightly)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert "every run would read the same text" in refused.stderr
+    scheduled = laptop.type(*nightly, "--snapshot")
     assert scheduled.returncode == 0, scheduled.stderr
     assert "schedule tiny added: 0 2 * * * Europe/Berlin" in scheduled.stdout
+    assert f"corpus: uploaded as it is now: {tiny / 'corpus.jsonl'}" in scheduled.stdout
     assert "tiny" in laptop.type("schedule", "ls").stdout
     gone = laptop.type("schedule", "rm", "tiny")
     assert gone.stdout.strip() == "schedule tiny is forgotten"

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
+from cluster.corpus.batches import CORPUS_FOLDER, CorpusFacts
 from jobs.schedules.ledger import Ledger, Night
 from jobs.schedules.plan import OPEN, RUNNING, SUCCEEDED, WAITING
 from tests.integration.heads import Head, running_head, stillhouse
 from tests.integration.test_command_line import STUDENTS
-from tests.tiny import write_family
+from tests.tiny import write_family, write_tiny_corpus
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 LONGEST_S = 420.0
@@ -63,26 +64,30 @@ def ended(nights: list[Night]) -> int:
 @pytest.mark.chaos
 @pytest.mark.timeout(1800)
 def test_three_nights_outlive_the_scheduler_and_the_head(tiny: Path, tmp_path: Path) -> None:
+    home, text = tmp_path / "home", tmp_path / "text"
+    home.mkdir()
+    write_tiny_corpus(text / "a.jsonl")
     path = write_family(
         tmp_path,
         tiny,
         {"small": STUDENTS["small"]},
-        corpus={"held_out": 0.2, "max_batches": 8},
+        corpus={"paths": [f"{text}/*.jsonl"], "upload": False, "held_out": 0.2, "max_batches": 8},
         teacher={"cpus_per_shard": 0.2},
     )
-    home = tmp_path / "home"
-    home.mkdir()
     with running_head(home) as head:
         desk = Desk(head)
         options = ["--cron", "* * * * *", "--timezone", "Europe/Berlin", "--overlap", "queue", "--retry-s", "1"]
         added = desk.type("add", str(path), "--name", "every-minute", *options)
         assert "schedule every-minute added: * * * * * Europe/Berlin" in added
+        assert f"corpus: read on the cluster when a run starts: {text}/*.jsonl" in added
         desk.wait_for(lambda nights: any(night.state == RUNNING for night in nights))
         kill_the_scheduler(head)
         desk.wait_for(lambda nights: len(nights) >= 3)
         # No further ones; those that wait are still run.
         desk.type("pause", "every-minute")
         desk.wait_for(lambda nights: ended(nights) >= 1)
+        # Aside and then in place: the second run may be reading the folder.
+        write_tiny_corpus(tmp_path / "b.jsonl", seed=1).rename(text / "b.jsonl")
         desk.wait_for(lambda nights: sum(night.state != WAITING for night in nights) >= 2)
         # With it goes the night that runs, and the cluster's whole memory of it.
         head.stop()
@@ -104,6 +109,9 @@ def test_three_nights_outlive_the_scheduler_and_the_head(tiny: Path, tmp_path: P
     runs = list((home / "stillhouse" / "runs" / "tiny").iterdir())
     assert {night["run"] for night in nights} <= {run.name for run in runs}
     assert len({night["run"] for night in nights}) == len(nights)
+    # The last run read what was added to the folder after the first.
+    read = [CorpusFacts.read(run / CORPUS_FOLDER).documents for run in sorted(runs)]
+    assert (read[0], read[-1]) == (64, 128)
 
 
 def test_mistakes_cost_one_line_and_leave_nothing(tiny: Path, tmp_path: Path) -> None:
@@ -111,12 +119,15 @@ def test_mistakes_cost_one_line_and_leave_nothing(tiny: Path, tmp_path: Path) ->
     home = tmp_path / "home"
     home.mkdir()
     head = Head(home)  # not started: each of these is found before a cluster is asked
+    snapshot = ["--cron", "* * * * *", "--snapshot"]
     for options, says, code in [
         (["--cron", "61 * * * *"], "--cron: got '61 * * * *'", 2),
         (["--cron", "* * * * *", "--timezone", "Mars/Olympus"], "--timezone: got 'Mars/Olympus'", 2),
         (["--cron", "* * * * *", "--overlap", "both"], "--overlap: got 'both'", 2),
-        (["--cron", "* * * * *", "--set", "corpus.paths=[absent.jsonl]"], "absent.jsonl is not there", 2),
-        (["--cron", "* * * * *", "--address", "http://127.0.0.1:9"], "no Ray job server answers there", 1),
+        (["--cron", "* * * * *"], "or accept the snapshot with --snapshot", 2),
+        ([*snapshot, "--set", "corpus.paths=['dt={{ ds }}']"], "has a date macro, but files of this machine", 2),
+        ([*snapshot, "--set", "corpus.paths=[absent.jsonl]"], "absent.jsonl is not there", 2),
+        ([*snapshot, "--address", "http://127.0.0.1:9"], "no Ray job server answers there", 1),
     ]:
         done = stillhouse("schedule", "add", str(path), *options, env=head.env)
         assert (done.returncode, len(done.stderr.strip().splitlines())) == (code, 1), done.stderr

@@ -280,7 +280,7 @@ def test_a_new_version_goes_on_with_all_that_there_was(
     """As infra/README.md has it under "Moving to a new version"."""
     home = stack.folder.parent
     far = f"0 2 1 {(date.today().month + 5) % 12 + 1} *"
-    typed(laptop, "schedule", "add", str(spec), "--name", "far", "--cron", far)
+    typed(laptop, "schedule", "add", str(spec), "--name", "far", "--cron", far, "--snapshot")
     tree = {"name": "moving", "control": "small", "candidates": ["large"], "traffic": {"small": 3, "large": 1}}
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(yaml.safe_dump(tree))
@@ -356,7 +356,7 @@ def test_what_was_lost_is_there_after_a_restore(
 ) -> None:
     home, folder = stack.folder.parent, tmp_path / "backup"
     far = f"0 2 1 {(date.today().month + 5) % 12 + 1} *"
-    typed(laptop, "schedule", "add", str(spec), "--name", "lost", "--cron", far)
+    typed(laptop, "schedule", "add", str(spec), "--name", "lost", "--cron", far, "--snapshot")
     registry = mlflow.MlflowClient(stack.mlflow_url)
     registry.set_registered_model_alias("demo-small", "champion", "1")
     made = run("backup", home, str(folder))

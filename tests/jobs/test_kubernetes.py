@@ -57,7 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 
 def objects(spec: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    _, (config, job), _ = kubernetes.manifests(spec, [], None, PLACE, **options)
+    config, job = kubernetes.manifests(spec, [], None, PLACE, **options).objects
     return config, job
 
 
@@ -95,7 +95,7 @@ def test_a_resumed_run_keeps_its_date_and_has_to_be_given_one_where_paths_have_m
 def test_a_context_says_where_runs_are_kept_and_none_says_nothing(spec: Path) -> None:
     lab = Context(address="http://lab:8265", tracking_uri="http://mlflow:5000")
     for context, uri in ((lab, "http://mlflow:5000"), (None, None)):
-        _, (config, _), _ = kubernetes.manifests(spec, [], context, PLACE)
+        config, _ = kubernetes.manifests(spec, [], context, PLACE).objects
         (text,) = (each for each in config["data"].values() if each.startswith("name: tiny"))
         assert yaml.safe_load(text).get("tracking", {}).get("uri") == uri
 

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.errors import UserError
-from cluster.labels.store.objects import label_key, labels_prefix
+from cluster.heads import OutputHead
+from cluster.labels.store.objects import head_key, label_key, labels_prefix
 from cluster.labels.store.store import LabelStore
 from jobs.cli.main import main
-from jobs.labels import parse_age, parse_size
+from jobs.labels import parse_age, parse_size, show_size
 from tests.cluster.labels.store.fill import OTHER, TEACHER, age_labels, fill, stamp_of_batch
 
 Run = Callable[..., tuple[int, str, str]]
@@ -47,11 +49,13 @@ def store(stillhouse_home: Path) -> LabelStore:
 def test_ls_and_stat_give_lines_in_a_pipe(run: Run, store: LabelStore) -> None:
     code, out, err = run("ls")
     assert (code, err) == (0, "")
-    (line,) = out.splitlines()
+    header, line = out.splitlines()
+    assert header.split("\t") == ["pass", "teacher", "tokenizer", "labels", "batches", "published"]
     assert line.split("\t")[:5] == ["night-1", TEACHER, "f" * 16, "0" * 16, "3"]
     _, out, _ = run("stat")
-    lines = [line.split("\t") for line in out.splitlines()]
-    assert [(cells[0], cells[3], cells[4]) for cells in lines] == [(TEACHER, "topk", "3"), (OTHER, "topk", "1")]
+    names, *lines = [line.split("\t") for line in out.splitlines()]
+    assert (names[0], names[4], names[-1]) == ("teacher", "kind", "newest")
+    assert [(cells[0], cells[4], cells[5]) for cells in lines] == [(TEACHER, "topk", "3"), (OTHER, "topk", "1")]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[0][-1])
 
 
@@ -86,11 +90,30 @@ def test_gc_says_what_goes_and_what_a_run_still_needs(run: Run, store: LabelStor
     assert out.splitlines()[:2] == ["manifests/night-1.json", label_key(oldest)]
     assert out.splitlines()[2].startswith("would remove 2 objects, ")
     lease = store.lease("run", labels_prefix(oldest))
-    assert run("gc", "--older-than", "30d")[1] == "removed 0 objects, 0B; 1 more are under a live lease\n"
+    left = show_size(sum(entry.size for entry in store.bucket.list("labels/")))
+    assert run("gc", "--older-than", "30d")[1] == f"removed 0 objects, 0B; 1 more are under a live lease; {left} left\n"
     lease.release()
     assert "removed 3 objects" in run("gc", "--older-than", "2w", "--max-size", "1GB")[1]
     assert "removed 2 objects" in run("gc", "--max-size", "0")[1]
     assert list(store.bucket.list()) == []
+
+
+def test_heads_are_listed_and_removed_by_the_teacher_s_name(run: Run, store: LabelStore) -> None:
+    store.put_head(TEACHER, OutputHead(np.zeros((1000, 100), np.float32)))
+    store.name_teacher(TEACHER, "hf://org/teacher")
+    heads = [line for line in run("stat")[1].splitlines() if "\thead\t" in line]
+    assert [line.split("\t")[:2] for line in heads] == [[TEACHER, "hf://org/teacher"]]
+    _, out, _ = run("gc", "--max-size", "100kB")
+    assert out.splitlines()[0] == f"{head_key(TEACHER)} (head of hf://org/teacher, 400.0KB)"
+    assert out.splitlines()[1].startswith("removed 1 objects, 400.0KB, 400.0KB of it in heads; ")
+    assert store.missing([stamp_of_batch(number) for number in range(3)]) == []
+
+
+def test_gc_reports_what_it_may_not_remove(run: Run, store: LabelStore) -> None:
+    with_lease = store.lease("run", "")
+    out = run("gc", "--max-size", "1B")[1]
+    assert "warning: more than --max-size 1B is left; a run holds a lease on it" in out
+    with_lease.release()
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,23 @@ def test_small_local_text_travels_and_is_found_on_the_other_side(spec_path: Path
     assert size == sum(file.stat().st_size for file in packed.rglob("*") if file.is_file())
 
 
+def test_text_on_the_cluster_does_not_travel_and_need_not_be_here(spec_path: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    there = ["corpus.upload=false", "corpus.paths=['/shared/dt={{ ds }}/', '/shared/*/', 's3://bucket/b.jsonl']"]
+    spec = load_spec(spec_path, there)
+    submit.pack(spec, packed, HERE)
+    assert [file.name for file in packed.rglob("*")] == [submit.SPEC_FILE]
+    paths = ["/shared/dt={{ ds }}", "/shared/*/", "s3://bucket/b.jsonl"]
+    assert load_spec(packed / submit.SPEC_FILE).corpus.paths == spec.corpus.paths == paths
+    assert submit.corpus_lines(spec) == [f"corpus: read on the cluster when a run starts: {', '.join(paths)}"]
+    local, texts, bucket = (spec := load_spec(spec_path)).corpus.paths
+    assert submit.corpus_lines(spec) == [
+        f"corpus: uploaded as it is now: {local}, {texts}",
+        f"corpus: read on the cluster when a run starts: {bucket}",
+    ]
+
+
 def test_what_travels_is_the_corpus_of_one_date(spec_path: Path, tmp_path: Path) -> None:
     write_tiny_corpus(tmp_path / "dt=2026-11-23" / "a.jsonl")
     packed = tmp_path / "packed"

@@ -4,6 +4,7 @@
 
     labels/<teacher>/<tokenizer>/<labels>/<first 2 digits of batch>/<batch>   a label block, plain or as one zstd frame
     heads/<teacher>                                                          a teacher's head
+    teachers/<teacher>.json                                                  what a spec calls the teacher
     manifests/<name>.json                                                    a complete pass
     leases/<holder>.json                                                     what is in use
 """
@@ -25,7 +26,7 @@ from cluster.heads import OutputHead
 from cluster.labels.columns import FLOATS, Bytes
 from cluster.labels.wire import MAGIC, VERSION, Stamp, check
 
-LABELS, HEADS, MANIFESTS, LEASES = "labels/", "heads/", "manifests/", "leases/"
+LABELS, HEADS, MANIFESTS, LEASES, TEACHERS = "labels/", "heads/", "manifests/", "leases/", "teachers/"
 
 Head = OutputHead[npt.NDArray[Any]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import defaultdict
@@ -16,6 +17,7 @@ from cluster.labels.store.buckets import PATIENCE_S, Bucket
 from cluster.labels.store.leases import Lease
 from cluster.labels.store.objects import (
     MANIFESTS,
+    TEACHERS,
     Head,
     checked,
     head_key,
@@ -103,6 +105,14 @@ class LabelStore:
             for start in keys if len(keys) <= _FEW else (prefix,):
                 there.update(entry.key for entry in self.bucket.list(start))
         return [stamp for stamp in stamps if label_key(stamp) not in there]
+
+    def name_teacher(self, teacher: str, model: str) -> None:
+        """Keep what a spec calls a teacher, so that a person can tell whose labels and head these are.
+
+        Args:
+            teacher: its fingerprint. The first name that it is given stays.
+        """
+        self.bucket.put_new(json_key(TEACHERS, teacher), json.dumps(model).encode())
 
     def put_head(self, teacher: str, head: Head) -> bool:
         """Keep a teacher's head. False when it is there already.

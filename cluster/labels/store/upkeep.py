@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from cluster.labels.store.objects import (
     HEADS,
     LABELS,
     MANIFESTS,
+    TEACHERS,
     checked,
     head_key,
     label_key,
@@ -39,15 +41,18 @@ _THREADS = 8
 
 @dataclass(frozen=True)
 class Holding:
-    """All labels of one teacher, tokenizer and labels section.
+    """All labels of one teacher, tokenizer and labels section, or a teacher's head.
 
     Attributes:
-        kind: one of :data:`~cluster.labels.kinds.KINDS`, ``?`` when the newest block cannot be read.
+        model: what a spec calls the teacher; ``?`` where nobody has named it.
+        tokenizer, labels: empty for a head.
+        kind: one of :data:`~cluster.labels.kinds.KINDS`, ``?`` when the newest block cannot be read; ``head``.
         size: bytes as stored.
         oldest, newest: when the first and the last were written, seconds since 1970.
     """
 
     teacher: str
+    model: str
     tokenizer: str
     labels: str
     kind: str
@@ -62,23 +67,33 @@ class Removed:
     """What :func:`gc` removed, or would remove.
 
     Attributes:
-        entries: labels, manifests and heads.
+        entries: labels, manifests, heads and the names of teachers that have nothing left.
         leftovers: what writers that died left half written.
-        leased: objects that would have gone, but for a live lease.
+        leased: labels that would have gone, but for a live lease.
+        left: bytes of labels and heads that stay.
+        models: what specs call the teachers, by fingerprint.
     """
 
     entries: tuple[Entry, ...]
     leftovers: tuple[Entry, ...]
     leased: int
+    left: int
+    models: Mapping[str, str]
 
     @property
     def size(self) -> int:
         """Bytes of all that was removed."""
         return sum(entry.size for entry in (*self.entries, *self.leftovers))
 
+    @property
+    def heads(self) -> list[Entry]:
+        """The heads among ``entries``."""
+        return [entry for entry in self.entries if entry.key.startswith(HEADS)]
+
 
 def stat(store: LabelStore) -> list[Holding]:
-    """What the store holds, by teacher and labels; one block of each is read to see its kind."""
+    """What the store holds, by teacher and labels, then the heads; one block of each is read to see its kind."""
+    models = teacher_models(store.bucket)
     groups: dict[str, list[Entry]] = defaultdict(list)
     for entry, stamp in _labels(store.bucket):
         groups[labels_prefix(stamp)].append(entry)
@@ -88,8 +103,24 @@ def stat(store: LabelStore) -> list[Holding]:
         newest = max(entries, key=lambda entry: entry.modified)
         size, oldest = sum(entry.size for entry in entries), min(entry.modified for entry in entries)
         kind = _kind(store.bucket, newest)
-        holdings.append(Holding(teacher, tokenizer, labels, kind, len(entries), size, oldest, newest.modified))
+        about = (teacher, models.get(teacher, "?"), tokenizer, labels, kind)
+        holdings.append(Holding(*about, len(entries), size, oldest, newest.modified))
+    for head in sorted(store.bucket.list(HEADS), key=lambda entry: entry.key):
+        teacher = _teacher_of(head)
+        about = (teacher, models.get(teacher, "?"), "", "", "head")
+        holdings.append(Holding(*about, 1, head.size, head.modified, head.modified))
     return holdings
+
+
+def teacher_models(bucket: Bucket) -> dict[str, str]:
+    """What specs call the teachers, by fingerprint: as runs have noted it, or as the manifest of a pass has it."""
+    models = {each.teacher: str(each.facts["teacher"]) for _, each in _manifests(bucket) if "teacher" in each.facts}
+    for entry in bucket.list(TEACHERS):
+        try:
+            models[_teacher_of(entry)] = str(json.loads(bucket.get(entry.key) or b""))
+        except ValueError:
+            log.warning("%s cannot be read", entry.key)
+    return models
 
 
 def passes(store: LabelStore) -> list[Manifest]:
@@ -115,8 +146,11 @@ def verify(store: LabelStore, remove: bool = False) -> Iterator[tuple[Entry, str
 def gc(store: LabelStore, older_than: float | None, at_most_bytes: int | None, dry_run: bool = False) -> Removed:
     """Remove labels, the oldest first, then the manifests and heads that have lost theirs, and dead writers' leftovers.
 
+    Heads without labels go first. So does a head that alone is larger than ``at_most_bytes``; its labels are still
+    good, and the next run reads the head from the teacher again. Any other head goes with its teacher's last labels.
+
     Nothing under a live lease goes. A manifest goes as soon as one of its batches does, for it no longer says the
-    truth, and before them; a head goes when its teacher has no labels left.
+    truth, and before them.
 
     Args:
         older_than: seconds since it was written, from which on an object goes.
@@ -125,33 +159,53 @@ def gc(store: LabelStore, older_than: float | None, at_most_bytes: int | None, d
     """
     bucket = store.bucket
     labels, heads, manifests = list(_labels(bucket)), list(bucket.list(HEADS)), list(_manifests(bucket))
+    models, names = teacher_models(bucket), list(bucket.list(TEACHERS))
     # Last, so that a lease that was taken while the rest was listed counts too.
     now = bucket.now()
     leased = live_prefixes(bucket, now)
-    old, spared = _old(labels, heads, leased, now - older_than if older_than is not None else None, at_most_bytes)
+    removable = [head for head in heads if not _is_leased(_teacher_of(head), leased)]
+    teachers = {stamp.teacher for _, stamp in labels}
+    # One without labels that was only just written waits for its first; it is no reason to remove those of others.
+    counted = [head for head in heads if _teacher_of(head) in teachers]
+    heads_going = [head for head in removable if head not in counted and _settled(head, now)]
+    if at_most_bytes is not None:
+        heads_going += [head for head in removable if head in counted and head.size > at_most_bytes]
+    counted = [head for head in counted if head not in heads_going]
+    before = now - older_than if older_than is not None else None
+    old, spared = _old(labels, counted, removable, leased, before, at_most_bytes)
     going = {entry.key for entry in old}
     kept = {entry.key for entry, _ in labels} - going
     untrue = [entry for entry, manifest in manifests if _is_untrue(entry, manifest, going, kept, now)]
     teachers = {stamp.teacher for entry, stamp in labels if entry.key in kept}
-    headless = [entry for entry in heads if _is_needless(entry, teachers, leased, now)]
+    heads_going += [head for head in counted if head in removable and _teacher_of(head) not in teachers]
+    heads_left = [head for head in heads if head not in heads_going]
+    teachers |= {_teacher_of(head) for head in heads_left}
+    unused_names = [entry for entry in names if _is_unused(entry, teachers, leased, now)]
     if not dry_run:
-        for entries in (untrue, old, headless):
+        for group in (untrue, old, heads_going, unused_names):
             with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(bucket.delete, (entry.key for entry in entries)))
-    return Removed((*untrue, *old, *headless), bucket.sweep(now - SETTLED_S, dry_run), spared)
+                list(pool.map(bucket.delete, (entry.key for entry in group)))
+    left = sum(entry.size for entry, _ in labels if entry.key in kept) + sum(head.size for head in heads_left)
+    entries = (*untrue, *old, *heads_going, *unused_names)
+    return Removed(entries, bucket.sweep(now - SETTLED_S, dry_run), spared, left, models)
 
 
 def _old(
     labels: list[tuple[Entry, Stamp]],
     heads: list[Entry],
+    removable: Collection[Entry],
     leased: tuple[str, ...],
     before: float | None,
     at_most_bytes: int | None,
 ) -> tuple[list[Entry], int]:
-    """The labels that go, oldest first, and how many a lease spares."""
-    head_sizes = {entry.key: entry.size for entry in heads}
+    """The labels that go, oldest first, and how many a lease spares.
+
+    Args:
+        heads: those that count; the ``removable`` ones go with their teacher's last labels.
+    """
+    head_sizes = {_teacher_of(head): head.size for head in heads if head in removable}
     left = Counter(stamp.teacher for _, stamp in labels)
-    total = sum(head_sizes.values()) + sum(entry.size for entry, _ in labels)
+    total = sum(head.size for head in heads) + sum(entry.size for entry, _ in labels)
     going, spared = [], 0
     for entry, stamp in sorted(labels, key=lambda each: each[0].modified):
         too_old = before is not None and entry.modified < before
@@ -165,7 +219,7 @@ def _old(
         total -= entry.size
         left[stamp.teacher] -= 1
         if not left[stamp.teacher]:
-            total -= head_sizes.get(head_key(stamp.teacher), 0)
+            total -= head_sizes.get(stamp.teacher, 0)
     return going, spared
 
 
@@ -175,12 +229,22 @@ def _is_untrue(entry: Entry, manifest: Manifest, going: Collection[str], kept: C
     return any(key in going for key in keys) or (_settled(entry, now) and not all(key in kept for key in keys))
 
 
-def _is_needless(head: Entry, teachers: Collection[str], leased: tuple[str, ...], now: float) -> bool:
-    """Whether a head has no labels, and nobody who is about to write some."""
-    teacher = head.key.removeprefix(HEADS)
+def _is_leased(teacher: str, leased: tuple[str, ...]) -> bool:
+    """Whether somebody uses a teacher's head or labels, or is about to write some."""
     labels = f"{LABELS}{teacher}/"
     used = any(prefix.startswith(labels) or labels.startswith(prefix) for prefix in leased)
-    return teacher not in teachers and _settled(head, now) and not (used or head.key.startswith(leased))
+    return used or head_key(teacher).startswith(leased)
+
+
+def _is_unused(name: Entry, teachers: Collection[str], leased: tuple[str, ...], now: float) -> bool:
+    """Whether a name is of a teacher that has nothing in the store and is not about to."""
+    teacher = _teacher_of(name)
+    return teacher not in teachers and _settled(name, now) and not _is_leased(teacher, leased)
+
+
+def _teacher_of(entry: Entry) -> str:
+    """The teacher whose head or name an object is."""
+    return entry.key.rpartition("/")[2].removesuffix(".json")
 
 
 def _settled(entry: Entry, now: float) -> bool:

@@ -130,6 +130,64 @@ def test_gc_counts_the_head_that_goes_with_the_last_labels(store: LabelStore, ro
     assert store.missing([*old, *new]) == old
 
 
+def test_a_head_larger_than_the_limit_goes_and_the_labels_stay(store: LabelStore) -> None:
+    stamps = fill(store, 3)
+    store.put_head(TEACHER, OutputHead(np.zeros((100, 100), np.float32)))  # just written, as after a first run
+    small = sum(entry.size for entry in store.bucket.list("labels/"))
+    removed = gc(store, None, small + 1000)
+    assert (keys(removed), removed.left) == ([head_key(TEACHER)], small)
+    assert store.missing(stamps) == []
+
+
+def test_heads_without_labels_go_first_and_push_no_labels_out(store: LabelStore, root: Path) -> None:
+    stamps = fill(store, 3)
+    sizes = sum(entry.size for entry in store.bucket.list("labels/"))
+    for teacher in (OTHER, "b" * 16):
+        store.put_head(teacher, HEAD)
+    age(root, head_key(OTHER), DAY)
+    removed = gc(store, None, sizes)
+    # The other was written within the hour, and may get its labels yet.
+    head_size = next(entry.size for entry in store.bucket.list("heads/"))
+    assert (keys(removed), removed.left) == ([head_key(OTHER)], sizes + head_size)
+    assert store.missing(stamps) == []
+
+
+def test_a_head_goes_with_its_last_labels_however_young_it_is(store: LabelStore, root: Path) -> None:
+    old, new = fill(store, 2), fill(store, 1, OTHER)
+    age_labels(root, old, [2, 3])
+    store.put_head(TEACHER, HEAD)
+    removed = gc(store, DAY, None)
+    assert set(keys(removed)) == {*map(label_key, old), head_key(TEACHER)}
+    assert removed.left == size_of(new[0])
+    assert store.get_head(TEACHER) is None
+
+
+def test_stat_lists_heads_and_calls_teachers_by_name(store: LabelStore) -> None:
+    stamps = fill(store, 1)
+    store.publish("night", stamps, {"teacher": "/models/from-a-pass"})
+    for teacher in (TEACHER, OTHER, "b" * 16):
+        store.put_head(teacher, HEAD)
+    store.name_teacher(OTHER, "hf://org/noted")
+    store.name_teacher(OTHER, "a later name")
+    labels, *heads = stat(store)
+    assert (labels.kind, labels.model) == ("topk", "/models/from-a-pass")
+    named = [(TEACHER, "/models/from-a-pass"), (OTHER, "hf://org/noted"), ("b" * 16, "?")]
+    assert [(each.teacher, each.model) for each in heads] == named
+    assert {(each.kind, each.tokenizer, each.labels, each.objects) for each in heads} == {("head", "", "", 1)}
+    assert heads[0].size == next(entry.size for entry in store.bucket.list(head_key(TEACHER)))
+
+
+def test_the_name_of_a_teacher_goes_when_nothing_else_is_left_of_it(store: LabelStore, root: Path) -> None:
+    stamps = fill(store, 1)
+    store.put_head(TEACHER, HEAD)
+    store.name_teacher(TEACHER, "/models/teacher")
+    name = f"teachers/{TEACHER}.json"
+    age(root, name, DAY)
+    assert gc(store, None, None).entries == ()
+    assert keys(gc(store, None, 0)) == [label_key(stamps[0]), head_key(TEACHER), name]
+    assert list(store.bucket.list()) == []
+
+
 def test_gc_takes_manifests_and_heads_with_their_labels(store: LabelStore, root: Path) -> None:
     mine, others = fill(store, 3), fill(store, 1, OTHER)
     age_labels(root, mine, [40, 40, 1])
