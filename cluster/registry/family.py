@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.board import FAMILY, Point
-from cluster.registry.client import CHALLENGER, EXISTS, client_of, one_try, patiently
+from cluster.registry.client import CHALLENGER, EXISTS, client_of, experiment_id_of, one_try, patiently
 from cluster.registry.models import WEIGHTS, Models, weights_digest
 
 PARENT = FAMILY
@@ -43,6 +43,7 @@ class Registry:
     Raises:
         AwayError: from every method, when MLflow is away.
         RefusedError: from every method, when MLflow refuses.
+        UserError: from :meth:`start`, when the experiment is deleted.
     """
 
     def __init__(self, tracking_uri: str, experiment: str, artifact_root: str) -> None:
@@ -59,8 +60,7 @@ class Registry:
     def _experiment_id(self) -> str:
         client, name = self._client(), self._experiment
         root = None if self._uri.startswith("http") else f"{self._artifact_root}/{name}"
-        found = client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else client.create_experiment(name, root))
+        return experiment_id_of(client, self._uri, name) or str(client.create_experiment(name, root))
 
     def start(
         self,

@@ -163,7 +163,8 @@ class TrackingSpec(Section):
     """Where MLflow keeps the runs and the registered models."""
 
     uri: str | None = None
-    """Tracking and registry URI; none means SQLite under the Stillhouse home."""
+    """Tracking and registry URI; none means `MLFLOW_TRACKING_URI` where the run starts, else SQLite under the
+    Stillhouse home."""
     experiment: str | None = None
     """MLflow experiment; none means the family's name."""
 

@@ -313,6 +313,19 @@ def test_promote_takes_the_challenger_or_a_version_and_rollback_the_one_before(
     assert verdict is not None and verdict.reason.startswith("promoted by hand by ")
 
 
+def test_the_registry_of_the_environment_comes_before_the_embedded_one(
+    nights: Nights, tmp_path: Path, typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nights.night(FIDELITY, None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/lab.db")
+    code, _, err = typed("promote", MODEL)
+    assert code == 2 and f"there is no registry sqlite:///{tmp_path}/lab.db yet" in err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", nights.uri)
+    monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path / "elsewhere"))
+    assert typed("promote", MODEL)[0] == 0
+    assert nights.champion() == 1
+
+
 def test_mistakes_cost_one_line_and_2(nights: Nights, typed: Callable[..., tuple[int, str, str]]) -> None:
     nights.night(FIDELITY, None)
     mistakes = {
