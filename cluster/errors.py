@@ -29,7 +29,7 @@ class NoPlaceError(StillhouseError):
 
 
 class RunError(StillhouseError):
-    """A run that had started could not go on. What it had committed is kept."""
+    """A run that had started could not continue. What it had committed is kept."""
 
     exit_code = 1
 

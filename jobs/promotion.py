@@ -69,7 +69,7 @@ def settle(checked: Checked, result: FamilyResult, serving: Sequence[Mapping[str
             _settle_one(checked, result, models, name, latencies)
         except Exception as error:  # of MLflow, or of a full disk: the others are decided all the same
             log.exception("the promotion of %s is not decided", name)
-            result.undecided[name] = f"{first_line(error)}; go on with --resume"
+            result.undecided[name] = f"{first_line(error)}; resume with --resume"
             away = result.undecided[name] if isinstance(error, AwayError) else ""
 
 

@@ -59,7 +59,7 @@ app.add_typer(endpoints)
 def run(
     spec: SpecPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the family's last run.")] = False,
     ds: Ds = None,
 ) -> None:
     """Run a family here, or on the cluster that RAY_ADDRESS names."""
@@ -129,7 +129,7 @@ def submit(
             "see it. May repeat.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the family's last run there.")] = False,
     ds: Ds = None,
     due_by: DueBy = None,
     follow: Annotated[bool | None, typer.Option(help="Show its log and end with its outcome. Default: yes.")] = None,

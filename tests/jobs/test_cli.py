@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from cluster.errors import RunError
+from cluster.errors import NoPlaceError, RunError, UserError
 from jobs.cli.main import main
 from tests.tiny import tiny_family, write_tiny_model
 
@@ -162,6 +163,62 @@ def test_wrong_arguments_of_other_commands_end_with_2(
     code, _, err = run(*arguments)
     assert code == 2
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "says"),
+    [
+        ("127.0.0.1:9", 1, "RAY_ADDRESS: no Ray cluster answers at 127.0.0.1:9 (Connection refused); check the address"),
+        ("http://127.0.0.1:8265", 2, "RAY_ADDRESS: got 'http://127.0.0.1:8265', a job server's URL; give HOST:PORT"),
+        ("127.0.0.1:head", 2, "RAY_ADDRESS: got '127.0.0.1:head': "),
+    ],
+)
+def test_a_cluster_that_does_not_answer_costs_one_line_and_leaves_nothing(
+    address: str,
+    code: int,
+    says: str,
+    run: Callable[..., tuple[int, str, str]],
+    spec: Path,
+    stillhouse_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    ended, out, err = run("run", str(spec))
+    assert (ended, out, err.count("\n")) == (code, "", 1)
+    assert err.startswith(f"error: {says}")
+    assert not list(stillhouse_home.glob("runs/*"))
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_run_that_is_removed_has_not_been_named_or_is_named_as_removed(
+    placed: bool,
+    run: Callable[..., tuple[int, str, str]],
+    spec: Path,
+    stillhouse_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreadable(*_: object, **__: object) -> None:
+        raise UserError("corpus.paths: cannot be read")
+
+    @contextlib.contextmanager
+    def full(*_: object) -> Iterator[Callable[[], list[object]]]:
+        if not placed:
+            raise NoPlaceError("the cluster is full")
+        yield list
+
+    monkeypatch.setattr("cluster.session.ray_session", contextlib.nullcontext)
+    monkeypatch.setattr("cluster.queue.place.place_for", full)
+    monkeypatch.setattr("cluster.family.run_family", unreadable)
+    code, out, err = run("run", str(spec))
+    named = out.splitlines()
+    assert not list(stillhouse_home.glob("runs/*"))
+    if not placed:
+        assert (code, named, err) == (1, [], "error: the cluster is full\n")
+        return
+    (begun, removed), name = named, named[0].split()[1].rstrip(",")
+    assert (code, err) == (2, "error: corpus.paths: cannot be read\n")
+    assert begun.startswith("run tiny-") and "run.log" in begun
+    assert removed == f"run {name} and its log are removed: no student had started"
 
 
 def test_a_run_is_not_resumed_with_a_teacher_whose_weights_have_changed(
