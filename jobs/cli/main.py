@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from datetime import date
 from typing import Annotated
@@ -18,6 +17,7 @@ from jobs.cli.models import models
 from jobs.cli.options import Address, ContextName, Ds, DueBy, Overrides, SpecPath
 from jobs.cli.schedules import scheduler, schedules
 from jobs.cli.serving import serving
+from jobs.cli.spec import specs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,6 +50,7 @@ app.add_typer(schedules, name="schedule")
 app.add_typer(labels, name="labels")
 app.command()(scheduler)
 # Without a name: their commands are commands of their own.
+app.add_typer(specs)
 app.add_typer(models)
 app.add_typer(serving)
 app.add_typer(endpoints)
@@ -92,14 +93,6 @@ def audit(run: Annotated[str, typer.Argument(help="A run's name, or its folder."
     from jobs.audit import audit as audit_run
 
     audit_run(run)
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON Schema of the family spec: every field, its meaning and its default."""
-    from cluster.spec import FamilySpec
-
-    typer.echo(json.dumps(FamilySpec.model_json_schema(), indent=2))
 
 
 def _day(ds: str | None, due_by: str | None) -> date | None:

@@ -111,6 +111,24 @@ def test_a_good_family_is_called_good_and_its_schema_is_printed(
     assert json.loads(out)["title"] == "FamilySpec"
 
 
+def test_a_new_family_file_is_good_as_it_is_written(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, tiny_teacher: Path, tiny_corpus: Path
+) -> None:
+    path = str(tmp_path / "new.yaml")
+    given = ("--teacher", str(tiny_teacher), "--corpus", str(tiny_corpus), "--student", "small=2")
+    assert run("init", path, *given) == (0, f"wrote {path}; next: stillhouse check {path}\n", "")
+    assert run("check", path)[0] == 0
+    code, _, err = run("init", path)
+    assert (code, err.count("\n")) == (2, 1) and "is not overwritten" in err
+
+
+def test_a_field_is_explained_and_a_wrong_one_costs_one_line(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("explain", "students.lr")
+    assert (code, out) == (0, "students.lr: number > 0, default 0.0003\n\n  Highest learning rate.\n")
+    code, out, err = run("explain", "students.lrr")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "nearest: students.lr" in err
+
+
 def test_a_family_is_checked_with_the_corpus_of_one_date(
     run: Callable[..., tuple[int, str, str]], spec: Path, tiny_corpus: Path
 ) -> None:
