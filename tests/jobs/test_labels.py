@@ -47,10 +47,12 @@ def store(stillhouse_home: Path) -> LabelStore:
 def test_ls_and_stat_give_lines_in_a_pipe(run: Run, store: LabelStore) -> None:
     code, out, err = run("ls")
     assert (code, err) == (0, "")
-    (line,) = out.splitlines()
+    header, line = out.splitlines()
+    assert header.split("\t") == ["pass", "teacher", "tokenizer", "labels", "batches", "published"]
     assert line.split("\t")[:5] == ["night-1", TEACHER, "f" * 16, "0" * 16, "3"]
     _, out, _ = run("stat")
-    lines = [line.split("\t") for line in out.splitlines()]
+    first, *lines = [line.split("\t") for line in out.splitlines()]
+    assert first == ["teacher", "tokenizer", "labels", "kind", "objects", "size", "oldest", "newest"]
     assert [(cells[0], cells[3], cells[4]) for cells in lines] == [(TEACHER, "topk", "3"), (OTHER, "topk", "1")]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[0][-1])
 
