@@ -14,7 +14,7 @@ from cluster.space import DISK_FULL
 # In place of a student: what is measured of the family as a whole.
 FAMILY = ""
 
-# What a student does that has no rank running: at first, while the cluster has no room for it, and after its ranks died.
+# What a student does that has no rank running: at first, while the cluster has no room for it, after its ranks died.
 STARTING, WAITING = "starting", "waiting for resources"
 STARTING_AGAIN = "starting again"
 

@@ -70,8 +70,8 @@ def require_answer(address: str) -> None:
 
 def _no_cluster(address: str, reason: str) -> str:
     return (
-        f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason}); check the address and that the cluster is up, or "
-        f"unset RAY_ADDRESS to run on this machine"
+        f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason}); check the address and that the cluster is up, "
+        f"or unset RAY_ADDRESS to run on this machine"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
@@ -105,6 +106,15 @@ def has_nodes_for_drivers(client: Any) -> bool:
     """Whether a cluster has nodes that are there for the drivers of families: they offer the resource ``driver``.
 
     Raises:
+        ConnectionError: as :func:`alive_nodes_of`.
+    """
+    return any(DRIVER in resources for resources in alive_nodes_of(client))
+
+
+def alive_nodes_of(client: Any) -> list[Mapping[str, Any]]:
+    """Resources of every node of a cluster that is alive, as Ray names them.
+
+    Raises:
         ConnectionError: nobody answers, such as while a head is started again; submitting a job would raise it too.
     """
     from ray.util.state import list_nodes
@@ -114,7 +124,7 @@ def has_nodes_for_drivers(client: Any) -> bool:
         nodes = list_nodes(address=client.get_address(), filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
     except RayStateApiException as error:
         raise ConnectionError(f"{client.get_address()}: {str(error).splitlines()[0]}") from error
-    return any(DRIVER in node.resources_total for node in nodes)
+    return [node.resources_total for node in nodes]
 
 
 def state_of(info: Any) -> str:

@@ -92,7 +92,10 @@ def _half(teacher: str) -> int:
 
 def _anchored(path: str) -> str:
     """A local path as an absolute one, for the file may lie elsewhere."""
-    return path if path.startswith(REMOTE_SCHEMES) else os.path.abspath(os.path.expanduser(path))
+    if path.startswith(REMOTE_SCHEMES):
+        return path
+    # A glob that ends in a slash names folders.
+    return os.path.normpath(Path.cwd() / Path(path).expanduser()) + "/" * path.endswith("/")
 
 
 def _section(of: Field, given: dict[str, Any], indent: str) -> Iterator[str]:

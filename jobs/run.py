@@ -57,9 +57,9 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
     with quiet(folder.log_path) as console:
         for line in checked.notices():
             console.print(line, highlight=False)
-        named = run_line(folder.name, folder.log_path, ds if has_macros(spec) else None)
+        line = run_line(folder.name, folder.log_path, ds if has_macros(spec) else None)
         try:
-            result, serving = _run(checked, folder, console, named)
+            result, serving = _run(checked, folder, console, line)
         except KeyboardInterrupt:
             # One that left the queue has no folder any more.
             again = f" Resume it with: stillhouse run {path} --resume" if folder.folder.exists() else ""

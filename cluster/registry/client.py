@@ -84,8 +84,8 @@ def experiment_id_of(client: Any, tracking_uri: str, name: str) -> str | None:
     found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage == "deleted":
         raise UserError(
-            f"tracking.experiment: {name!r} is deleted in MLflow {shown(tracking_uri)}; set another name, or restore it "
-            f"with: MLFLOW_TRACKING_URI={shown(tracking_uri)} mlflow experiments restore --experiment-id "
+            f"tracking.experiment: {name!r} is deleted in MLflow {shown(tracking_uri)}; set another name, or restore "
+            f"it with: MLFLOW_TRACKING_URI={shown(tracking_uri)} mlflow experiments restore --experiment-id "
             f"{found.experiment_id}"
         )
     return None if found is None else str(found.experiment_id)

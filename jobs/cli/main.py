@@ -71,19 +71,29 @@ def run(
 
 
 @app.command()
-def check(spec: SpecPath, overrides: Overrides = None, ds: Ds = None) -> None:
-    """Validate a spec, its models and its corpus files; start nothing."""
+def check(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    ds: Ds = None,
+    address: Annotated[str | None, typer.Option(help="Check against the cluster behind this job server.")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Check against this context. Default: RAY_ADDRESS, then the context in use.")
+    ] = None,
+) -> None:
+    """Validate a spec, its models, its corpus files, and its size where a cluster answers; start nothing."""
     from cluster.dates import date_of, rendered
     from cluster.preflight import preflight
     from cluster.specfile import load_spec
+    from jobs.capacity import check_size
 
     day = date_of(ds) if ds is not None else date.today()
     checked = preflight(rendered(load_spec(spec, overrides or []), day))
+    unknown = check_size(checked.spec, context, address)
     names = ", ".join(checked.spec.students)
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
     )
-    for line in checked.notices():
+    for line in [*checked.notices(), *([unknown] if unknown else [])]:
         typer.echo(line)
 
 

@@ -11,8 +11,8 @@ Model = Annotated[str, typer.Argument(help="A registered model: the family's nam
 Registry = Annotated[
     str | None,
     typer.Option(
-        help="MLflow tracking URI. Default: the one of the context in use, else $MLFLOW_TRACKING_URI, else SQLite under "
-        "the Stillhouse home."
+        help="MLflow tracking URI. Default: the one of the context in use, else $MLFLOW_TRACKING_URI, else SQLite "
+        "under the Stillhouse home."
     ),
 ]
 

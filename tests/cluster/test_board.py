@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.board import FAMILY, STARTING, POINTS_FILE, Board, Point
+from cluster.board import FAMILY, POINTS_FILE, STARTING, Board, Point
 from cluster.errors import RunError
 from cluster.watch import Watch
 from tests.jobs.test_console import STATS

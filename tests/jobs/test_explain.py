@@ -1,4 +1,4 @@
-"""What `explain` prints comes from the schema alone: every field can be asked for, and a wrong path names the right one."""
+"""`explain` reads the schema alone: every field can be asked for, and a wrong path names the right one."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def test_every_default_that_is_commented_out_is_the_default(tmp_path: Path) -> N
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "family.yaml"
     path.write_text("mine")
-    with pytest.raises(UserError, match="family.yaml is there already and is not overwritten"):
+    with pytest.raises(UserError, match=r"family\.yaml is there already and is not overwritten"):
         write_family(path, None, [], [], None)
     assert path.read_text() == "mine"
 
