@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import tenacity
@@ -24,6 +26,10 @@ R = TypeVar("R")
 # MLflow's own variable, which every other tool of the user's honours.
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 CHALLENGER, CHAMPION = "challenger", "champion"
+# How often MLflow's own HTTP client tries again. Of itself it would be silent for minutes.
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+# How long a check before a start waits for an answer.
+CHECK_S = 30.0
 # How long MLflow may be away. Its own client gives up after some two minutes, and a database at once.
 PATIENCE_S = 3600.0
 # What MLflow calls an error that is not the caller's.
@@ -103,17 +109,34 @@ def check_experiment(tracking_uri: str, name: str) -> str | None:
     """
     if is_unmade(tracking_uri):
         return None
-    # Its own client would be silent for minutes, and a person waits.
-    hurry, before = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", dict(os.environ)
-    os.environ.setdefault(hurry, "1")
+    import mlflow  # noqa: F401  # takes seconds, which are not MLflow's silence
+
+    answers: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            with one_try(tracking_uri):
+                experiment_id_of(client_of(tracking_uri), tracking_uri, name)
+        except Exception as error:
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    hurried = RETRIES not in os.environ
+    os.environ.setdefault(RETRIES, "1")
     try:
-        with one_try(tracking_uri):
-            experiment_id_of(client_of(tracking_uri), tracking_uri, name)
-    except AwayError as error:
-        return f"{error}; a run waits for it"
+        # From a thread, because a client of a database that is away tries for hours.
+        threading.Thread(target=ask, daemon=True).start()
+        error = answers.get(timeout=CHECK_S)
+    except Empty:
+        return f"MLflow {shown(tracking_uri)} has not answered for {CHECK_S:g} s; a run waits for it"
     finally:
-        if hurry not in before:
-            del os.environ[hurry]
+        if hurried:
+            del os.environ[RETRIES]
+    if isinstance(error, AwayError):
+        return f"{error}; a run waits for it"
+    if error is not None:
+        raise error
     return None
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.board import FAMILY, Point
-from cluster.registry.client import CHALLENGER, EXISTS, client_of, experiment_id_of, one_try, patiently
+from cluster.registry.client import CHALLENGER, EXISTS, RETRIES, client_of, experiment_id_of, one_try, patiently
 from cluster.registry.models import WEIGHTS, Models, weights_digest
 
 PARENT = FAMILY
@@ -50,7 +50,7 @@ class Registry:
         # Its process is its own. Registering a student takes a core for seconds; those that still learn go first.
         os.nice(19)
         # The caller retries, and reports that MLflow is away; its own client would be silent for minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault(RETRIES, "2")
         self._uri, self._experiment, self._artifact_root = tracking_uri, experiment, artifact_root
 
     def _client(self) -> Any:

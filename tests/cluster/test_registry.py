@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cluster.registry import (
     Models,
     Standing,
     check_experiment,
+    client,
     default_tracking_uri,
     fetch_model,
     on_this_node,
@@ -64,22 +66,30 @@ def test_a_deleted_experiment_is_refused_in_one_line_and_restored_it_is_used(
     assert check_experiment(uri, "demo") is None and not (tmp_path / "mlflow.db").exists()
     shutil.copy(empty_registry, tmp_path / "mlflow.db")
     assert check_experiment(uri, "demo") is None
-    client: Any = mlflow.MlflowClient(uri)
-    number = client.create_experiment("demo", str(tmp_path / "artifacts"))
-    client.delete_experiment(number)
+    there: Any = mlflow.MlflowClient(uri)
+    number = there.create_experiment("demo", str(tmp_path / "artifacts"))
+    there.delete_experiment(number)
     said = rf"^tracking.experiment: 'demo' is deleted in MLflow {uri}; .* restore --experiment-id {number}$"
     with pytest.raises(UserError, match=said):
         check_experiment(uri, "demo")
     actor = FamilyRegistry(uri, "demo", str(tmp_path / "artifacts"))
     with pytest.raises(UserError, match=said):
         actor.start("demo-1", {}, {"students": {}}, {}, {}, "key")
-    client.restore_experiment(number)
+    there.restore_experiment(number)
     assert check_experiment(uri, "demo") is None
 
 
 def test_an_mlflow_that_is_away_delays_a_run_and_refuses_none() -> None:
     notice = check_experiment("http://ada:secret@127.0.0.1:9", "demo")
     assert notice is not None and "MLflow http://127.0.0.1:9 does not answer" in notice and "secret" not in notice
+
+
+def test_an_mlflow_that_accepts_and_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "CHECK_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        notice = check_experiment(f"http://127.0.0.1:{silent.getsockname()[1]}", "demo")
+    assert notice is not None and "has not answered for 0.2 s; a run waits for it" in notice
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
 class Registry:

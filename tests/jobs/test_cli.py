@@ -183,6 +183,27 @@ def test_wrong_arguments_of_other_commands_end_with_2(
     assert "Traceback" not in err
 
 
+def test_a_deleted_experiment_of_the_registry_in_the_environment_costs_one_line(
+    run: Callable[..., tuple[int, str, str]],
+    spec: Path,
+    empty_registry: Path,
+    tmp_path: Path,
+    stillhouse_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{shutil.copy(empty_registry, tmp_path / 'mlflow.db')}"
+    client = mlflow.MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("tiny"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for command in ("check", "run"):
+        code, out, err = run(command, str(spec))
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"error: tracking.experiment: 'tiny' is deleted in MLflow {uri}; set another name")
+    assert not stillhouse_home.exists()
+
+
 @pytest.mark.parametrize(
     ("address", "code", "says"),
     [
