@@ -82,13 +82,16 @@ def check(
 ) -> None:
     """Validate a spec, its models, its corpus files, and its size where a cluster answers; start nothing."""
     from cluster.dates import date_of, rendered
-    from cluster.preflight import preflight
     from cluster.specfile import load_spec
     from jobs.capacity import check_size
 
     day = date_of(ds) if ds is not None else date.today()
-    checked = preflight(rendered(load_spec(spec, overrides or []), day))
-    unknown = check_size(checked.spec, context, address)
+    family = rendered(load_spec(spec, overrides or []), day)
+    # First, because a context's token has to be set before Ray is imported, which the preflight does.
+    unknown = check_size(family, context, address)
+    from cluster.preflight import preflight
+
+    checked = preflight(family)
     names = ", ".join(checked.spec.students)
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"

@@ -58,10 +58,13 @@ def test_a_client_leaves_the_user_s_variable_as_it_is(
 
 
 def test_a_deleted_experiment_is_refused_in_one_line_and_restored_it_is_used(
-    empty_registry: Path, tmp_path: Path
+    empty_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow
 
+    # The actor has its process to itself, and changes it.
+    monkeypatch.setattr("os.nice", lambda _: 0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     assert check_experiment(uri, "demo") is None and not (tmp_path / "mlflow.db").exists()
     shutil.copy(empty_registry, tmp_path / "mlflow.db")
@@ -86,6 +89,7 @@ def test_an_mlflow_that_is_away_delays_a_run_and_refuses_none() -> None:
 
 def test_an_mlflow_that_accepts_and_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "CHECK_S", 0.2)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         notice = check_experiment(f"http://127.0.0.1:{silent.getsockname()[1]}", "demo")
     assert notice is not None and "has not answered for 0.2 s; a run waits for it" in notice

@@ -74,6 +74,12 @@ def test_the_cluster_that_is_given_comes_before_the_environment_and_that_before_
     assert asked[-1] == "head:6379"
 
 
+def test_ray_is_not_imported_before_a_context_s_token_is_set() -> None:
+    code = "import sys, cluster.dates, cluster.specfile, jobs.capacity, jobs.cli.main; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_without_a_cluster_the_notice_says_what_the_family_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = "the size of the cluster is not checked, the family needs 4 CPU at a time: "
     assert capacity.check_size(SPEC) == f"{needs}neither RAY_ADDRESS nor a context names one"
