@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
-from cluster.spec import NAME_PATTERN
+from cluster.spec import NAME_PATTERN, CorpusSpec
 from cluster.specfile import REMOTE_SCHEMES, load_spec
 from jobs.explain import Field, fields_of, find
 
@@ -44,13 +44,15 @@ def write_family(
         UserError: the file is there already or cannot be written, or an option cannot be used. Nothing is left then.
     """
     model = _anchored(teacher) if teacher else TEACHER
-    inits = dict(_student(given, model) for given in students or [f"small={_half(model)}"])
+    layers = _configured(model, "num_hidden_layers", "n_layer") or 4
+    positions = _configured(model, "max_position_embeddings", "n_positions")
+    inits = dict(_student(given) for given in students or [f"small={max(1, layers // 2)}"])
     if len(inits) < len(students):
         raise UserError("--student: a name is given twice; give each student its own")
     required = {
         "name": name or (path.stem if re.match(NAME_PATTERN, path.stem) else "family"),
         "teacher": {"model": model},
-        "corpus": {"paths": [_anchored(each) for each in corpus] or [CORPUS]},
+        "corpus": {"paths": [_anchored(each) for each in corpus] or [CORPUS], **_shortened(positions)},
         "students": {student: {"init": init} for student, init in inits.items()},
     }
     text = "\n".join([HEADER.format(file=path), *_section(find("")[0], required, ""), ""])
@@ -69,7 +71,13 @@ def write_family(
     return [field for field, given in (("teacher.model", teacher), ("corpus.paths", corpus)) if not given]
 
 
-def _student(given: str, teacher: str) -> tuple[str, dict[str, Any]]:
+def _shortened(positions: int | None) -> dict[str, int]:
+    """A length for the corpus' sequences, where the default is more than the teacher reads."""
+    default = CorpusSpec.model_fields["sequence_length"].default
+    return {} if positions is None or positions >= default else {"sequence_length": positions}
+
+
+def _student(given: str) -> tuple[str, dict[str, Any]]:
     """One student's name and its ``init``."""
     name, sign, what = given.partition("=")
     if not sign or not name or not what:
@@ -82,12 +90,13 @@ def _student(given: str, teacher: str) -> tuple[str, dict[str, Any]]:
     return name, {"source": "pretrained", "model": _anchored(what)}
 
 
-def _half(teacher: str) -> int:
-    """Half of the teacher's layers, where its configuration can be read here; else 2."""
+def _configured(teacher: str, *names: str) -> int | None:
+    """A number of the teacher's configuration, by the first of several names; None where it cannot be read here."""
     try:
-        return max(1, int(json.loads((Path(teacher) / "config.json").read_bytes())["num_hidden_layers"]) // 2)
-    except (OSError, ValueError, KeyError, TypeError):
-        return 2
+        config = json.loads((Path(teacher) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
 
 def _anchored(path: str) -> str:

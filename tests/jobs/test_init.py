@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def test_without_options_the_paths_are_left_to_fill_in_and_a_known_teacher_is_ha
     assert (spec.name, spec.teacher.model, spec.corpus.paths) == ("family", TEACHER, [CORPUS])
     assert write_family(tmp_path / "b.yaml", str(tiny_teacher), [], [], "b") == ["corpus.paths"]
     assert 'init: {"source": "teacher", "layers": 2}' in (tmp_path / "b.yaml").read_text()
+
+
+def test_sequences_are_no_longer_than_the_teacher_reads(tmp_path: Path) -> None:
+    for number, config in enumerate(({"max_position_embeddings": 256, "num_hidden_layers": 6}, {"n_positions": 1024})):
+        teacher = tmp_path / f"{number}"
+        teacher.mkdir()
+        (teacher / "config.json").write_text(json.dumps(config))
+        write_family(tmp_path / f"{number}.yaml", str(teacher), [], [], "a")
+    short, long = (load_spec(tmp_path / f"{number}.yaml").corpus.sequence_length for number in range(2))
+    assert (short, long) == (256, 512)
 
 
 def test_every_default_that_is_commented_out_is_the_default(tmp_path: Path) -> None:
