@@ -24,7 +24,8 @@ import json, sys
 from ray._private.services import canonicalize_bootstrap_address_or_die
 from ray._raylet import GcsClient
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
-nodes = GcsClient(address=canonicalize_bootstrap_address_or_die(sys.argv[1])).get_all_node_info(timeout=10).values()
+at = sys.argv[1] if ":" in sys.argv[1] else canonicalize_bootstrap_address_or_die(sys.argv[1])
+nodes = GcsClient(address=at).get_all_node_info(timeout=10).values()
 print(json.dumps([dict(node.resources_total) for node in nodes if node.state == GcsNodeInfo.ALIVE]))
 """
 Nodes = list[Mapping[str, Any]]

@@ -7,7 +7,6 @@ import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from cluster.errors import UserError
@@ -16,6 +15,7 @@ from cluster.spec import FamilySpec
 WIDTH = 100
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 Schema = dict[str, Any]
+ROOT: Schema = FamilySpec.model_json_schema()
 
 
 @dataclass(frozen=True)
@@ -35,27 +35,18 @@ class Field:
         return " ".join((own or " ".join(sections)).split())
 
     @property
-    def default(self) -> str:
-        """As YAML; empty where the default is a section, whose fields have their own."""
-        given = self.schema.get("default")
-        return "" if isinstance(given, dict) else "none" if given is None else json.dumps(given).strip('"')
-
-    @property
     def summary(self) -> str:
-        """Its type and its default."""
-        shown = "required" if self.required else f"default {self.default}" if self.default else "optional"
+        """Its type and its default; a section's own fields have theirs."""
+        given = self.schema.get("default")
+        default = "none" if given is None else json.dumps(given).strip('"')
+        shown = "required" if self.required else "optional" if isinstance(given, dict) else f"default {default}"
         return f"{type_of(self.schema)}, {shown}"
-
-
-@cache
-def _root() -> Schema:
-    return FamilySpec.model_json_schema()
 
 
 def _alternatives(schema: Schema) -> Iterator[Schema]:
     """What a value may be, references followed; null is left out, for it only means that a field is not set."""
     if "$ref" in schema:
-        yield _root()["$defs"][schema["$ref"].rpartition("/")[2]]
+        yield ROOT["$defs"][schema["$ref"].rpartition("/")[2]]
     elif several := schema.get("anyOf", schema.get("oneOf")):
         for each in several:
             yield from _alternatives(each)
@@ -122,7 +113,7 @@ def find(path: str) -> list[Field]:
     Raises:
         UserError: there is none; names the nearest.
     """
-    found, parts = [Field("", _root(), required=True)], path.split(".") if path else []
+    found, parts = [Field("", ROOT, required=True)], path.split(".") if path else []
     while parts:
         inner = [field for each in found for field in fields_of(each.schema)]
         named = any(_values(each) is not None for field in found for each in _alternatives(field.schema))
@@ -145,7 +136,7 @@ def _paths(schema: Schema, prefix: str = "") -> Iterator[str]:
 
 def nearest(path: str) -> list[str]:
     """Up to three paths that somebody may have meant."""
-    known, last = list(dict.fromkeys(_paths(_root()))), path.rpartition(".")[2]
+    known, last = list(dict.fromkeys(_paths(ROOT))), path.rpartition(".")[2]
     names = difflib.get_close_matches(last, {each.rpartition(".")[2] for each in known}, n=3)
     alike = [each for each in known if each.rpartition(".")[2] in names]
     return difflib.get_close_matches(path, alike or known, n=3, cutoff=0.0)
