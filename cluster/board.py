@@ -14,14 +14,14 @@ from cluster.space import DISK_FULL
 # In place of a student: what is measured of the family as a whole.
 FAMILY = ""
 
-# What a student does that has no rank running: at first, and after its ranks have died.
-NO_PLACE = "waiting for a place"
+# What a student does that has no rank running: at first, while the cluster has no room for it, after its ranks died.
+STARTING, WAITING = "starting", "waiting for resources"
 STARTING_AGAIN = "starting again"
 
 
 def has_no_rank(phase: str) -> bool:
     """Whether a student in this phase has no rank running."""
-    return phase == NO_PLACE or phase.startswith(STARTING_AGAIN)
+    return phase in (STARTING, WAITING) or phase.startswith(STARTING_AGAIN)
 
 
 # In the run's folder: every point of the run, one JSON object a line; and what a restarted board must know.

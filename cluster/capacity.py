@@ -16,6 +16,8 @@ from cluster.spec import FamilySpec, StudentSpec
 
 # Ranks that have a place and room on the disk have said so after this time; Ray Train itself tries without end.
 START_S = 900.0
+# Every start waits for a moment; a student that waits for longer is shown as waiting.
+SHOWN_S = 10.0
 # Longer than it ever is between two looks at the students.
 LONGEST_LOOK_S = 10.0
 
@@ -148,6 +150,11 @@ class Unplaced:
         self._without_s: dict[str, float] = {}
         self._looked = time.monotonic()
 
+    @property
+    def waiting(self) -> list[str]:
+        """Students that have waited for a place for long enough to be shown."""
+        return [name for name, seconds in self._waited_s.items() if seconds >= SHOWN_S]
+
     def look(self, without: Iterable[str]) -> None:
         """Say which students have no rank running now.
 
@@ -167,7 +174,7 @@ class Unplaced:
             if seconds - self._waited_s[student] >= limit_s:
                 raise RunError(
                     f"student {student} had places on the cluster, but its processes have not come up for "
-                    f"{limit_s:g} s; Ray's log of its workers says why. Mend that, and go on with --resume"
+                    f"{limit_s:g} s; Ray's log of its workers says why. Fix that, then resume with --resume"
                 )
         name = max(names, key=lambda each: self._waited_s[each], default=None)
         if name is None or self._waited_s[name] < self._spec.patience_s:
@@ -175,5 +182,5 @@ class Unplaced:
         need = next(need for need in needs_of(self._spec) if need.who == f"student {name}")
         raise RunError(
             f"{need} and has had no place for patience_s {self._spec.patience_s:g} s; there is "
-            f"{_shown(self._nodes())}, used by this family or others. Add nodes, and go on with --resume"
+            f"{_shown(self._nodes())}, used by this family or others. Add nodes, then resume with --resume"
         )

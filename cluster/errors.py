@@ -29,7 +29,7 @@ class NoPlaceError(StillhouseError):
 
 
 class RunError(StillhouseError):
-    """A run that had started could not go on. What it had committed is kept."""
+    """A run that had started could not continue. What it had committed is kept."""
 
     exit_code = 1
 
@@ -52,7 +52,8 @@ def first_line(error: BaseException, to_save_memory: str = "") -> str:
         return text
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = lines[-1] if lines else "no message"
-    if isinstance(cause, MemoryError) or _NO_MEMORY.search(last):
+    # torch has a type of its own for GPUs only; on CPU its RuntimeError tells by its text.
+    if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and _NO_MEMORY.search(last)):
         # PyTorch's advice on its allocator follows.
         last = "; ".join(part for part in (last.partition(" If reserved but unallocated")[0], to_save_memory) if part)
     return f"{type(cause).__name__}: {last}"

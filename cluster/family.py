@@ -44,7 +44,7 @@ Report = Callable[[Status], None]
 POLL_S = 0.5
 # Of each of the family's own actors, and of each call to one: all of them continue from what the others know.
 RESTARTS = 20
-# How long a run that cannot go on waits for its parts to put away what they have.
+# How long a run that cannot continue waits for its parts to put away what they have.
 LAST_S = 30.0
 # How long a run that a person stops waits for the students' last commits; one that fails waits for its ``patience_s``.
 # And what those do that it waits for: others have learnt nothing since their last one. One that has stopped is waited
@@ -238,7 +238,8 @@ def _distil(
     try:
         while tasks or champions.busy:
             done = ends.wait()
-            status = replace(watch.look("distilling" if tasks else "registering"), more=records.calls.trouble)
+            status = watch.look("distilling" if tasks else "registering", unplaced=unplaced.waiting)
+            status = replace(status, more=records.calls.trouble)
             report(status)
             metrics.publish(status)
             records.log(watch.points)
@@ -332,7 +333,7 @@ class _Ends:
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None)
             if isinstance(cause, StoppedError):
-                raise RunError(f"student {name}: {cause}; go on with --resume") from error
+                raise RunError(f"student {name}: {cause}; resume with --resume") from error
             self.failed[name] = first_line(error)
             self._board.phase.remote(name, "failed")
             return
@@ -369,7 +370,7 @@ def _hold(
         ray.get(stream.hold.options(max_task_retries=1).remote(), timeout=min(HOLD_S, patience_s))
         ray.wait(tasks, num_returns=len(tasks), timeout=patience_s)
     except ray.exceptions.RayError as error:
-        log.warning("the students go on from an earlier commit: %s", error)
+        log.warning("the students continue from an earlier commit: %s", error)
 
 
 def _log_what_is_left(watch: Watch, records: Records) -> None:
@@ -380,7 +381,7 @@ def _log_what_is_left(watch: Watch, records: Records) -> None:
 
 
 def _end_at_once(actors: _Actors) -> None:
-    """End a run that cannot go on. A student that learnt on would get into the way of the resumed run."""
+    """End a run that cannot continue. A student that learnt on would get into the way of the resumed run."""
     ray.kill(actors.trainers)
     with contextlib.suppress(ray.exceptions.RayError):
         ray.get(actors.stream.stop.remote(), timeout=LAST_S)

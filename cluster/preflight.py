@@ -16,7 +16,7 @@ from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
 from cluster.loading import check_weights
 from cluster.models import Packing, TeacherModel, load_config, load_tokenizer, local_model
-from cluster.registry import champion_of, fetch_model
+from cluster.registry import champion_of, check_experiment, default_tracking_uri, fetch_model
 from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers, TopKLabels
 from cluster.specfile import home
 
@@ -31,7 +31,7 @@ class Checked:
     Attributes:
         student_dirs: local directories of the students that start from an existing model: their champion, or the
             pretrained one that ``init`` names.
-        tracking_uri: the spec's, or the embedded one.
+        tracking_uri: the spec's, or the default one.
         store: where labels are kept; none where they are not.
         champions: per student with a warm start the version that it starts from; none where there is no champion yet.
         most: what it may hold of the cluster at a time.
@@ -39,6 +39,7 @@ class Checked:
         packing: how each student keeps packed documents apart; ``teacher`` knows it of the teacher. All are
             ``unpacked`` where one is, for all read the same batches.
         unpacked_because: per model that cannot keep packed documents apart the reason.
+        experiment_unknown: why it is not known whether MLflow takes the runs; None where it is.
     """
 
     spec: FamilySpec
@@ -51,6 +52,7 @@ class Checked:
     corpus: list[str] = dataclasses.field(default_factory=list)
     packing: dict[str, Packing] = dataclasses.field(default_factory=dict)
     unpacked_because: dict[str, str] = dataclasses.field(default_factory=dict)
+    experiment_unknown: str | None = None
 
     @property
     def packed(self) -> bool:
@@ -71,7 +73,9 @@ class Checked:
 
     def notices(self) -> list[str]:
         """What a person should know before the start, a line each."""
-        return [*(f"corpus: {line}" for line in self.corpus), *self.warm_starts(), *self.packing_notices()]
+        away = [self.experiment_unknown] if self.experiment_unknown else []
+        corpus = [f"corpus: {line}" for line in self.corpus]
+        return [*corpus, *away, *self.warm_starts(), *self.packing_notices()]
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""
@@ -82,8 +86,8 @@ class Checked:
 
 
 def tracking_uri_of(spec: FamilySpec) -> str:
-    """The spec's MLflow, or SQLite under the Stillhouse home."""
-    return spec.tracking.uri or f"sqlite:///{home() / 'mlflow.db'}"
+    """The spec's MLflow, or the default one."""
+    return spec.tracking.uri or default_tracking_uri()
 
 
 def store_of(spec: FamilySpec) -> str | None:
@@ -102,7 +106,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
 
     Raises:
         UserError: names the field, what was given and what is allowed.
-        RunError: the label store, or a registry that should know a champion, cannot be reached.
+        RunError: the label store, or a registry that should know a champion, cannot be reached; or MLflow refuses.
     """
     _check_secret(spec)
     uri = tracking_uri_of(spec)
@@ -127,6 +131,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     dirs, of_students = _check_students(spec, config, tokenizer, vocabulary, uri, champions)
     decided |= of_students
     of_corpus = [] if text_is_kept else check_corpus(spec.corpus, tokenizer, vocabulary)
+    experiment_unknown = check_experiment(uri, spec.tracking.experiment or spec.name)
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
     unpacked = {who: reason for who, (packing, reason) in decided.items() if packing == "unpacked"}
@@ -143,6 +148,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         of_corpus,
         dict(zip(spec.students, packings, strict=True)),
         unpacked,
+        experiment_unknown,
     )
 
 

@@ -49,7 +49,7 @@ class Run:
         start: marks the MLflow runs of this run. It is saved before they are opened, so that a driver that dies in
             between finds them again.
         versions: registered model versions of students that are finished.
-        text_is_kept: it goes on with the text that it has read before.
+        text_is_kept: it keeps the text that it has read before.
         warm_start: per student with a warm start the champion's version that it began with, none where there was no
             champion then; empty until the runs in MLflow are opened.
         ds: the date that its corpus was rendered for, YYYY-MM-DD; "" in a run from before there were dates.
@@ -96,7 +96,7 @@ def _runs_folder() -> Path:
 
 
 def last_run(family: str) -> Run:
-    """The run that ``--resume`` goes on with, as it was saved.
+    """The run that ``--resume`` continues, as it was saved.
 
     Raises:
         UserError: the family has none.
@@ -108,7 +108,7 @@ def last_run(family: str) -> Run:
 
 
 def run_of(name: str) -> Run:
-    """A run by its name or its folder, to be gone on with on the text that it has read.
+    """A run by its name or its folder, to be resumed on the text that it has read.
 
     Raises:
         UserError: there is none.
@@ -130,7 +130,7 @@ def open_run(
 
     Args:
         ds: the date that ``corpus.paths`` was rendered for; none means today's. A resumed run keeps its own.
-        begun: the run to go on with; none means the family's last one.
+        begun: the run to resume; none means the family's last one.
         teacher: fingerprints of the teacher and its tokenizer; "" skips the check that a resumed run has the same.
 
     Raises:

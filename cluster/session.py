@@ -6,15 +6,21 @@ import contextlib
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import ray
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
+from cluster.errors import RunError, UserError, first_line
+
+# How long a head may take to accept a connection.
+CONNECT_S = 5.0
 OBJECT_STORE_BYTES = 2 * 1024**3
 
 # What a call raises whose actor's process is gone. Ray does not count the one that its memory monitor causes among its
@@ -37,15 +43,55 @@ WORKER_ENV = {
 }
 
 
+def require_answer(address: str) -> None:
+    """Check that something listens where ``RAY_ADDRESS`` says that a cluster is; Ray itself tries for minutes.
+
+    Raises:
+        UserError: it is the URL of a job server.
+        RunError: nothing listens there.
+    """
+    url = urlsplit(address if "://" in address else f"//{address}")
+    if url.scheme in ("http", "https"):
+        raise UserError(
+            f"RAY_ADDRESS: got {address!r}, a job server's URL; give HOST:PORT of the cluster's head, such as "
+            f"127.0.0.1:6379, or use `stillhouse submit --address {address}`"
+        )
+    try:
+        port = url.port
+    except ValueError as error:
+        raise UserError(f"RAY_ADDRESS: got {address!r}: {error}; give HOST:PORT of the cluster's head") from None
+    if url.hostname is None or port is None:
+        return  # such as "auto", which Ray looks up itself
+    try:
+        socket.create_connection((url.hostname, port), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise RunError(_no_cluster(address, error.strerror or str(error))) from None
+
+
+def _no_cluster(address: str, reason: str) -> str:
+    return (
+        f"RAY_ADDRESS: no Ray cluster answers at {address} ({reason}); check the address and that the cluster is up, "
+        f"or unset RAY_ADDRESS to run on this machine"
+    )
+
+
 @contextlib.contextmanager
 def ray_session() -> Iterator[None]:
     """A Ray connection for the time of the ``with`` block.
 
     Inside a submitted job, or where ``RAY_ADDRESS`` names a cluster, that cluster is joined. Otherwise one is started
     with a token of its own; its processes end and its files go when the block ends, however it ends.
+
+    Raises:
+        UserError: ``RAY_ADDRESS`` is the URL of a job server.
+        RunError: no cluster answers at ``RAY_ADDRESS``.
     """
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=True, runtime_env={"env_vars": WORKER_ENV})
+    if address := os.environ.get("RAY_ADDRESS"):
+        require_answer(address)
+        try:
+            ray.init(address=address, log_to_driver=True, runtime_env={"env_vars": WORKER_ENV})
+        except ConnectionError as error:
+            raise RunError(_no_cluster(address, first_line(error))) from error
         try:
             yield
         finally:

@@ -35,14 +35,14 @@ def wait_for_room(folder: Path, nbytes: int, patience_s: float) -> None:
     """Wait until ``nbytes`` for a checkpoint fit on a folder's file system, and some more beside them.
 
     Raises:
-        NoRoomError: they still do not after ``patience_s``; says how much is missing, and how the run goes on.
+        NoRoomError: they still do not after ``patience_s``; says how much is missing, and how to resume the run.
     """
     deadline = time.monotonic() + patience_s
     while (missing := nbytes + SPARE_BYTES - shutil.disk_usage(folder).free) > 0:
         if time.monotonic() >= deadline:
             raise NoRoomError(
                 f"no room for a checkpoint: the disk of {folder} has had {missing} bytes too few "
-                f"for patience_s {patience_s:g} s; make room, or lower checkpoints.keep, and go on with --resume"
+                f"for patience_s {patience_s:g} s; make room or lower checkpoints.keep, then resume with --resume"
             )
         log.warning("the disk of %s has %d bytes too few for a checkpoint; waiting", folder, missing)
         time.sleep(LOOK_S)
@@ -64,7 +64,7 @@ def when_there_is_room(folder: Path, work: Callable[[], R], patience_s: float) -
             if time.monotonic() >= deadline:
                 raise NoRoomError(
                     f"the disk of {folder} has been full for patience_s {patience_s:g} s, it has "
-                    f"{shutil.disk_usage(folder).free} bytes left; make room, and go on with --resume"
+                    f"{shutil.disk_usage(folder).free} bytes left; make room, then resume with --resume"
                 ) from error
             log.warning("the disk of %s is full; waiting", folder)
             time.sleep(LOOK_S)

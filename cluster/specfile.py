@@ -62,7 +62,8 @@ def _explain(error: ValidationError) -> str:
         path, message = _spell(detail["loc"]), detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             of = f" of {detail['loc'][1]} labels" if detail["loc"][0] == "labels" else ""
-            problem = f"{path}: no such field{of}; see `stillhouse schema` for those there are"
+            section = path.rpartition(".")[0]
+            problem = f"{path}: no such field{of}; see `stillhouse explain{' ' + section if section else ''}`"
         elif detail["type"].startswith("union_tag"):
             key, names = UNIONS[path.rpartition(".")[2]]
             given = repr(detail["input"].get(key)) if isinstance(detail["input"], dict) else "no mapping"

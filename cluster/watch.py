@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError
 
-from cluster.board import FAMILY, NO_PLACE, News, Point
+from cluster.board import FAMILY, STARTING, WAITING, News, Point
 from cluster.errors import RunError, first_line
 from cluster.session import ACTOR_LOST
 from cluster.stream.figures import StreamStats
@@ -95,7 +95,7 @@ class _Source:
             away_s = time.monotonic() - self._answered_at
             if away_s > self._longest_s:
                 raise RunError(
-                    f"the {self._name} has not answered for {away_s:.0f} s: {first_line(error)}; go on with --resume"
+                    f"the {self._name} has not answered for {away_s:.0f} s: {first_line(error)}; resume with --resume"
                 ) from error
             return None
         self._answered_at = time.monotonic()
@@ -124,10 +124,11 @@ class Watch:
         self._phases: dict[str, str] = {}
         self._stats: StreamStats | None = None
 
-    def look(self, phase: str, ask_stream: bool = True) -> Status:
+    def look(self, phase: str, ask_stream: bool = True, unplaced: Collection[str] = ()) -> Status:
         """The present status. Every few seconds a point of the family is posted too.
 
         Args:
+            unplaced: students that the cluster has no room for now.
             ask_stream: False once the stream has ended; its last figures are shown then.
 
         Raises:
@@ -143,7 +144,10 @@ class Watch:
         for name in self._students:
             last = self.points[name][-1] if self.points[name] else Point(name, 0, {})
             waited_s = stats.waited_s.get(name, 0.0) if stats else 0.0
-            students[name] = StudentStatus(self._phases.get(name, NO_PLACE), last.batch, last.metrics, waited_s)
+            doing = self._phases.get(name, STARTING)
+            if doing == STARTING and name in unplaced:
+                doing = WAITING
+            students[name] = StudentStatus(doing, last.batch, last.metrics, waited_s)
         if fresh is not None and time.monotonic() - self._family_at >= FAMILY_EVERY_S:
             self._family_at = time.monotonic()
             self._board.post.remote(family_point(students, fresh))

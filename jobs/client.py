@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,25 @@ from jobs.contexts import Context
 
 # As many as Ray lists at most.
 MOST_NODES = 10_000
+
+
+class JobServerError(RuntimeError):
+    """A request that the job server refused. ``status`` is the HTTP status of its answer."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"HTTP {status}: {text}")
+        self.status = status
+
+
+def _job_client(address: str) -> Any:
+    """Ray's client, which by itself keeps the status of a refused request only within the text of its error."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _raise_error(self, r: Any) -> None:
+            raise JobServerError(r.status_code, r.text)
+
+    return Client(address)
 
 
 def _use_token(context: Context) -> None:
@@ -43,17 +64,16 @@ def connect(context: Context) -> Any:
     os.environ.pop("RAY_ADDRESS", None)
     # What Ray's client tells of its uploads is not for the person who typed the command.
     logging.disable(logging.INFO)
-    from ray.job_submission import JobSubmissionClient
+    from ray.exceptions import AuthenticationError
 
     try:
-        client = JobSubmissionClient(context.address)
+        client = _job_client(context.address)
         client.get_version()
-    except Exception as error:  # Ray raises RuntimeError, ConnectionError and its own kinds for the same things
-        reason = str(error)
-        if any(word in reason for word in ("401", "403", "Unauthorized", "uthentication")):
-            raise RunError(
-                f"{context.address} refuses the token; put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
-            ) from None
+    except AuthenticationError:
+        raise RunError(
+            f"{context.address} refuses the token; put the cluster's token into RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from None
+    except Exception:  # Ray raises RuntimeError, ConnectionError, requests' errors and its own kinds
         raise RunError(
             f"{context.address}: no Ray job server answers there; check the address and that the cluster is up"
         ) from None
@@ -78,12 +98,21 @@ def job_of(client: Any, job: str) -> Any:
 
 
 def has_forgotten(error: RuntimeError) -> bool:
-    """Whether the job server says that it knows no such job."""
-    return "404" in str(error) or "does not exist" in str(error)
+    """Whether the job server reports that it knows no such job."""
+    return isinstance(error, JobServerError) and error.status == HTTPStatus.NOT_FOUND
 
 
 def has_nodes_for_drivers(client: Any) -> bool:
     """Whether a cluster has nodes that are there for the drivers of families: they offer the resource ``driver``.
+
+    Raises:
+        ConnectionError: as :func:`alive_nodes_of`.
+    """
+    return any(DRIVER in resources for resources in alive_nodes_of(client))
+
+
+def alive_nodes_of(client: Any) -> list[Mapping[str, Any]]:
+    """Resources of every node of a cluster that is alive, as Ray names them.
 
     Raises:
         ConnectionError: nobody answers, such as while a head is started again; submitting a job would raise it too.
@@ -95,7 +124,7 @@ def has_nodes_for_drivers(client: Any) -> bool:
         nodes = list_nodes(address=client.get_address(), filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
     except RayStateApiException as error:
         raise ConnectionError(f"{client.get_address()}: {str(error).splitlines()[0]}") from error
-    return any(DRIVER in node.resources_total for node in nodes)
+    return [node.resources_total for node in nodes]
 
 
 def state_of(info: Any) -> str:

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.stream.figures import StreamStats
 from cluster.teacher.figures import PoolStats
 from cluster.watch import Status
 from jobs.tables import PIPE_WIDTH
@@ -92,8 +93,8 @@ class Display:
     def _line(self, status: Status) -> str:
         parts = [f"[{self._elapsed()}] {_doing(status)}".replace("[", "\\[")]
         if status.stats is not None:
-            kept = f", {len(status.stats.read)} from the store" if status.stats.read else ""
-            parts.append(f"scored {len(status.stats.scored)}/{status.stats.total}{kept}")
+            kept = f" ({len(status.stats.read)} from the store)" if status.stats.read else ""
+            parts.append(f"labels {_labelled(status.stats)}/{status.stats.total}{kept}")
             if status.stats.pool.elastic:
                 parts.append(_replicas(status.stats.pool))
             for name, student in status.students.items():
@@ -116,8 +117,8 @@ class Display:
         pool = status.stats.pool
         doing = f"{_replicas(pool)}, window {status.stats.window_used}"
         doing += f", {len(status.stats.read)} batches from the store" if status.stats.read else ""
-        scored = len({*status.stats.scored, *status.stats.read})
-        table.add_row("teacher", f"{scored}/{total}", ProgressBar(total, scored, width=24), "", "", "", "", doing)
+        made = _labelled(status.stats)
+        table.add_row("teacher", f"{made}/{total}", ProgressBar(total, made, width=24), "", "", "", "", doing)
         for name, student in status.students.items():
             figures = [f"{student.metrics[key]:.3g}" for key in ("loss", "kl")] if student.metrics else ["", ""]
             rate = f"{student.metrics['tokens_per_second']:.0f}" if student.metrics else ""
@@ -125,6 +126,11 @@ class Display:
             waited = f"{student.waited_s:.0f} s"
             table.add_row(name, f"{student.batch}/{total}", bar, *figures, rate, waited, student.phase)
         return Group(head, table, Text(status.waits, style="dim"))
+
+
+def _labelled(stats: StreamStats) -> int:
+    """Batches that have labels, whether the teacher scored them or the store had them."""
+    return len({*stats.scored, *stats.read})
 
 
 def _doing(status: Status) -> str:

@@ -17,7 +17,7 @@ from jobs.client import job_of, state_of
 from jobs.lines import PROGRESS
 
 ENDED = ("succeeded", "failed", "stopped")
-# Seconds without a sign of the cluster after which it is given up; the job may well go on.
+# Seconds without a sign of the cluster after which it is given up; the job may well continue.
 PATIENCE_S = 300.0
 # A connection that has been silent for so long may be a dead one: it is made anew. A run says something every 10 s.
 SILENCE_S = 60.0
@@ -50,13 +50,13 @@ def follow(client: Any, job: str, patience_s: float = PATIENCE_S) -> int:
             while (state := tries(_until_it_breaks, client, job, shown)) not in ENDED:
                 time.sleep(AGAIN_S)
     except KeyboardInterrupt:
-        say(f"\nthe job goes on; come back with: stillhouse jobs logs {job} --follow")
+        say(f"\nthe job continues; follow it again with: stillhouse jobs logs {job} --follow")
         return 130
     except tenacity.RetryError as error:
         why = str(error.last_attempt.exception()).splitlines()
         raise RunError(
             f"the cluster has not answered for {patience_s:g} s ({why[0] if why else 'no reason given'}); the job may "
-            f"go on; come back with: stillhouse jobs logs {job} --follow"
+            f"continue; follow it again with: stillhouse jobs logs {job} --follow"
         ) from None
     info = job_of(client, job)
     say(f"{job} {state}")

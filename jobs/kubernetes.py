@@ -286,7 +286,8 @@ def _create(text: str, namespace: str, name: str, *options: str) -> None:
     except subprocess.TimeoutExpired:
         raise RunError(f"kubectl: no answer within {KUBECTL_S:g} s; see `kubectl cluster-info`") from None
     if done.returncode:
-        if "AlreadyExists" in done.stderr:
+        # kubectl has one exit status for all failures; the server's reason is in parentheses.
+        if "(AlreadyExists)" in done.stderr:
             raise UserError(f"--name: there is a {name!r} in {namespace} already; give another name")
         if 'no matches for kind "RayJob"' in done.stderr:
             raise RunError("the cluster that kubectl points to knows no RayJob; install the KubeRay operator there")

@@ -13,7 +13,7 @@ _PROMOTION = re.compile(r"^promotion: .*$", re.MULTILINE)
 
 
 def run_line(name: str, log: Path, ds: date | None) -> str:
-    """How a run names itself, first of all, with its date where that decides what it reads."""
+    """How a run names itself once it has its place, with its date where that decides what it reads."""
     return f"run {name}{f' of {ds}' if ds else ''}, log {log}"
 
 

@@ -67,7 +67,7 @@ def show_job(context: Context, job: str) -> None:
 
 
 def show_logs(context: Context, job: str, on: bool) -> int:
-    """Print a job's log, and with ``on`` go on until it ends. Returns the exit code, see :func:`follow`."""
+    """Print a job's log, and with ``on`` follow it until it ends. Returns the exit code, see :func:`follow`."""
     client = connect(context)
     job_of(client, job)
     if on:
@@ -98,11 +98,11 @@ def stop_job(context: Context, job: str) -> None:
         )(lambda: state_of(job_of(client, job)))
     except tenacity.RetryError:
         raise RunError(f"{job} has not ended {STOP_S + 30:g} s after it was told to; try again") from None
-    say(f"{job} {state_of(job_of(client, job))}; go on with: stillhouse jobs resume {job}")
+    say(f"{job} {state_of(job_of(client, job))}; resume it with: stillhouse jobs resume {job}")
 
 
 def resume_job(context: Context, job: str, overrides: Sequence[str], name: str | None, on: bool) -> int:
-    """Go on with the run of a job that has ended, as a new job, from its students' last checkpoints.
+    """Resume the run of a job that has ended, as a new job, from its students' last checkpoints.
 
     The run keeps its spec and the text that it has read, so nothing is shipped.
 
@@ -139,7 +139,7 @@ def resume_job(context: Context, job: str, overrides: Sequence[str], name: str |
             key: value for key, value in (info.runtime_env or {}).get("env_vars", {}).items() if key != VARIABLE
         },
     )
-    say(f"submitted {new}: goes on with {run}")
+    say(f"submitted {new}: resumes {run}")
     if not on:
         say(f"follow it with: stillhouse jobs logs {new} --follow")
         return 0

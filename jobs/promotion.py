@@ -16,10 +16,9 @@ from cluster.evaluate.figures import Champion, StudentResult
 from cluster.evaluate.gate import KEPT, PROMOTED, Figures, Verdict, decide
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
-from cluster.registry import AwayError, ChampionMovedError, Models
+from cluster.registry import AwayError, ChampionMovedError, Models, default_tracking_uri
 from cluster.space import when_there_is_room
 from cluster.spec import FamilySpec, PromotionSpec
-from cluster.specfile import home
 from jobs.contexts import context_for
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def settle(checked: Checked, result: FamilyResult, serving: Sequence[Mapping[str
             _settle_one(checked, result, models, name, latencies)
         except Exception as error:  # of MLflow, or of a full disk: the others are decided all the same
             log.exception("the promotion of %s is not decided", name)
-            result.undecided[name] = f"{first_line(error)}; go on with --resume"
+            result.undecided[name] = f"{first_line(error)}; resume with --resume"
             away = result.undecided[name] if isinstance(error, AwayError) else ""
 
 
@@ -144,7 +143,7 @@ def promote(model: str, version: int | None, tracking_uri: str | None) -> None:
 
     Args:
         version: none means the challenger.
-        tracking_uri: none means the one of the context in use, else the embedded one.
+        tracking_uri: none means the one of the context in use, else the default one.
 
     Raises:
         UserError: no such registry, model or version, or there is no challenger.
@@ -180,7 +179,7 @@ def _models(tracking_uri: str | None) -> Models:
     Raises:
         UserError: it is a file that is not there, which MLflow would make.
     """
-    uri = tracking_uri or context_for(None, None).tracking_uri or f"{SQLITE}{home() / 'mlflow.db'}"
+    uri = tracking_uri or context_for(None, None).tracking_uri or default_tracking_uri()
     if uri.startswith(SQLITE) and not Path(uri.removeprefix(SQLITE)).is_file():
         raise UserError(f"there is no registry {uri} yet; run a family first, or name another with --tracking-uri")
     return Models(uri, _PATIENCE_S)

@@ -55,20 +55,21 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
     folder = open_run(checked.spec, resume, ds, begun, teacher)
     signal.signal(signal.SIGTERM, _as_interrupt)
     with quiet(folder.log_path) as console:
-        console.print(run_line(folder.name, folder.log_path, ds if has_macros(spec) else None), highlight=False)
         for line in checked.notices():
             console.print(line, highlight=False)
+        line = run_line(folder.name, folder.log_path, ds if has_macros(spec) else None)
         try:
-            result, serving = _run(checked, folder, console)
+            result, serving = _run(checked, folder, console, line)
         except KeyboardInterrupt:
             # One that left the queue has no folder any more.
-            again = f" Go on with: stillhouse run {path} --resume" if folder.folder.exists() else ""
+            again = f" Resume it with: stillhouse run {path} --resume" if folder.folder.exists() else ""
             console.print(f"interrupted; nothing of it is left running.{again}", highlight=False)
             if folder.mlflow:  # a student may have started
                 _tell(console, checked, folder, "stopped")
             raise
         except (UserError, NoPlaceError):
-            _discard_empty(folder)
+            if _discard_empty(folder):  # its name and its log have been printed
+                console.print(f"run {folder.name} and its log are removed: no student had started", highlight=False)
             raise
         except StillhouseError as error:
             _tell(console, checked, folder, "failed", error=str(error))
@@ -113,14 +114,23 @@ def _as_interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _discard_empty(run: Run) -> None:
-    """Forget a run in which no student ever started: there is nothing to resume."""
-    if not run.mlflow and not run.resumed:
-        shutil.rmtree(run.folder)
+def _discard_empty(run: Run) -> bool:
+    """Remove a run in which no student ever started: there is nothing to resume. Returns whether this removed it."""
+    if run.mlflow or run.resumed or not run.folder.exists():
+        return False
+    shutil.rmtree(run.folder)
+    with contextlib.suppress(OSError):  # the family has other runs
+        run.folder.parent.rmdir()
+    return True
 
 
-def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, list[dict[str, Any]]]:
-    """The family's result and the comparison's rows."""
+def _run(checked: Checked, run: Run, console: Console, named: str) -> tuple[FamilyResult, list[dict[str, Any]]]:
+    """The family's result and the comparison's rows.
+
+    Args:
+        named: the line that names the run and its log; printed once the family has its place, for both are removed
+            when it gets none.
+    """
     # Imported here, because they load Ray Data and MLflow, which a refused spec need not wait for.
     from cluster.evaluate.report import write_report
     from cluster.family import run_family
@@ -129,14 +139,16 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
     from cluster.registry import attach_report, log_figures
     from cluster.session import ray_session
 
-    with Display(console) as display, ray_session(), contextlib.ExitStack() as held:
-        # Ray has put its own in the place of ours, and would have the process exit on the spot.
-        signal.signal(signal.SIGTERM, _as_interrupt)
+    with Display(console) as display, contextlib.ExitStack() as held:
         try:
+            held.enter_context(ray_session())
+            # Ray has put its own in the place of ours, and would have the process exit on the spot.
+            signal.signal(signal.SIGTERM, _as_interrupt)
             others = held.enter_context(place_for(checked.spec, display.show))
-        except (KeyboardInterrupt, RunError):
+        except (KeyboardInterrupt, StillhouseError):
             _discard_empty(run)
             raise
+        console.print(named, highlight=False)
         result = run_family(checked, run, display.show, others=others)
         serving: list[dict[str, Any]] = []
         if checked.spec.serving is not None and result.versions:

@@ -21,10 +21,11 @@ def serve(spec: EndpointSpec, tracking_uri: str | None) -> None:
     Raises:
         UserError: an arm, a name or the port cannot be used. Nothing has been started.
     """
+    from cluster.registry import default_tracking_uri
     from serving.keys import KeyRing
     from serving.models import find_models
 
-    uri = tracking_uri or f"sqlite:///{home() / 'mlflow.db'}"
+    uri = tracking_uri or default_tracking_uri()
     KeyRing(spec.keys)
     # Found and checked here, before a cluster is started for them.
     spec, models = find_models(spec, uri)

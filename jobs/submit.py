@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from cluster.limits import DRIVER, DRIVER_SHARE, MAX_CPUS, MAX_GPUS
 from cluster.queue.user import VARIABLE
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
-from jobs.client import connect, has_nodes_for_drivers
+from jobs.client import JobServerError, connect, has_forgotten, has_nodes_for_drivers
 from jobs.contexts import Context
 from jobs.follow import follow, say
 
@@ -201,7 +202,7 @@ def start_job(
 
 
 def submit_patiently(client: Any, **job: Any) -> None:
-    """Submit a job; a head that has only just started refuses for a few seconds, until its job agent is up.
+    """Submit a job; a head that has only just started fails for a few seconds, until its job agent is up.
 
     Args:
         job: as Ray's client takes it.
@@ -215,12 +216,25 @@ def submit_patiently(client: Any, **job: Any) -> None:
         try:
             client.submit_job(**job)
             return
-        except RuntimeError as error:
-            if "already exists" in str(error):
+        except JobServerError as error:
+            # Ray reports a name that is taken by no status of its own.
+            if _is_known(client, job["submission_id"]):
                 raise UserError(f"--name: there is a job {job['submission_id']!r} already; give another name") from None
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+            if error.status < HTTPStatus.INTERNAL_SERVER_ERROR or time.monotonic() > deadline:
                 raise RunError(f"the cluster refuses the job: {str(error).splitlines()[0]}") from error
+        except RuntimeError as error:
+            raise RunError(f"the cluster refuses the job: {str(error).splitlines()[0]}") from error
         time.sleep(1.0)
+
+
+def _is_known(client: Any, job: str) -> bool:
+    try:
+        client.get_job_info(job)
+    except JobServerError as error:
+        if not has_forgotten(error):
+            raise RunError(f"the cluster refuses the job: {str(error).splitlines()[0]}") from error
+        return False
+    return True
 
 
 def uploaded(spec: FamilySpec) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a command shows a list: a table for a person, lines for a pipe."""
+"""How a command shows a list: a table for a person, lines for a pipe; both with a header."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Seq
     """A table on a terminal; in a pipe a line of column names and one for each row, their cells parted by tabs.
 
     Args:
+        columns: their names; all empty for facts, which have a name in each row.
         right: columns of numbers.
     """
     console = Console()
     if not console.is_terminal:
-        for row in ([columns] if any(columns) else []) + list(rows):
+        for row in [columns, *rows] if any(columns) else rows:
             typer.echo("\t".join(row))
         return
     table = Table(box=None, pad_edge=False, show_header=any(columns))

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from ray import serve
 
 from cluster.errors import UserError
+from cluster.registry import tracking_uri_of_environment
 from cluster.spec.base import Section
 from serving.deploy import ON_THE_HEAD, Endpoint, claim, clear, deploy, running
 from serving.keys import KeyRing
@@ -38,7 +39,7 @@ class Declared(Section):
     endpoint: dict[str, Any]
     """As in the file of ``stillhouse serve``, with absolute paths, a port, and a folder for ``state``."""
     tracking_uri: str | None = None
-    """Where the registry is; needed when a source is a ``models:/`` URI."""
+    """Where the registry is, for ``models:/`` sources; none means what ``MLFLOW_TRACKING_URI`` sets on the cluster."""
 
 
 class Keeper:
@@ -106,7 +107,7 @@ def _read(config: dict[str, Any]) -> tuple[EndpointSpec, str | None]:
         if path is not None and not path.is_absolute():
             raise UserError(f"{name} is {str(path)!r}; give an absolute path, for there is no file to be relative to.")
     KeyRing(spec.keys)
-    return spec, declared.tracking_uri
+    return spec, declared.tracking_uri or tracking_uri_of_environment()
 
 
 def _is_as(here: EndpointSpec, declared: EndpointSpec) -> bool:

@@ -97,6 +97,12 @@ def _away_from_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_tracking_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test uses the MLflow of the person who runs it, or of a test before it."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
 @pytest.fixture
 def stillhouse_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty Stillhouse home for one test."""

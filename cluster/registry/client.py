@@ -5,19 +5,31 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import tenacity
+from pydantic import ValidationError
 
-from cluster.errors import RunError, StillhouseError
+from cluster.errors import RunError, StillhouseError, UserError
 from cluster.space import DISK_FULL
+from cluster.spec import TrackingSpec
+from cluster.specfile import home
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+# MLflow's own variable, which every other tool of the user's honours.
+TRACKING_URI = "MLFLOW_TRACKING_URI"
 CHALLENGER, CHAMPION = "challenger", "champion"
+# How often MLflow's own HTTP client tries again. Of itself it would be silent for minutes.
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+# How long a check before a start waits for an answer.
+CHECK_S = 30.0
 # How long MLflow may be away. Its own client gives up after some two minutes, and a database at once.
 PATIENCE_S = 3600.0
 # What MLflow calls an error that is not the caller's.
@@ -34,13 +46,104 @@ MISSING = "RESOURCE_DOES_NOT_EXIST"
 EXISTS = "RESOURCE_ALREADY_EXISTS"
 
 
+def tracking_uri_of_environment() -> str | None:
+    """The tracking URI that ``MLFLOW_TRACKING_URI`` sets; None where it is not set.
+
+    Raises:
+        UserError: it is none that Stillhouse can use, such as a folder.
+    """
+    given = os.environ.get(TRACKING_URI) or None
+    try:
+        return TrackingSpec(uri=given).uri
+    except ValidationError as error:
+        allowed = error.errors()[0]["msg"].removeprefix("Value error, ")
+        # Without what stands behind the scheme, which may hold a password.
+        scheme = str(given).partition("://")[0]
+        raise UserError(f"{TRACKING_URI}: got {scheme!r}; {allowed}; change it, or unset it") from None
+
+
+def default_tracking_uri() -> str:
+    """The MLflow of whoever names none: ``MLFLOW_TRACKING_URI``, else SQLite under the Stillhouse home."""
+    return tracking_uri_of_environment() or f"sqlite:///{home() / 'mlflow.db'}"
+
+
 def client_of(tracking_uri: str) -> Any:
     """MLflow's client; its registry is where its runs are."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
+    given = os.environ.get(TRACKING_URI)
     mlflow.set_tracking_uri(tracking_uri)
+    # MLflow has written it into the environment, where the next reader would take it for the user's own.
+    os.environ.pop(TRACKING_URI, None)
+    if given is not None:
+        os.environ[TRACKING_URI] = given
     return mlflow.MlflowClient(tracking_uri)
+
+
+def experiment_id_of(client: Any, tracking_uri: str, name: str) -> str | None:
+    """Id of an experiment that runs can be added to; None where there is none of this name yet.
+
+    Raises:
+        UserError: it is deleted. MLflow keeps the name, so another cannot be made either.
+    """
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"tracking.experiment: {name!r} is deleted in MLflow {shown(tracking_uri)}; set another name, or restore "
+            f"it with: MLFLOW_TRACKING_URI={shown(tracking_uri)} mlflow experiments restore --experiment-id "
+            f"{found.experiment_id}"
+        )
+    return None if found is None else str(found.experiment_id)
+
+
+def check_experiment(tracking_uri: str, name: str) -> str | None:
+    """Check before a start that runs can be added to an experiment; makes nothing.
+
+    Returns:
+        Why that is not known, in one line; None where it is. A run waits for an MLflow that is away.
+
+    Raises:
+        UserError: it is deleted.
+        RefusedError: MLflow refuses.
+    """
+    if is_unmade(tracking_uri):
+        return None
+    import mlflow  # noqa: F401  # takes seconds, which are not MLflow's silence
+
+    answers: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def ask() -> None:
+        try:
+            with one_try(tracking_uri):
+                experiment_id_of(client_of(tracking_uri), tracking_uri, name)
+        except Exception as error:
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    hurried = RETRIES not in os.environ
+    os.environ.setdefault(RETRIES, "1")
+    try:
+        # From a thread, because a client of a database that is away tries for hours.
+        threading.Thread(target=ask, daemon=True).start()
+        error = answers.get(timeout=CHECK_S)
+    except Empty:
+        return f"MLflow {shown(tracking_uri)} has not answered for {CHECK_S:g} s; a run waits for it"
+    finally:
+        if hurried:
+            del os.environ[RETRIES]
+    if isinstance(error, AwayError):
+        return f"{error}; a run waits for it"
+    if error is not None:
+        raise error
+    return None
+
+
+def is_unmade(tracking_uri: str) -> bool:
+    """Whether it is a database file that the first run will make; asking it would make it."""
+    kind, _, file = tracking_uri.partition(":///")
+    return kind.startswith("sqlite") and not Path(file.partition("?")[0]).exists()
 
 
 class AwayError(RunError):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.board import FAMILY, Point
-from cluster.registry.client import CHALLENGER, EXISTS, client_of, one_try, patiently
+from cluster.registry.client import CHALLENGER, EXISTS, RETRIES, client_of, experiment_id_of, one_try, patiently
 from cluster.registry.files import local_folder, share_weights
 from cluster.registry.models import WEIGHTS, Models, weights_digest
 
@@ -45,13 +45,14 @@ class Registry:
     Raises:
         AwayError: from every method, when MLflow is away.
         RefusedError: from every method, when MLflow refuses.
+        UserError: from :meth:`start`, when the experiment is deleted.
     """
 
     def __init__(self, tracking_uri: str, experiment: str, artifact_root: str) -> None:
         # Its process is its own. Registering a student takes a core for seconds; those that still learn go first.
         os.nice(19)
         # The caller retries, and reports that MLflow is away; its own client would be silent for minutes.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault(RETRIES, "2")
         self._uri, self._experiment, self._artifact_root = tracking_uri, experiment, artifact_root
 
     def _client(self) -> Any:
@@ -61,8 +62,7 @@ class Registry:
     def _experiment_id(self) -> str:
         client, name = self._client(), self._experiment
         root = None if self._uri.startswith("http") else f"{self._artifact_root}/{name}"
-        found = client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else client.create_experiment(name, root))
+        return experiment_id_of(client, self._uri, name) or str(client.create_experiment(name, root))
 
     def start(
         self,

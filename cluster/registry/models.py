@@ -19,6 +19,7 @@ from cluster.registry.client import (
     AwayError,
     client_of,
     is_away,
+    is_unmade,
     patiently,
     shown,
 )
@@ -241,9 +242,7 @@ def champion_of(name: str, tracking_uri: str) -> int | None:
     Raises:
         RunError: the registry cannot be reached, or refuses to say.
     """
-    # Of a database that the first run will make; asking would make it.
-    kind, _, file = tracking_uri.partition(":///")
-    if kind.startswith("sqlite") and not Path(file.partition("?")[0]).exists():
+    if is_unmade(tracking_uri):
         return None
     try:
         version = client_of(tracking_uri).get_registered_model(name).aliases.get(CHAMPION)

@@ -65,7 +65,7 @@ class TeacherSpec(Section):
     tokens_per_chunk: PositiveInt = 128
     """Tokens whose logits exist at one time; the full [tokens, vocabulary] matrix never does."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
-    """Times a replica that died is started again before the family gives up on it. The pool then goes on without it;
+    """Times a replica that died is started again before the family gives up on it. The pool then continues without it;
     the family ends when no replica is left. One above `replicas.min` is not started again; the pool grows anew when
     there is room."""
     start_timeout_s: PositiveFloat = 600.0
@@ -152,7 +152,7 @@ class EvaluationSpec(Section):
 
 
 class CheckpointSpec(Section):
-    """What a student keeps on the way, so that `--resume` can go on from it."""
+    """What a student keeps on the way, so that `--resume` can continue from it."""
 
     every: PositiveInt | None = None
     """Batches between checkpoints; none means by the clock, see `minutes`. More than the pass has keeps the finished
@@ -175,7 +175,8 @@ class TrackingSpec(Section):
     """Where MLflow keeps the runs and the registered models."""
 
     uri: str | None = None
-    """Tracking and registry URI; none means SQLite under the Stillhouse home."""
+    """Tracking and registry URI; none means `MLFLOW_TRACKING_URI` where the run starts, else SQLite under the
+    Stillhouse home."""
     experiment: str | None = None
     """MLflow experiment; none means the family's name."""
 

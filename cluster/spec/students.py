@@ -107,7 +107,7 @@ class StudentSpec(Section):
     """Where its first weights come from: `source: teacher`, `pretrained` or `scratch`."""
     warm_start: bool = False
     """Start from the family's champion of this student, `models:/FAMILY-STUDENT@champion`, whatever its size, and from
-    `init` only where there is none yet. A resumed run goes on with the version that it began with."""
+    `init` only where there is none yet. A resumed run keeps the version that it began with."""
     zero_stage: Literal[1, 2, 3] = 1
     """What DeepSpeed shares out over the ranks: 1 optimiser state, 2 also gradients, 3 also weights."""
     ranks: PositiveInt = 1

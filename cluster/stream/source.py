@@ -187,7 +187,7 @@ class LabelSource:
         try:
             return await self._ask(work, *args)
         except (StillhouseError, OSError) as error:
-            log.warning("going on without the label store: %s", error)
+            log.warning("continuing without the label store: %s", error)
             return None
 
     async def _stored(self, stamp: Stamp) -> list[ray.ObjectRef] | None:

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, RestartingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.board import NO_PLACE, STARTING_AGAIN
+from cluster.board import STARTING, STARTING_AGAIN
 from cluster.errors import RunError, first_line
 from cluster.space import when_there_is_room
 from cluster.students.job import StudentJob
@@ -69,7 +69,7 @@ class Restarts(ControllerCallback):
             return
         error = current_state.training_failed_error
         if isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError):
-            self._job.board.phase.remote(self._job.name, NO_PLACE)
+            self._job.board.phase.remote(self._job.name, STARTING)
             return
         self._failures += 1
         reason, allowed = rank_failure(error), self._job.spec.max_failures

@@ -11,7 +11,7 @@ from textwrap import shorten
 
 import ray
 
-from cluster.board import NO_PLACE, STARTING_AGAIN
+from cluster.board import STARTING, STARTING_AGAIN
 from cluster.errors import RunError, first_line
 from cluster.evaluate.figures import Fidelity, StudentResult
 from cluster.session import ACTOR_LOST
@@ -56,7 +56,7 @@ def run_student(job: StudentJob) -> StudentResult:
 
     from cluster.students.steering import SHOWN, rank_failure
 
-    allowed, phase = job.spec.max_failures, NO_PLACE
+    allowed, phase = job.spec.max_failures, STARTING
     for attempt in range(allowed + 1):
         job.board.phase.remote(job.name, phase)
         _make_ready(job)

@@ -147,7 +147,7 @@ class TeacherPool:
         """
         if self.size <= least:
             return False
-        log.warning("going on with %d teacher replicas: %s", self.size - 1, reason)
+        log.warning("continuing with %d teacher replicas: %s", self.size - 1, reason)
         self.stats.last_error = reason
         self.stats.lost += 1
         self._replicas.remove(replica)
@@ -178,7 +178,7 @@ class TeacherPool:
             )
             # As long as another serves or may still do so, this one is no reason to end a night's work.
             if not self._spared(replica, reason, 1):
-                self._fail(f"{reason}. See to the cluster, or raise teacher.max_restarts, and go on with --resume")
+                self._fail(f"{reason}. Check the cluster or raise teacher.max_restarts, then resume with --resume")
             return
         self.stats.restarts += 1
         await asyncio.sleep(min(30.0, AGAIN_S * 2 ** self._deaths[replica.index]))

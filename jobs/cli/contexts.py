@@ -50,7 +50,7 @@ def context_ls(as_json: AsJson = False) -> None:
         typer.echo(json.dumps(found))
         return
     shown = [("*" if row["current"] else "", *(row[key] or "" for key in list(row)[1:])) for row in found]
-    show_table(("", "name", "address", "tracking URI", "store", "token file"), shown)
+    show_table(("in use", "name", "address", "tracking URI", "store", "token file"), shown)
 
 
 @contexts.command("rm")

@@ -33,7 +33,7 @@ def jobs_show(job: Job, address: Address = None, context: ContextName = None) ->
 @jobs.command("logs")
 def jobs_logs(
     job: Job,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow it until it ends.")] = False,
     address: Address = None,
     context: ContextName = None,
 ) -> None:
@@ -46,7 +46,7 @@ def jobs_logs(
 
 @jobs.command("stop")
 def jobs_stop(job: Job, address: Address = None, context: ContextName = None) -> None:
-    """Tell a job to end, and wait until it has; `jobs resume` goes on with it."""
+    """Tell a job to end, and wait until it has; `jobs resume` continues it."""
     from jobs.contexts import context_for
     from jobs.manage import stop_job
 
@@ -62,7 +62,7 @@ def jobs_resume(
     address: Address = None,
     context: ContextName = None,
 ) -> None:
-    """Go on with a job that has ended, as a new one, from its students' last checkpoints."""
+    """Resume a job that has ended, as a new one, from its students' last checkpoints."""
     from jobs.contexts import context_for
     from jobs.manage import resume_job
 

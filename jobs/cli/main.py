@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from datetime import date
 from typing import Annotated
@@ -19,6 +18,7 @@ from jobs.cli.options import Address, ContextName, Ds, DueBy, Overrides, SpecPat
 from jobs.cli.runs import runs
 from jobs.cli.schedules import scheduler, schedules
 from jobs.cli.serving import serving
+from jobs.cli.spec import specs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,6 +52,7 @@ app.add_typer(labels, name="labels")
 app.add_typer(runs, name="runs")
 app.command()(scheduler)
 # Without a name: their commands are commands of their own.
+app.add_typer(specs)
 app.add_typer(models)
 app.add_typer(serving)
 app.add_typer(endpoints)
@@ -61,7 +62,7 @@ app.add_typer(endpoints)
 def run(
     spec: SpecPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the family's last run.")] = False,
     ds: Ds = None,
 ) -> None:
     """Run a family here, or on the cluster that RAY_ADDRESS names."""
@@ -72,19 +73,32 @@ def run(
 
 
 @app.command()
-def check(spec: SpecPath, overrides: Overrides = None, ds: Ds = None) -> None:
-    """Validate a spec, its models and its corpus files; start nothing."""
+def check(
+    spec: SpecPath,
+    overrides: Overrides = None,
+    ds: Ds = None,
+    address: Annotated[str | None, typer.Option(help="Check against the cluster behind this job server.")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Check against this context. Default: RAY_ADDRESS, then the context in use.")
+    ] = None,
+) -> None:
+    """Validate a spec, its models, its corpus files, and its size where a cluster answers; start nothing."""
     from cluster.dates import date_of, rendered
-    from cluster.preflight import preflight
     from cluster.specfile import load_spec
+    from jobs.capacity import check_size
 
     day = date_of(ds) if ds is not None else date.today()
-    checked = preflight(rendered(load_spec(spec, overrides or []), day))
+    family = rendered(load_spec(spec, overrides or []), day)
+    # First, because a context's token has to be set before Ray is imported, which the preflight does.
+    unknown = check_size(family, context, address)
+    from cluster.preflight import preflight
+
+    checked = preflight(family)
     names = ", ".join(checked.spec.students)
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
     )
-    for line in checked.notices():
+    for line in [*checked.notices(), *([unknown] if unknown else [])]:
         typer.echo(line)
 
 
@@ -94,14 +108,6 @@ def audit(run: Annotated[str, typer.Argument(help="A run's name, or its folder."
     from jobs.audit import audit as audit_run
 
     audit_run(run)
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON Schema of the family spec: every field, its meaning and its default."""
-    from cluster.spec import FamilySpec
-
-    typer.echo(json.dumps(FamilySpec.model_json_schema(), indent=2))
 
 
 def _day(ds: str | None, due_by: str | None) -> date | None:
@@ -131,7 +137,7 @@ def submit(
             "see it. May repeat.",
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the family's last run there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the family's last run there.")] = False,
     ds: Ds = None,
     due_by: DueBy = None,
     follow: Annotated[bool | None, typer.Option(help="Show its log and end with its outcome. Default: yes.")] = None,

@@ -9,7 +9,11 @@ import typer
 models = typer.Typer()
 Model = Annotated[str, typer.Argument(help="A registered model: the family's name, a dash and the student's.")]
 Registry = Annotated[
-    str | None, typer.Option(help="MLflow tracking URI. Default: the one of the context in use, else the embedded one.")
+    str | None,
+    typer.Option(
+        help="MLflow tracking URI. Default: the one of the context in use, else $MLFLOW_TRACKING_URI, else SQLite "
+        "under the Stillhouse home."
+    ),
 ]
 
 

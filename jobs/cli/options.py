@@ -13,7 +13,11 @@ Overrides = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Override a field, such as students.small.lr=3e-4. May repeat."),
 ]
 TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow tracking URI for models:/ arms. Default: the embedded one.")
+    str | None,
+    typer.Option(
+        help="MLflow tracking URI for models:/ arms. Default: $MLFLOW_TRACKING_URI, else SQLite under the Stillhouse "
+        "home."
+    ),
 ]
 Address = Annotated[
     str | None, typer.Option(help="URL of the cluster's job server. Default: the context's.", metavar="URL")

@@ -128,22 +128,22 @@ def schedule_history(
 
 @schedules.command("pause")
 def schedule_pause(name: Name, address: Address = None, context: ContextName = None) -> None:
-    """Have a schedule rest; a night that runs goes on."""
+    """Pause a schedule; a night that runs continues."""
     from jobs.schedules.remote import ask
 
     ask(_context(context, address), "pause", name=name, paused=True)
-    typer.echo(f"schedule {name} rests; go on with: stillhouse schedule resume {name}")
+    typer.echo(f"schedule {name} is paused; resume it with: stillhouse schedule resume {name}")
 
 
 @schedules.command("resume")
 def schedule_resume(name: Name, address: Address = None, context: ContextName = None) -> None:
-    """Have a schedule that rests go on, from now."""
+    """Resume a paused schedule, from now."""
     from jobs.schedules.remote import ask
     from jobs.schedules.shown import say_scheduler
 
     where = _context(context, address)
     answer = ask(where, "pause", name=name, paused=False)
-    typer.echo(f"schedule {name} goes on")
+    typer.echo(f"schedule {name} is resumed")
     say_scheduler(answer, where, begin=True)
 
 
@@ -155,7 +155,7 @@ def schedule_rm(name: Name, address: Address = None, context: ContextName = None
     answer = ask(_context(context, address), "rm", name=name)
     typer.echo(f"schedule {name} is forgotten")
     for job in answer["running"]:
-        typer.echo(f"its night {job} goes on; end it with: stillhouse jobs stop {job}")
+        typer.echo(f"its night {job} continues; stop it with: stillhouse jobs stop {job}")
 
 
 @schedules.command("run-now")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.board import FAMILY, NO_PLACE, POINTS_FILE, Board, Point
+from cluster.board import FAMILY, POINTS_FILE, STARTING, Board, Point
 from cluster.errors import RunError
 from cluster.watch import Watch
 from tests.jobs.test_console import STATS
@@ -149,7 +149,8 @@ def test_the_curves_hold_the_last_point_of_each_batch_in_order(tmp_path: Path, m
     watch = watch_of(Actor(board_of(tmp_path, [POINTS[0], POINTS[2], POINTS[1], again])), monkeypatch)
     status = watch.look("distilling")
     assert watch.curves == [POINTS[0], again, POINTS[2]]
-    assert status.students["small"].phase == NO_PLACE
+    assert status.students["small"].phase == STARTING
+    assert watch.look("distilling", unplaced=["small"]).students["small"].phase == "waiting for resources"
     watch.look("distilling")
     assert [point.student for point in watch.points[FAMILY]] == [FAMILY]
 

@@ -157,6 +157,20 @@ def test_a_student_without_a_place_ends_the_run_after_its_patience(clock: dict[s
         let_pass(unplaced, clock, 1, "small")
 
 
+def test_a_student_is_shown_as_waiting_only_once_it_has_waited_for_a_while(clock: dict[str, float]) -> None:
+    pending = [False]
+    unplaced = capacity.Unplaced(FamilySpec.model_validate(tiny_family()), lambda: pending[0], list)
+    let_pass(unplaced, clock, 60, "small")  # it has its place, and starts
+    assert unplaced.waiting == []
+    pending[0] = True
+    let_pass(unplaced, clock, 9, "small")
+    assert unplaced.waiting == []
+    let_pass(unplaced, clock, 1, "small")
+    assert unplaced.waiting == ["small"]
+    let_pass(unplaced, clock, 1)  # it runs
+    assert unplaced.waiting == []
+
+
 def test_only_the_time_without_a_place_counts(clock: dict[str, float]) -> None:
     spec = FamilySpec.model_validate(tiny_family(patience_s=60.0))
     pending = [True]

@@ -64,6 +64,7 @@ def test_other_errors_are_their_last_line_and_ours_their_own() -> None:
     failure = ValueError("first\nlast\n")
     assert first_line(failure, CHANGE) == "ValueError: last"
     assert first_line(ValueError(), CHANGE) == "ValueError: no message"
+    assert first_line(OSError("no file: out of memory.txt"), CHANGE) == "OSError: no file: out of memory.txt"
     assert first_line(RayTaskError("f", "Traceback\nValueError: last", failure)) == "ValueError: last"
     for ours in (UserError("corpus: what to do"), ControllerError(RunError("corpus: what to do"))):
         assert first_line(ours, CHANGE) == "corpus: what to do"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,81 @@ from cluster.registry import (
     ChampionMovedError,
     Models,
     Standing,
+    check_experiment,
+    client,
+    default_tracking_uri,
     fetch_model,
     on_this_node,
+    tracking_uri_of_environment,
 )
+from cluster.registry.family import Registry as FamilyRegistry
 from cluster.registry.models import WEIGHTS, weights_digest
 
 NAME = "demo-small"
+
+
+def test_a_variable_that_names_no_server_or_database_is_refused_without_what_it_hides(
+    monkeypatch: pytest.MonkeyPatch, stillhouse_home: Path
+) -> None:
+    assert default_tracking_uri() == f"sqlite:///{stillhouse_home / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert default_tracking_uri() == tracking_uri_of_environment() == "http://mlflow:5000"
+    for folder, shown in (("./mlruns", "'./mlruns'"), ("ftp://ada:secret@host", "'ftp'")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", folder)
+        with pytest.raises(UserError, match=rf"^MLFLOW_TRACKING_URI: got {shown}; allowed are http") as refused:
+            default_tracking_uri()
+        assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("given", [None, "http://mlflow:5000"])
+def test_a_client_leaves_the_user_s_variable_as_it_is(
+    given: str | None, monkeypatch: pytest.MonkeyPatch, empty_registry: Path, tmp_path: Path
+) -> None:
+    """MLflow sets it, and what is started without a URI afterwards would use a registry that nobody named."""
+    if given:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    shutil.copy(empty_registry, tmp_path / "mlflow.db")
+    Models(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert os.environ.get("MLFLOW_TRACKING_URI") == given
+
+
+def test_a_deleted_experiment_is_refused_in_one_line_and_restored_it_is_used(
+    empty_registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+
+    # The actor has its process to itself, and changes it.
+    monkeypatch.setattr("os.nice", lambda _: 0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert check_experiment(uri, "demo") is None and not (tmp_path / "mlflow.db").exists()
+    shutil.copy(empty_registry, tmp_path / "mlflow.db")
+    assert check_experiment(uri, "demo") is None
+    there: Any = mlflow.MlflowClient(uri)
+    number = there.create_experiment("demo", str(tmp_path / "artifacts"))
+    there.delete_experiment(number)
+    said = rf"^tracking.experiment: 'demo' is deleted in MLflow {uri}; .* restore --experiment-id {number}$"
+    with pytest.raises(UserError, match=said):
+        check_experiment(uri, "demo")
+    actor = FamilyRegistry(uri, "demo", str(tmp_path / "artifacts"))
+    with pytest.raises(UserError, match=said):
+        actor.start("demo-1", {}, {"students": {}}, {}, {}, "key")
+    there.restore_experiment(number)
+    assert check_experiment(uri, "demo") is None
+
+
+def test_an_mlflow_that_is_away_delays_a_run_and_refuses_none() -> None:
+    notice = check_experiment("http://ada:secret@127.0.0.1:9", "demo")
+    assert notice is not None and "MLflow http://127.0.0.1:9 does not answer" in notice and "secret" not in notice
+
+
+def test_an_mlflow_that_accepts_and_never_answers_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "CHECK_S", 0.2)
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        notice = check_experiment(f"http://127.0.0.1:{silent.getsockname()[1]}", "demo")
+    assert notice is not None and "has not answered for 0.2 s; a run waits for it" in notice
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
 class Registry:

@@ -49,7 +49,8 @@ def refusal(path: Path, *overrides: str, text: str | None = None) -> str:
     ],
 )
 def test_an_unknown_field_is_named_by_its_path(file: Path, override: str, path: str) -> None:
-    assert f" {path}: no such field; see `stillhouse schema`" in refusal(file, override)
+    section = path.rpartition(".")[0]
+    assert f" {path}: no such field; see `stillhouse explain{section and ' '}{section}`" in refusal(file, override)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_an_unknown_field_is_named_by_its_path(file: Path, override: str, path: 
         ("labels.kind=null", ["labels.kind: got None; allowed are 'topk'"]),
         ("labels=hidden", ["labels: got 'hidden'"]),
         ("labels={kind: sampled, draws: 0}", ["labels.draws: got 0", "greater than or equal to 1"]),
-        ("labels.draws=3", ["labels.draws: no such field of topk labels; see `stillhouse schema`"]),
+        ("labels.draws=3", ["labels.draws: no such field of topk labels; see `stillhouse explain labels`"]),
         ("labels={kind: hidden, k: 3}", ["labels.k: no such field of hidden labels"]),
         ("students.small.loss.soft=-1", ["students.small.loss.soft: got -1", "greater than or equal to 0"]),
         ("students.small.loss.soft={start: 1}", ["students.small.loss.soft.end: is required"]),

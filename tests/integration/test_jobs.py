@@ -102,7 +102,7 @@ def test_a_job_that_was_stopped_goes_on_by_its_name_alone(lab: dict[str, str], t
     path.unlink()
     resumed = stillhouse("jobs", "resume", "begun", "--name", "gone-on", env=lab)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert f"goes on with {run.name}" in resumed.stdout
+    assert f"resumes {run.name}" in resumed.stdout
     assert f"read by small {400 - learnt}" in resumed.stdout
     assert [step.batch for step in steps_of(run, "small")[0]] == list(range(400))
     rows = {row["job"]: row for row in json.loads(stillhouse("jobs", "ls", "--json", env=lab).stdout)}

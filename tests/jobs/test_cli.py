@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from cluster.errors import RunError
+from cluster.errors import NoPlaceError, RunError, UserError
 from jobs.cli.main import main
 from tests.tiny import tiny_family, write_tiny_model
 
@@ -119,6 +120,24 @@ def test_a_good_family_is_called_good_and_its_schema_is_printed(
     assert json.loads(out)["title"] == "FamilySpec"
 
 
+def test_a_new_family_file_is_good_as_it_is_written(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, tiny_teacher: Path, tiny_corpus: Path
+) -> None:
+    path = str(tmp_path / "new.yaml")
+    given = ("--teacher", str(tiny_teacher), "--corpus", str(tiny_corpus), "--student", "small=2")
+    assert run("init", path, *given) == (0, f"wrote {path}; next: stillhouse check {path}\n", "")
+    assert run("check", path)[0] == 0
+    code, _, err = run("init", path)
+    assert (code, err.count("\n")) == (2, 1) and "is not overwritten" in err
+
+
+def test_a_field_is_explained_and_a_wrong_one_costs_one_line(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = run("explain", "students.lr")
+    assert (code, out) == (0, "students.lr: number > 0, default 0.0003\n\n  Highest learning rate.\n")
+    code, out, err = run("explain", "students.lrr")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "nearest: students.lr" in err
+
+
 def test_a_family_is_checked_with_the_corpus_of_one_date(
     run: Callable[..., tuple[int, str, str]], spec: Path, tiny_corpus: Path
 ) -> None:
@@ -134,7 +153,7 @@ def test_a_check_says_what_a_student_starts_from(
     run: Callable[..., tuple[int, str, str]], spec: Path, stillhouse_home: Path
 ) -> None:
     code, out, _ = run("check", str(spec), "--set", "students.small.warm_start=true")
-    assert (code, out.splitlines()[1:]) == (0, ["small starts from its init: tiny-small has no champion yet"])
+    assert (code, out.splitlines()[1:-1]) == (0, ["small starts from its init: tiny-small has no champion yet"])
 
 
 @pytest.mark.parametrize("command", ["run", "check", "submit"])
@@ -171,6 +190,87 @@ def test_wrong_arguments_of_other_commands_end_with_2(
     code, _, err = run(*arguments)
     assert code == 2
     assert "Traceback" not in err
+
+
+def test_a_deleted_experiment_of_the_registry_in_the_environment_costs_one_line(
+    run: Callable[..., tuple[int, str, str]],
+    spec: Path,
+    empty_registry: Path,
+    tmp_path: Path,
+    stillhouse_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{shutil.copy(empty_registry, tmp_path / 'mlflow.db')}"
+    client = mlflow.MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("tiny"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for command in ("check", "run"):
+        code, out, err = run(command, str(spec))
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"error: tracking.experiment: 'tiny' is deleted in MLflow {uri}; set another name")
+    assert not stillhouse_home.exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "says"),
+    [
+        (
+            "127.0.0.1:9",
+            1,
+            "RAY_ADDRESS: no Ray cluster answers at 127.0.0.1:9 (Connection refused); check",
+        ),
+        ("http://127.0.0.1:8265", 2, "RAY_ADDRESS: got 'http://127.0.0.1:8265', a job server's URL; give HOST:PORT"),
+        ("127.0.0.1:head", 2, "RAY_ADDRESS: got '127.0.0.1:head': "),
+    ],
+)
+def test_a_cluster_that_does_not_answer_costs_one_line_and_leaves_nothing(
+    address: str,
+    code: int,
+    says: str,
+    run: Callable[..., tuple[int, str, str]],
+    spec: Path,
+    stillhouse_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    ended, out, err = run("run", str(spec))
+    assert (ended, out, err.count("\n")) == (code, "", 1)
+    assert err.startswith(f"error: {says}")
+    assert not list(stillhouse_home.glob("runs/*"))
+
+
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_run_that_is_removed_has_not_been_named_or_is_named_as_removed(
+    placed: bool,
+    run: Callable[..., tuple[int, str, str]],
+    spec: Path,
+    stillhouse_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreadable(*_: object, **__: object) -> None:
+        raise UserError("corpus.paths: cannot be read")
+
+    @contextlib.contextmanager
+    def full(*_: object) -> Iterator[Callable[[], list[object]]]:
+        if not placed:
+            raise NoPlaceError("the cluster is full")
+        yield list
+
+    monkeypatch.setattr("cluster.session.ray_session", contextlib.nullcontext)
+    monkeypatch.setattr("cluster.queue.place.place_for", full)
+    monkeypatch.setattr("cluster.family.run_family", unreadable)
+    code, out, err = run("run", str(spec))
+    named = out.splitlines()
+    assert not list(stillhouse_home.glob("runs/*"))
+    if not placed:
+        assert (code, named, err) == (1, [], "error: the cluster is full\n")
+        return
+    (begun, removed), name = named, named[0].split()[1].rstrip(",")
+    assert (code, err) == (2, "error: corpus.paths: cannot be read\n")
+    assert begun.startswith("run tiny-") and "run.log" in begun
+    assert removed == f"run {name} and its log are removed: no student had started"
 
 
 def test_a_run_is_not_resumed_with_a_teacher_whose_weights_have_changed(

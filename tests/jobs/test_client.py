@@ -18,24 +18,37 @@ import ray.util.state
 from ray.util.state.exception import ServerUnavailable
 
 from cluster.errors import RunError, UserError
-from jobs.client import connect, has_nodes_for_drivers
+from jobs.client import JobServerError, connect, has_nodes_for_drivers, job_of
 from jobs.contexts import Context
+from jobs.submit import submit_patiently
 
 
 @contextmanager
-def answering(status: int, ray_version: str) -> Iterator[tuple[str, list[str | None]]]:
-    """A server that says of itself what a head says; its address, and the tokens that it was sent."""
+def answering(
+    status: int, ray_version: str, jobs: tuple[int, str] | None = None
+) -> Iterator[tuple[str, list[str | None]]]:
+    """A server that returns about itself what a head returns; its address, and the tokens that it was sent.
+
+    Args:
+        jobs: status and text of its answer to whatever is asked about jobs.
+    """
     tokens: list[str | None] = []
 
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             tokens.append(self.headers.get("Authorization"))
-            body = json.dumps({"version": "4", "ray_version": ray_version, "ray_commit": "0" * 40}).encode()
-            self.send_response(status)
+            about = json.dumps({"version": "4", "ray_version": ray_version, "ray_commit": "0" * 40})
+            code, text = jobs if jobs and "/api/jobs/" in self.path else (status, about)
+            body = text.encode()
+            self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.do_GET()
 
         def log_message(self, *_: object) -> None:
             """Nothing."""
@@ -82,6 +95,34 @@ def test_a_refused_token_says_where_to_put_the_right_one(status: int) -> None:
 def test_nobody_there_says_so() -> None:
     with pytest.raises(RunError, match="no Ray job server answers there"):
         connect(Context(address="http://127.0.0.1:9"))
+
+
+def test_digits_of_an_address_are_no_refused_token() -> None:
+    with pytest.raises(RunError, match="no Ray job server answers there"):
+        connect(Context(address="http://127.0.0.1:9/401-403-authentication"))
+
+
+def test_a_job_is_unknown_by_the_status_of_the_answer_and_not_by_its_text() -> None:
+    with answering(200, version("ray"), jobs=(404, "")) as (address, _), pytest.raises(UserError, match="no job 'a'"):
+        job_of(connect(Context(address=address)), "a")
+    text = "Traceback: port 40404, a file does not exist"
+    with answering(200, version("ray"), jobs=(500, text)) as (address, _), pytest.raises(RunError, match="HTTP 500: T"):
+        job_of(connect(Context(address=address)), "a")
+
+
+@pytest.mark.parametrize(("status", "refused"), [(400, RunError), (200, UserError)])
+def test_a_job_whose_name_is_taken_is_looked_up(status: int, refused: type[Exception]) -> None:
+    """Ray answers a taken name with a traceback, so text alone would take other mistakes for one."""
+    known = {"type": "SUBMISSION", "submission_id": "a", "status": "RUNNING", "entrypoint": ""}
+    with answering(200, version("ray"), jobs=(status, json.dumps(known))) as (address, _):
+        client = connect(Context(address=address))
+
+        def refuse(**_: Any) -> None:
+            raise JobServerError(400, "a folder already exists")
+
+        client.submit_job = refuse
+        with pytest.raises(refused):
+            submit_patiently(client, submission_id="a", entrypoint="")
 
 
 def test_a_token_file_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_pipe_gets_plain_lines_and_not_one_per_look() -> None:
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
     assert lines[0].endswith("reading the corpus")
-    assert "scored 3/10 | small training 2/10 loss 1.25, KL 1.50, 321 tok/s | small waits for the teacher" in lines[1]
+    assert "labels 3/10 | small training 2/10 loss 1.25, KL 1.50, 321 tok/s | small waits for the teacher" in lines[1]
     assert "\x1b" not in out.getvalue()
 
 
@@ -100,8 +100,15 @@ def test_what_came_from_the_store_is_said() -> None:
     out = io.StringIO()
     with Display(Console(file=out, width=200)) as display:
         display.show(replace(RUNNING, stats=replace(STATS, read={3: 1, 4: 2}, unsaved=9)))
-    assert "scored 3/10, 2 from the store |" in out.getvalue()
+    assert "labels 5/10 (2 from the store) |" in out.getvalue()
     assert "9 batches wait for the label store to take them" in out.getvalue()
+
+
+def test_a_pass_that_came_whole_from_the_store_looks_finished() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out, width=200)) as display:
+        display.show(replace(RUNNING, stats=replace(STATS, scored={}, read=dict.fromkeys(range(10), 1))))
+    assert "labels 10/10 (10 from the store) |" in out.getvalue()
 
 
 def test_a_terminal_gets_one_live_table() -> None:

@@ -99,4 +99,4 @@ def test_ctrl_c_leaves_the_job_running(capsys: pytest.CaptureFixture[str]) -> No
             yield ""
 
     assert follow(Interrupted([]), "job") == 130
-    assert "come back with: stillhouse jobs logs job --follow" in capsys.readouterr().out
+    assert "follow it again with: stillhouse jobs logs job --follow" in capsys.readouterr().out

@@ -207,7 +207,7 @@ def test_without_a_comparison_of_endpoints_only_what_latency_decides_stays_undec
     if outcome is not None:
         assert result.verdicts["small"].outcome == outcome and not result.undecided
         return
-    reason = "the endpoints could not be compared, and latency decides; go on with --resume"
+    reason = "the endpoints could not be compared, and latency decides; resume with --resume"
     assert (result.undecided, result.verdicts, result.run.promotions) == ({"small": reason}, {}, {})
     assert nights.models.verdict(MODEL, 1) is None and nights.models.known(MODEL).challenger == 1
 
@@ -243,7 +243,7 @@ def test_a_registry_that_is_away_is_waited_for_once_and_not_for_each_student(
     monkeypatch.setattr(Models, "verdict", away)
     settle(checked, result, [])
     assert len(asked) == 1
-    reason = "MLflow x does not answer: refused; go on with --resume"
+    reason = "MLflow x does not answer: refused; resume with --resume"
     assert result.undecided == dict.fromkeys(("small", "medium", "large"), reason)
     assert len(result.trouble) == 3 and result.run.promotions == {}
 
@@ -265,7 +265,7 @@ def test_a_database_that_is_down_leaves_the_promotions_to_the_resumed_run(
     assert tries == [nights.uri]
     assert result.undecided.keys() == {"small", "medium", "large"}
     assert result.undecided["small"].startswith(f"MLflow {nights.uri} does not answer: ")
-    assert result.undecided["small"].endswith("connection failed; go on with --resume")
+    assert result.undecided["small"].endswith("connection failed; resume with --resume")
 
 
 @pytest.mark.parametrize(
@@ -311,6 +311,19 @@ def test_promote_takes_the_challenger_or_a_version_and_rollback_the_one_before(
     assert nights.champion() == 3
     verdict = nights.models.verdict(MODEL, 3)
     assert verdict is not None and verdict.reason.startswith("promoted by hand by ")
+
+
+def test_the_registry_of_the_environment_comes_before_the_embedded_one(
+    nights: Nights, tmp_path: Path, typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nights.night(FIDELITY, None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/lab.db")
+    code, _, err = typed("promote", MODEL)
+    assert code == 2 and f"there is no registry sqlite:///{tmp_path}/lab.db yet" in err
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", nights.uri)
+    monkeypatch.setenv("STILLHOUSE_HOME", str(tmp_path / "elsewhere"))
+    assert typed("promote", MODEL)[0] == 0
+    assert nights.champion() == 1
 
 
 def test_mistakes_cost_one_line_and_2(nights: Nights, typed: Callable[..., tuple[int, str, str]]) -> None:

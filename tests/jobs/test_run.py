@@ -42,7 +42,7 @@ def ended(
     def rest() -> tuple[str, str]:
         out = io.StringIO()
         console = Console(file=out, soft_wrap=True, width=300)
-        _, serving = module._run(checked, result.run, console)
+        _, serving = module._run(checked, result.run, console, "run tiny-1, log run.log")
         module._print_result(console, checked, result, serving)
         return "; ".join(result.trouble), out.getvalue()
 
@@ -97,7 +97,7 @@ def test_endpoints_that_cannot_be_compared_cost_the_comparison_and_what_latency_
     else:
         assert trouble == (
             "the promotion of student small is not decided: the endpoints could not be compared, and latency decides; "
-            "go on with --resume"
+            "resume with --resume"
         )
         assert result.verdicts == {} and result.run.promotions == {}
 

@@ -18,7 +18,7 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.controller.state import ErroredState, ReschedulingState, RestartingState
 
-from cluster.board import NO_PLACE, has_no_rank
+from cluster.board import STARTING, has_no_rank
 from cluster.errors import RunError
 from cluster.students.steering import Restarts, _memory, rank_failure
 from tests.cluster.test_errors import text
@@ -70,7 +70,7 @@ def test_waiting_for_a_place_is_no_failure(restarts: Restarts, phases: list[str]
     for _ in range(5):
         error = ControllerError(WorkerGroupStartupTimeoutError(1))
         restarts.after_controller_state_update(None, ReschedulingState(error))
-    assert phases == [NO_PLACE] * 5
+    assert phases == [STARTING] * 5
 
 
 def test_the_end_of_a_run_is_not_a_restart(restarts: Restarts, phases: list[str]) -> None:

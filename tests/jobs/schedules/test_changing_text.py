@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.corpus.files import filesystems_of, find_files
-from cluster.corpus.read import read_texts
+from cluster.corpus.files import filesystems_of, select_files
+from cluster.corpus.read import TextReader
 from cluster.dates import rendered
 from cluster.errors import UserError
 from cluster.specfile import load_spec
@@ -41,8 +41,8 @@ class Cluster:
         assert day is not None, entrypoint
         spec = load_spec(Path(runtime_env["working_dir"]) / SPEC_FILE)
         corpus = rendered(spec, date.fromisoformat(day[1])).corpus
-        files = find_files(corpus.paths).files
-        tables = [t for f in files for t in read_texts(f, f, filesystems_of([f])[False], corpus.text_field)]
+        files = select_files(corpus.paths).files
+        tables = [t for f in files for t in TextReader(f, filesystems_of([f])[False], corpus.text_field)]
         self.read.append([text for table in tables for text in table.column("text").to_pylist()])
         self.jobs[submission_id] = SimpleNamespace(status="SUCCEEDED", driver_exit_code=0)
 

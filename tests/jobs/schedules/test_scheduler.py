@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from jobs.client import JobServerError
 from jobs.schedules.ledger import Entry, Ledger, Night
 from jobs.schedules.plan import schedule_of
 from jobs.schedules.scheduler import LEASE_S, Scheduler, packed
@@ -57,7 +58,7 @@ class Cluster:
             self.dies_before = False
             raise Dies
         if submission_id in self.jobs:
-            raise RuntimeError(f"Job with submission_id {submission_id} already exists")
+            raise JobServerError(500, f"Job with submission_id {submission_id} already exists")
         self.jobs[submission_id] = {"status": "RUNNING", "log": "", "code": None, "entrypoint": entrypoint}
         self.started.append(submission_id)
         if self.dies_after:
@@ -66,7 +67,7 @@ class Cluster:
 
     def get_job_info(self, job: str) -> Any:
         if job not in self.jobs:
-            raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
+            raise JobServerError(404, f"Job {job} does not exist")
         return SimpleNamespace(status=self.jobs[job]["status"], driver_exit_code=self.jobs[job]["code"])
 
     def get_job_logs(self, job: str) -> str:
