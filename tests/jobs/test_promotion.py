@@ -26,11 +26,12 @@ from cluster.spec import FamilySpec
 from jobs.cli.main import main
 from jobs.promotion import champion_arms, promotion_lines, rollback, settle
 from tests.jobs.test_console import STATS
+from tests.fidelities import fidelity
 from tests.tiny import tiny_family
 
 MODEL = "tiny-small"
-FIDELITY = Fidelity(1.41, 0.6, 200.0, 150.0, 0.1, 0.1, 500)
-BETTER, WORSE = replace(FIDELITY, kl=1.2), replace(FIDELITY, kl=1.62)
+FIDELITY, BETTER, WORSE = fidelity(1.41), fidelity(1.2), fidelity(1.62)
+INITIAL = fidelity(6.7, 0.05, 9000.0)
 
 
 class Nights:
@@ -51,7 +52,7 @@ class Nights:
         return Checked(spec, TeacherModel("/teacher", 300, "0" * 16, "1" * 16), {}, self.uri, None, NO_LIMIT)
 
     def night(
-        self, after: Fidelity, champion: Champion | None, checked: Checked | None = None
+        self, after: Fidelity, champion: Champion | None, checked: Checked | None = None, before: Fidelity = INITIAL
     ) -> tuple[Checked, FamilyResult]:
         """A family that is over but for the decision."""
         checked = checked or self.checked()
@@ -60,7 +61,7 @@ class Nights:
         self.client.set_registered_model_alias(MODEL, "challenger", str(version))
         run = open_run(checked.spec, resume=False)
         run.versions = {"small": version}
-        student = StudentResult("small", "/nowhere/model", 100, FIDELITY, after, 8, 1.0)
+        student = StudentResult("small", "/nowhere/model", 100, before, after, 8, 1.0)
         corpus = CorpusFacts(1, 1, 1, "0" * 16)
         result = FamilyResult(run, corpus, STATS, {"small": student}, {}, [], 1.0, dict(run.versions))
         result.champions = {"small": champion}
