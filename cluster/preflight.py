@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.corpus.files import find_files, skipped_line
 from cluster.errors import UserError
+from cluster.evaluate.notices import before_start
 from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
@@ -72,7 +73,8 @@ class Checked:
     def notices(self) -> list[str]:
         """What a person should know before the start, a line each."""
         skipped = skipped_line(self.skipped)
-        return [*([f"corpus: {skipped}"] if skipped else []), *self.warm_starts(), *self.packing_notices()]
+        corpus = [f"corpus: {skipped}"] if skipped else []
+        return [*corpus, *self.warm_starts(), *self.packing_notices(), *before_start(self.spec)]
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""

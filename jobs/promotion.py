@@ -82,9 +82,10 @@ def _settle_one(
     assert margins is not None
     model, version = checked.spec.model_name(name), result.versions[name]
     verdict = models.verdict(model, version)
+    decided = Verdict(**run.promotions[name]) if name in run.promotions else None
     if verdict is None:
-        if name in run.promotions:
-            verdict = Verdict(**run.promotions[name])
+        if decided is not None:
+            verdict = decided
         else:
             champion = result.champions[name]
             # A champion that could not be measured keeps its place whatever the latency is.
@@ -95,6 +96,8 @@ def _settle_one(
             verdict = judge(margins, result.students[name], version, champion, *both, metric)
             _remember(checked, result, name, verdict)
         verdict = _carry_out(models, model, version, verdict)
+    elif decided is not None and (decided.outcome, decided.reason) == (verdict.outcome, verdict.reason):
+        verdict = decided  # the registry keeps less of it
     _remember(checked, result, name, verdict)
 
 

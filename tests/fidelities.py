@@ -33,4 +33,6 @@ def fidelity(
     n, loss = float(BLOCK_TOKENS), math.log(perplexity)
     made: list[Block] = [(n, (kl + each - middle) * n, agreement * n, loss * n) for each in own]
     figures: dict[str, Any] = {"teacher_perplexity": 150.0, "calibration_error": 0.1, "teacher_calibration_error": 0.1}
-    return Fidelity(kl, agreement, perplexity, **{**figures, **others}, tokens=blocks * BLOCK_TOKENS, blocks=tuple(made))
+    return Fidelity(
+        kl, agreement, perplexity, **{**figures, **others}, tokens=blocks * BLOCK_TOKENS, blocks=tuple(made)
+    )

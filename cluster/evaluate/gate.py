@@ -15,6 +15,8 @@ from cluster.spec import LossSpec, PromotionSpec, Ramp
 # What can become of a version; also the values of its tag in the registry.
 PROMOTED, KEPT, ROLLED_BACK = "promoted", "kept", "rolled back"
 SAID = {PROMOTED: "is champion", KEPT: "stays challenger", ROLLED_BACK: "was rolled back"}
+
+
 @dataclass(frozen=True)
 class Measured:
     """What is looked at of the new student and of the champion.

@@ -99,6 +99,26 @@ def test_the_first_is_promoted_a_worse_one_stays_and_a_better_one_takes_its_plac
     assert outcomes == [(PROMOTED, 1), (KEPT, 1), (PROMOTED, 3)]
 
 
+@pytest.mark.parametrize("champion", [None, Champion(1, fidelity(6.0))], ids=["first", "later"])
+def test_a_student_that_is_worse_than_its_initial_weights_is_registered_and_not_promoted(
+    nights: Nights, champion: Champion | None
+) -> None:
+    checked, result = nights.night(fidelity(0.95), champion, nights.checked(promotion={"kl": 9.0}), fidelity(0.82))
+    settle(checked, result, [])
+    verdict = nights.models.verdict(MODEL, 1)
+    assert verdict is not None and (verdict.outcome, nights.champion()) == (KEPT, None)
+    assert verdict.reason == "KL 0.950 against 0.820 of its initial weights, must be better"
+    assert nights.models.known(MODEL).challenger == 1
+
+
+def test_a_verdict_that_was_unclear_is_so_in_the_resumed_run(nights: Nights) -> None:
+    checked, result = nights.night(fidelity(1.4, spread=0.5), Champion(9, FIDELITY))
+    settle(checked, result, [])
+    assert result.verdicts["small"].unclear
+    settle(checked, again := nights.resumed(checked, result), [])
+    assert again.verdicts == result.verdicts
+
+
 def test_without_a_promotion_section_nothing_is_decided(nights: Nights) -> None:
     checked, result = nights.night(FIDELITY, None, nights.checked(promotion=None))
     settle(checked, result, [])
@@ -189,7 +209,7 @@ def test_latency_is_taken_of_the_arms_of_both_and_the_champion_is_served_for_it(
         assert result.verdicts["small"].outcome == outcome
         reasons.append(result.verdicts["small"].reason)
     assert reasons[0] == "answer p50 111 ms against 100 ms of champion v1, allowed 110"
-    assert reasons[1].endswith("answer p50 109 ms against 100 ms of champion v1, allowed 110")
+    assert "; answer p50 109 ms against 100 ms of champion v1, allowed 110; " in reasons[1]
     _, result = nights.night(BETTER, Champion(3, FIDELITY), checked)
     settle(checked, result, [{"arm": "teacher", "latency_ms": {}}])
     assert result.verdicts["small"] == Verdict(KEPT, "answer p50 was not measured", 3)

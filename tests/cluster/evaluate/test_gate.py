@@ -126,7 +126,9 @@ def test_the_absolute_limits_hold_for_the_first_one_too() -> None:
 
 def test_a_student_that_learns_from_the_text_alone_must_better_its_perplexity() -> None:
     assert learnt(LossSpec()) is learnt(LossSpec(soft=Ramp(start=0.0, end=1.0))) is KL
-    assert learnt(LossSpec(hard=1.0, soft=0.0)) is learnt(LossSpec(hard=1.0, soft=Ramp(start=0.0, end=0.0))) is PERPLEXITY
+    assert (
+        learnt(LossSpec(hard=1.0, soft=0.0)) is learnt(LossSpec(hard=1.0, soft=Ramp(start=0.0, end=0.0))) is PERPLEXITY
+    )
     new = measured(kl=2.0, perplexity=100.0)
     verdict = decide(PromotionSpec(), new, fidelity(1.41, 0.6, 200.0), None, None, PERPLEXITY)
     assert verdict.promoted and "perplexity 100 against 200 of its initial weights" in verdict.reason
@@ -168,7 +170,9 @@ def test_figures_without_blocks_or_of_other_blocks_are_not_compared() -> None:
         other = replace(CHAMPION, fidelity=replace(CHAMPION.fidelity, blocks=blocks))
         verdict = verdict_on(measured(kl=1.0), other)
         assert verdict.outcome == KEPT and not verdict.unclear
-        assert "KL 1.00 against 1.41 of champion v3, allowed 1.41, and not measured on the same blocks" in verdict.reason
+        assert (
+            "KL 1.00 against 1.41 of champion v3, allowed 1.41, and not measured on the same blocks" in verdict.reason
+        )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
