@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from cluster.evaluate.figures import Fidelity
-from cluster.evaluate.interval import Bound, upper_bound
+from cluster.evaluate.interval import LEAST_BLOCKS, Bound, upper_bound
 
 # Two figures that differ by less than this share of them are the same: only their rounding differs.
 ROUNDING = 1e-9
@@ -142,8 +142,8 @@ class Check:
             return ""
         if math.isinf(self.bound.upper):
             return (
-                f": no telling from {self.bound.tokens:,} held-out tokens, which are too few documents, or of which one "
-                f"has most"
+                f": cannot be decided on {self.bound.tokens:,} held-out tokens, which are of fewer than "
+                f"{LEAST_BLOCKS:g} documents, or mostly of one"
             )
         bound = f", {100 * self.confidence:g} % bound {self.metric.number(self._limit, digits)}"
         if self.passed:

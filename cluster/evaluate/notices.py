@@ -1,4 +1,4 @@
-"""What a person should know of the held-out figures: before a start what they cannot tell, at the end what went wrong."""
+"""Notices on the held-out figures: before a start what they cannot tell, at the end what went wrong."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ def before_start(spec: FamilySpec) -> list[str]:
     if not missed:
         return []
     shown = ", ".join(f"{what} takes about {float(f'{needed:.2g}'):,.0f}" for what, needed in missed.items())
+    batches = math.ceil(max(missed.values()) / batch)
     return [
-        f"promotion: at most {have:,} held-out tokens are measured, too few to tell from noise: {shown}; a student that "
-        f"they cannot tell stays challenger. Raise evaluation.batches to {math.ceil(max(missed.values()) / batch):,} and "
-        f"corpus.held_out with it, or allow wider margins"
+        f"promotion: at most {have:,} held-out tokens are measured, too few to tell from noise: {shown}; a student "
+        f"that is too close to call stays challenger. Raise evaluation.batches to {batches:,} and corpus.held_out with "
+        f"it, or allow wider margins"
     ]
 
 

@@ -25,8 +25,8 @@ from cluster.runs import open_run
 from cluster.spec import FamilySpec
 from jobs.cli.main import main
 from jobs.promotion import champion_arms, promotion_lines, rollback, settle
-from tests.jobs.test_console import STATS
 from tests.fidelities import fidelity
+from tests.jobs.test_console import STATS
 from tests.tiny import tiny_family
 
 MODEL = "tiny-small"

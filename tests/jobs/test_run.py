@@ -140,7 +140,9 @@ def test_a_held_out_text_that_is_too_small_is_told_before_and_after(
     page = result.run.report_path.read_text()
     warning = "the held-out text is too small to decide on the promotion of student small"
     # 4 batches of 4 sequences of 32 tokens, of which the last one of each carries no loss.
-    notice = "promotion: at most 496 held-out tokens are measured, too few to tell from noise: promotion.kl 0.02 takes about 30,000;"
+    notice = (
+        "at most 496 held-out tokens are measured, too few to tell from noise: promotion.kl 0.02 takes about 30,000"
+    )
     for text in (printed, page):
         assert warning in text and notice in text and "too close to call on 500 held-out tokens" in text
 

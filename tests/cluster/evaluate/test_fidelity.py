@@ -80,7 +80,7 @@ def test_the_blocks_are_the_sums_of_their_tokens_in_order() -> None:
     q, p = ((h.double() @ w[:VOCABULARY].double().T).log_softmax(-1) for h, w in (STUDENT, TEACHER))
     kl_T, agreed_T = (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).double()
     columns_4T = torch.stack([torch.ones(TOKENS).double(), kl_T, agreed_T, F.nll_loss(q, NEXT_T, reduction="none")])
-    plainly = [columns_4T[:, BLOCK_T == block].sum(1) for block in sorted(set(BLOCK_T.tolist()))]
+    plainly = [columns_4T[:, block == BLOCK_T].sum(1) for block in sorted(set(BLOCK_T.tolist()))]
     found = fidelity_of(sums())
     torch.testing.assert_close(torch.tensor(found.blocks), torch.stack(plainly).float(), rtol=1e-5, atol=1e-6)
     # As a commit keeps them.

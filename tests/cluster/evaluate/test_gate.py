@@ -162,7 +162,10 @@ def test_too_few_documents_tell_nothing() -> None:
     champion, initial = Measured(fidelity(1.41, blocks=4)), fidelity(6.7, blocks=4)
     verdict = verdict_on(Measured(fidelity(1.0, 0.7, 100.0, blocks=4)), champion, initial)
     assert (verdict.outcome, verdict.unclear) == (KEPT, True)
-    assert "no telling from 200 held-out tokens, which are too few documents" in verdict.reason
+    assert (
+        ": cannot be decided on 200 held-out tokens, which are of fewer than 5 documents, or mostly of one"
+        in verdict.reason
+    )
 
 
 def test_figures_without_blocks_or_of_other_blocks_are_not_compared() -> None:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from cluster.evaluate.interval import POWER, t_quantile, upper_bound
 
 Floats = NDArray[np.float64]
-# Draws of a held-out text, and how often a bound at 0.95 may then fall below the true mean: 0.05, 0.02 for what a sample
-# of skewed documents does not show, and 0.01 of Monte Carlo error. The generators and the models below are not those
-# that the method was chosen on.
+# Draws of a held-out text, and how often a bound at 0.95 may then fall below the true mean: 0.05, 0.02 for what a
+# sample of skewed documents does not show, and 0.01 of Monte Carlo error. The generators and the models below are not
+# those that the method was chosen on.
 DRAWS, HONEST = 1000, 0.08
 REAL = Path(__file__).parent / "document_sums.csv"
 
