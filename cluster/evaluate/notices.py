@@ -39,8 +39,9 @@ def before_start(spec: FamilySpec) -> list[str]:
         return []
     shown = ", ".join(f"{what} takes about {float(f'{needed:.2g}'):,.0f}" for what, needed in missed.items())
     batches = math.ceil(max(missed.values()) / batch)
+    # Not "promotion: ", which is how a verdict begins that is read out of a job's log.
     return [
-        f"promotion: at most {have:,} held-out tokens are measured, too few to tell from noise: {shown}; a student "
+        f"evaluation: at most {have:,} held-out tokens are measured, too few to tell from noise: {shown}; a student "
         f"that is too close to call stays challenger. Raise evaluation.batches to {batches:,} and corpus.held_out with "
         f"it, or allow wider margins"
     ]

@@ -18,6 +18,7 @@ from cluster.evaluate.figures import Champion
 from cluster.evaluate.gate import KEPT
 from cluster.evaluate.result import FamilyResult
 from jobs import run as module
+from jobs.lines import promotions_in
 from jobs.promotion import settle
 from tests.fidelities import fidelity
 from tests.jobs.test_promotion import BETTER, FIDELITY, Nights
@@ -145,6 +146,7 @@ def test_a_held_out_text_that_is_too_small_is_told_before_and_after(
     )
     for text in (printed, page):
         assert warning in text and notice in text and "too close to call on 500 held-out tokens" in text
+    assert len(promotions_in(printed)) == 1
 
 
 def test_a_promotion_that_fails_harms_no_other(nights: Nights) -> None:

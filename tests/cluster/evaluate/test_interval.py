@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from cluster.corpus.blocks import PIECES
 from cluster.evaluate.interval import POWER, t_quantile, upper_bound
 
 Floats = NDArray[np.float64]
@@ -119,6 +120,18 @@ def test_one_that_is_better_is_told_so() -> None:
         excess_G = heavy_tails(dice, lengths_G) - 0.25 * lengths_G
         passed += upper_bound(excess_G.tolist(), lengths_G.tolist(), 0.95).upper <= 0
     assert passed / 200 > 0.5
+
+
+def test_pieces_of_one_document_whose_topic_drifts_are_told_apart_honestly() -> None:
+    dice, passed, tokens, draws = np.random.default_rng(5), 0, PIECES * 400, 400
+    # A topic that is remembered for about 50 tokens, under heavy-tailed noise.
+    memory = 0.98 ** np.arange(400)
+    for _ in range(draws):
+        drift_T = np.convolve(dice.normal(0, 0.2, tokens + 400), memory, "same")[:tokens]
+        excess_T = drift_T + dice.standard_t(3, tokens)
+        sums_K = excess_T.reshape(PIECES, -1).sum(1).tolist()
+        passed += upper_bound(sums_K, [400.0] * PIECES, 0.95).upper <= 0
+    assert passed / draws <= HONEST
 
 
 def test_taking_the_tokens_as_independent_would_pass_far_too_many() -> None:

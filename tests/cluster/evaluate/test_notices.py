@@ -21,7 +21,7 @@ def notices(promotion: dict[str, Any] | None, batches: int = 4, **corpus: Any) -
 def test_a_text_that_is_too_small_for_a_margin_is_told_with_what_it_takes() -> None:
     (line,) = notices({"kl": 0.02, "agreement": 0.01, "perplexity": 0.05})
     assert line == (
-        "promotion: at most 496 held-out tokens are measured, too few to tell from noise: promotion.kl 0.02 takes "
+        "evaluation: at most 496 held-out tokens are measured, too few to tell from noise: promotion.kl 0.02 takes "
         "about 30,000, promotion.perplexity 0.05 takes about 9,900, promotion.agreement 0.01 takes about 19,000; a "
         "student that is too close to call stays challenger. Raise evaluation.batches to 245 and corpus.held_out with "
         "it, or allow wider margins"
