@@ -65,7 +65,6 @@ class Check:
         against: whose the other figure is, or the limit's name.
         bound: by how much it is worse than allowed, per token (of a perplexity's logarithm); None where that is not
             known.
-        margin: room that a student has that equals the other, in the bound's unit; 0 where it has none.
         confidence: of the bound.
     """
 
@@ -75,7 +74,6 @@ class Check:
     allowed: float | None
     against: str
     bound: Bound | None = None
-    margin: float = 0.0
     confidence: float = 0.5
     strict: bool = False
 
@@ -148,10 +146,10 @@ class Check:
         bound = f", {100 * self.confidence:g} % bound {self.metric.number(self._limit, digits)}"
         if self.passed:
             return bound
-        needed = self.bound.tokens_for(self.margin or -self.bound.mean)
+        needed = self.bound.tokens_for(-self.bound.mean)
         return (
             f"{bound}: too close to call on {self.bound.tokens:,} held-out tokens, about {float(f'{needed:.2g}'):,.0f} "
-            f"are needed"
+            f"are needed for such a difference"
         )
 
 
@@ -177,8 +175,7 @@ def compared(
         pairs = zip(new.blocks, other.blocks, strict=True)
         excess_K = [sign * (a[metric.column] - factor * b[metric.column]) - shift * a[0] for a, b in pairs]
         bound = upper_bound(excess_K, tokens_K, confidence)
-    width = shift if shift else room * abs(value)
-    return Check(metric, metric.of(new), value, allowed, against, bound, width, confidence, strict=margin is None)
+    return Check(metric, metric.of(new), value, allowed, against, bound, confidence, strict=margin is None)
 
 
 def limited(metric: Metric, new: Fidelity, limit: float, name: str, confidence: float) -> Check:
@@ -191,4 +188,4 @@ def limited(metric: Metric, new: Fidelity, limit: float, name: str, confidence: 
     tokens_K = [block[0] for block in new.blocks]
     excess_K = [sign * (block[metric.column] - edge * block[0]) for block in new.blocks]
     bound = upper_bound(excess_K, tokens_K, confidence) if tokens_K else None
-    return Check(metric, metric.of(new), None, limit, name, bound, confidence=confidence)
+    return Check(metric, metric.of(new), None, limit, name, bound, confidence)

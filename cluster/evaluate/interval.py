@@ -26,14 +26,14 @@ class Bound:
     Attributes:
         upper: infinite where the blocks are too few.
         se: standard error of the mean.
-        quantile: of Student's t at the confidence.
+        width: what the bound is above the mean, in standard errors.
         tokens, blocks: measured.
     """
 
     mean: float
     upper: float
     se: float
-    quantile: float
+    width: float
     tokens: int
     blocks: int
 
@@ -44,7 +44,7 @@ class Bound:
         """
         if not (distance > 0 and math.isfinite(self.se)):
             return math.inf
-        return self.tokens * ((self.quantile + NormalDist().inv_cdf(POWER)) * self.se / distance) ** 2
+        return self.tokens * ((self.width + NormalDist().inv_cdf(POWER)) * self.se / distance) ** 2
 
 
 def t_quantile(p: float, df: float) -> float:
@@ -82,12 +82,11 @@ def upper_bound(sums_K: Sequence[float], tokens_K: Sequence[float], confidence: 
     shifts_K = [(value - mean * n) / (tokens - n) for value, n in zip(sums_K, tokens_K, strict=True)]
     square = sum(shift**2 for shift in shifts_K)
     se = math.sqrt(square * (blocks - 1) / blocks)
-    quantile = t_quantile(confidence, effective - 1)
-    width = quantile
+    width = quantile = t_quantile(confidence, effective - 1)
     if square > 0:
         skew = sum(shift**3 for shift in shifts_K) / blocks / (square / blocks) ** 1.5
         width = max(quantile, -_unskewed(-quantile, SKEWNESS_FACTOR * skew / math.sqrt(effective)))
-    return Bound(mean, mean + width * se, se, quantile, int(tokens), blocks)
+    return Bound(mean, mean + width * se, se, width, int(tokens), blocks)
 
 
 def _unskewed(quantile: float, skew: float) -> float:

@@ -145,12 +145,20 @@ def test_a_difference_that_the_text_cannot_tell_keeps_the_champion_and_names_the
     # As many more blocks as it asks for, of the same kind, do tell.
     needed = int(verdict.reason.split("about ")[1].split()[0].replace(",", ""))
     blocks = math.ceil(needed / 50)
-    assert 10 < blocks < 300
+    assert 10 < blocks < 300 and verdict.reason.endswith("are needed for such a difference")
     more = Measured(fidelity(1.40, 0.65, 190.0, spread=0.1, blocks=blocks), 100.0)
     other = replace(CHAMPION, fidelity=fidelity(1.41, blocks=blocks))
     assert verdict_on(more, other, fidelity(6.7, blocks=blocks), kl=0.02).promoted
     # Whoever wants the means compared can have that.
     assert verdict_on(noisy, kl=0.02, confidence=0.5).promoted
+
+
+@pytest.mark.parametrize("kl", [1.43, 1.435, 1.4379])
+def test_the_tokens_that_are_needed_are_always_more_than_there_are(kl: float) -> None:
+    # However wide the margin: a student at its edge takes more text than one that equals the champion.
+    verdict = verdict_on(Measured(fidelity(kl, 0.65, 190.0, spread=0.02), 100.0), kl=0.02)
+    assert verdict.unclear
+    assert int(verdict.reason.split("about ")[1].split()[0].replace(",", "")) > 500
 
 
 def test_of_one_that_is_worse_it_does_not_matter_what_is_too_close_to_call() -> None:

@@ -47,9 +47,8 @@ def test_of_equal_and_symmetric_blocks_it_is_student_s_bound() -> None:
 def test_a_few_blocks_that_are_much_worse_raise_the_bound_and_much_better_ones_do_not_lower_it() -> None:
     worse_K = [0.0] * 18 + [10.0, 10.0]
     worse, better = (upper_bound([sign * each for each in worse_K], [1.0] * 20, 0.95) for sign in (1, -1))
-    assert worse.se == better.se
-    assert (worse.upper - worse.mean) / worse.se > 1.2 * worse.quantile
-    assert (better.upper - better.mean) / better.se == pytest.approx(better.quantile)
+    assert worse.se == better.se and better.width == t_quantile(0.95, 19)
+    assert (worse.upper - worse.mean) / worse.se == pytest.approx(worse.width) and worse.width > 1.2 * better.width
 
 
 @pytest.mark.parametrize("tokens_K", [[100.0] * 4, [1000.0] + [10.0] * 20, [7.0]], ids=len)
