@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.corpus.sample import check_corpus
 from cluster.errors import UserError
+from cluster.evaluate.notices import before_start
 from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
@@ -75,7 +76,7 @@ class Checked:
         """What a person should know before the start, a line each."""
         away = [self.experiment_unknown] if self.experiment_unknown else []
         corpus = [f"corpus: {line}" for line in self.corpus]
-        return [*corpus, *away, *self.warm_starts(), *self.packing_notices()]
+        return [*corpus, *away, *self.warm_starts(), *self.packing_notices(), *before_start(self.spec)]
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""

@@ -12,8 +12,9 @@ from typing import Any
 import typer
 
 from cluster.errors import RunError, UserError, first_line
+from cluster.evaluate.checks import KL, Metric
 from cluster.evaluate.figures import Champion, StudentResult
-from cluster.evaluate.gate import KEPT, PROMOTED, Figures, Verdict, decide
+from cluster.evaluate.gate import KEPT, PROMOTED, Measured, Verdict, decide, learnt
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked
 from cluster.registry import AwayError, ChampionMovedError, Models, default_tracking_uri
@@ -80,18 +81,22 @@ def _settle_one(
     assert margins is not None
     model, version = checked.spec.model_name(name), result.versions[name]
     verdict = models.verdict(model, version)
+    decided = Verdict(**run.promotions[name]) if name in run.promotions else None
     if verdict is None:
-        if name in run.promotions:
-            verdict = Verdict(**run.promotions[name])
+        if decided is not None:
+            verdict = decided
         else:
             champion = result.champions[name]
             # A champion that could not be measured keeps its place whatever the latency is.
             if margins.latency is not None and not latencies and (champion is None or champion.fidelity is not None):
                 raise RunError("the endpoints could not be compared, and latency decides")
             both = latencies.get(model), latencies.get(champion_arm(model))
-            verdict = judge(margins, result.students[name], version, champion, *both)
+            metric = learnt(checked.spec.students[name].loss)
+            verdict = judge(margins, result.students[name], version, champion, *both, metric)
             _remember(checked, result, name, verdict)
         verdict = _carry_out(models, model, version, verdict)
+    elif decided is not None and (decided.outcome, decided.reason) == (verdict.outcome, verdict.reason):
+        verdict = decided  # the registry keeps less of it
     _remember(checked, result, name, verdict)
 
 
@@ -102,15 +107,21 @@ def judge(
     champion: Champion | None,
     latency_ms: float | None,
     champion_latency_ms: float | None,
+    metric: Metric = KL,
 ) -> Verdict:
-    """The verdict on one new version, whatever is known of its champion. Latencies are medians of whole answers."""
-    new = Figures.of(student.after, latency_ms)
+    """The verdict on one new version, whatever is known of its champion. Latencies are medians of whole answers.
+
+    Args:
+        metric: the figure in which it must be better than its initial weights.
+    """
+    new = Measured(student.after, latency_ms)
     if champion is None:
-        return decide(margins, new, None, None)
+        return decide(margins, new, student.before, None, None, metric)
     if champion.fidelity is None:
         outcome = PROMOTED if champion.version == version else KEPT
         return Verdict(outcome, champion.why_not, champion.version)
-    return decide(margins, new, Figures.of(champion.fidelity, champion_latency_ms), champion.version)
+    known = Measured(champion.fidelity, champion_latency_ms)
+    return decide(margins, new, student.before, known, champion.version, metric)
 
 
 def _remember(checked: Checked, result: FamilyResult, student: str, verdict: Verdict) -> None:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from cluster.dates import has_macros, rendered
 from cluster.errors import NoPlaceError, RunError, StillhouseError, UserError, first_line
+from cluster.evaluate.notices import at_the_end, before_start
 from cluster.evaluate.result import FamilyResult
 from cluster.preflight import Checked, preflight
 from cluster.runs import SPEC_FILE, Run, last_run, open_run, run_of
@@ -160,6 +161,8 @@ def _run(checked: Checked, run: Run, console: Console, named: str) -> tuple[Fami
             with _only_warned_of("the latencies are not in MLflow; --resume measures them again", result):
                 log_figures(checked.tracking_uri, latency_figures(checked.spec, run.mlflow, serving))
         settle(checked, result, serving)
+        result.warnings += at_the_end(checked.spec, result)
+        result.notices += before_start(checked.spec)
         again = f"make it with: stillhouse run {run.name} --resume"
         with _only_warned_of(f"the report {run.report_path} could not be written; {again}", result):
             write = partial(write_report, checked.spec, result, serving, environment())
@@ -272,7 +275,8 @@ def _print_result(
         + ", ".join(f"{name} {count}" for name, count in result.stats.delivered.items()),
         highlight=False,
     )
-    for line in [*(f"corpus: {line}" for line in result.corpus.lines()), *promotion_lines(spec, result)]:
+    corpus = [f"corpus: {line}" for line in result.corpus.lines()]
+    for line in [*corpus, *before_start(spec), *promotion_lines(spec, result)]:
         console.print(line, markup=False, highlight=False)
     for line in result.warnings:
         console.print(line, markup=False, highlight=False)

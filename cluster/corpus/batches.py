@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.corpus.blocks import held_out_blocks
 from cluster.corpus.files import skipped_line, unusable_reasons
 from cluster.errors import UserError
 from cluster.spec import CorpusSpec
@@ -143,7 +145,8 @@ class Batch:
             position never does, nor a document's last.
         positions_BS: each token's place in its own document, int32. Documents that are packed into one sequence do
             not see each other; a document that goes on from the sequence before begins anew.
-        address: 32 hex digits over all three columns of the whole batch, its content address.
+        address: 32 hex digits over the three columns above of the whole batch, its content address.
+        blocks_BS: of a held-out batch the block of each token, see :func:`~cluster.corpus.blocks.held_out_blocks`.
     """
 
     number: int
@@ -151,6 +154,7 @@ class Batch:
     loss_mask_BS: npt.NDArray[np.bool_]
     positions_BS: npt.NDArray[np.int32]
     address: str
+    blocks_BS: npt.NDArray[np.int16] | None = None
 
     @property
     def loss_tokens(self) -> int:
@@ -170,6 +174,7 @@ class Batch:
             tokens_BS=self.tokens_BS[part],
             loss_mask_BS=self.loss_mask_BS[part],
             positions_BS=self.positions_BS[part],
+            blocks_BS=None if self.blocks_BS is None else self.blocks_BS[part],
         )
 
 
@@ -246,5 +251,14 @@ class Batches:
 
     def held_out(self, number: int) -> Batch:
         """Held-out batch ``number``, from 0 to ``held_out_count - 1``."""
-        first = self._train + number * self._size
-        return self._batch(number, np.arange(first, first + self._size))
+        first = number * self._size
+        batch = self._batch(number, self._train + np.arange(first, first + self._size))
+        return replace(batch, blocks_BS=self._blocks_NS[first : first + self._size])
+
+    @cached_property
+    def _blocks_NS(self) -> npt.NDArray[np.int16]:
+        """Of the held-out sequences that are measured."""
+        measured = slice(self._train, self._train + self.held_out_count * self._size)
+        continued = self.facts.cut_documents == self.facts.held_out_documents
+        tokens_NS, beside = self._tokens_NS[measured], self._beside[measured]
+        return held_out_blocks(tokens_NS, beside, packed=self.facts.packed, continued=continued)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+# Sums over the loss tokens of one block: tokens, KL in nats, agreements, the student's cross-entropy in nats.
+Block = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class Fidelity:
         calibration_error, teacher_calibration_error: expected gap between the likeliest token's probability and how
             often it is the next one, over 15 bins of equal width (Guo et al., 2017).
         tokens: loss tokens measured.
+        blocks: sums per block of the held-out text (:mod:`cluster.corpus.blocks`), from which intervals are made; empty
+            in a commit of a version without them.
     """
 
     kl: float
@@ -25,6 +30,11 @@ class Fidelity:
     calibration_error: float
     teacher_calibration_error: float
     tokens: int
+    blocks: tuple[Block, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        # A commit's JSON has lists.
+        object.__setattr__(self, "blocks", tuple(tuple(block) for block in self.blocks))
 
 
 @dataclass(frozen=True)

@@ -8,36 +8,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from cluster.evaluate.checks import AGREEMENT, KL, LATENCY, PERPLEXITY, Check, Metric, compared, limited
 from cluster.evaluate.figures import Fidelity
-from cluster.spec.promotion import PromotionSpec
+from cluster.spec import LossSpec, PromotionSpec, Ramp
 
 # What can become of a version; also the values of its tag in the registry.
 PROMOTED, KEPT, ROLLED_BACK = "promoted", "kept", "rolled back"
 SAID = {PROMOTED: "is champion", KEPT: "stays challenger", ROLLED_BACK: "was rolled back"}
-# Two figures that differ by less than this share of them are the same: only their rounding differs.
-ROUNDING = 1e-9
-# Digits that a figure is shown with, and the most where two would look alike.
-DIGITS, MOST_DIGITS = 3, 12
 
 
 @dataclass(frozen=True)
-class Figures:
+class Measured:
     """What is looked at of the new student and of the champion.
 
     Attributes:
-        kl, agreement, perplexity: on held-out text, see :class:`~cluster.evaluate.figures.Fidelity`.
+        fidelity: on held-out text.
         latency_ms: median time of a whole answer; None where it was not measured.
     """
 
-    kl: float
-    agreement: float
-    perplexity: float
+    fidelity: Fidelity
     latency_ms: float | None = None
-
-    @classmethod
-    def of(cls, fidelity: Fidelity, latency_ms: float | None) -> Figures:
-        """Of what was measured."""
-        return cls(fidelity.kl, fidelity.agreement, fidelity.student_perplexity, latency_ms)
 
 
 @dataclass(frozen=True)
@@ -48,11 +38,13 @@ class Verdict:
         outcome: ``PROMOTED`` or ``KEPT``; ``ROLLED_BACK`` where somebody has taken it back since.
         reason: one line with the figures.
         against: the champion's version that it was compared with; None where there was none.
+        unclear: it was kept because the held-out text is too small to tell, and not because a figure is worse.
     """
 
     outcome: str
     reason: str
     against: int | None = None
+    unclear: bool = False
 
     @property
     def promoted(self) -> bool:
@@ -64,92 +56,76 @@ class Verdict:
         return f"promotion: {model} v{version} {SAID[self.outcome]}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class _Gated:
-    """One figure that counts: the new one, the champion's, and the worst that the margin allows."""
-
-    name: str
-    new: float | None
-    champion: float | None
-    allowed: float | None
-    higher_is_better: bool = False
-    scale: float = 1.0
-    unit: str = ""
-
-    @property
-    def known(self) -> bool:
-        return self.new is not None and math.isfinite(self.new)
-
-    @property
-    def kept(self) -> bool:
-        """Whether the new figure keeps the margin. One of the champion that is no number sets no limit."""
-        if not self.known:
-            return False
-        if self.allowed is None or not math.isfinite(self.allowed):
-            return True
-        assert self.new is not None
-        slack = ROUNDING * max(abs(self.new), abs(self.allowed))
-        over = self.allowed - self.new if self.higher_is_better else self.new - self.allowed
-        return over <= slack
-
-    def _number(self, value: float, digits: int) -> str:
-        value *= self.scale
-        if not math.isfinite(value) or abs(value) >= 1e6:
-            return f"{value:.{digits}g}"
-        whole = math.floor(math.log10(abs(value))) if value else 0
-        return f"{value:.{max(0, digits - 1 - whole)}f}"
-
-    def alone(self) -> str:
-        if self.new is None:
-            return f"{self.name} was not measured"
-        return f"{self.name} {self._number(self.new, DIGITS)}{self.unit}"
-
-    def against(self, version: int) -> str:
-        """The figures in words, with as many digits as it takes to see that a margin is not kept."""
-        if self.new is None or self.champion is None or self.allowed is None:
-            return f"{self.name} was not measured" + (f" of champion v{version}" if self.new is not None else "")
-        digits = DIGITS
-        while not self.kept and digits < MOST_DIGITS and self._same(digits):
-            digits += 1
-        new, champion, allowed = (self._number(each, digits) for each in (self.new, self.champion, self.allowed))
-        return f"{self.name} {new}{self.unit} against {champion}{self.unit} of champion v{version}, allowed {allowed}"
-
-    def _same(self, digits: int) -> bool:
-        assert self.new is not None and self.allowed is not None
-        return self._number(self.new, digits) == self._number(self.allowed, digits)
+def learnt(loss: LossSpec) -> Metric:
+    """The figure that a student must better: its distance from the teacher, unless it learns from the text alone."""
+    soft = loss.soft
+    never = soft.start == soft.end == 0 if isinstance(soft, Ramp) else soft == 0
+    return PERPLEXITY if never else KL
 
 
-def decide(margins: PromotionSpec, new: Figures, champion: Figures | None, against: int | None) -> Verdict:
+def decide(
+    margins: PromotionSpec,
+    new: Measured,
+    initial: Fidelity,
+    champion: Measured | None,
+    against: int | None,
+    metric: Metric = KL,
+) -> Verdict:
     """Whether a new student takes the champion's place. A pure function.
 
+    It does where each condition is shown at ``margins.confidence``: it is better than its own initial weights, worse
+    than the champion by no more than the margins, and within the absolute limits. All must hold, so that one that
+    breaks any of them is promoted with a probability of at most ``1 - confidence``, however many there are (Berger,
+    1982, "Multiparameter hypothesis testing and acceptance sampling"). Latency is compared as it was measured.
+
     Args:
-        new, champion: measured on the same held-out batches and, where latency counts, served side by side. Without a
-            champion the new one is promoted, unless one of its figures is no finite number or was not measured.
+        new, initial, champion: measured on the same held-out batches and, where latency counts, served side by side.
         against: the champion's version; None exactly where there is no champion.
+        metric: the figure in which it must be better than its initial weights, see :func:`learnt`.
     """
-    gated = _gated(margins, new, champion)
-    if champion is None or against is None:
-        if bad := [each.alone() for each in gated if not each.known]:
-            return Verdict(KEPT, f"{'; '.join(bad)}; a champion needs finite figures")
-        return Verdict(PROMOTED, f"there was no champion; {'; '.join(each.alone() for each in gated)}")
-    worse = [each for each in gated if not each.kept or each.champion is None]
-    shown = "; ".join(each.against(against) for each in worse or gated)
-    return Verdict(KEPT if worse else PROMOTED, shown, against)
+    figures = [(each, each.of(new.fidelity)) for each in (KL, PERPLEXITY, AGREEMENT)]
+    if bad := [each.alone(value) for each, value in figures if not math.isfinite(value)]:
+        return Verdict(KEPT, f"{'; '.join(bad)}; a champion needs finite figures", against)
+    start = compared(metric, new.fidelity, initial, "its initial weights", margins.confidence, None)
+    checks = [start, *_limits(margins, new.fidelity)]
+    if champion is not None:
+        checks = [*_against(margins, new, champion, f"champion v{against}"), *checks]
+    elif margins.latency is not None:
+        # There is nothing to compare it with, but it must be known.
+        checks.append(Check(LATENCY, new.latency_ms, None, math.inf, "no champion's"))
+    if failed := [each for each in checks if not each.passed]:
+        unclear = all(each.unclear for each in failed)
+        # Of one that is worse, it does not matter what else is too close to call.
+        shown = [each.words() for each in failed if unclear or not each.unclear]
+        return Verdict(KEPT, "; ".join(shown), against, unclear)
+    if champion is not None:
+        return Verdict(PROMOTED, "; ".join(each.words() for each in checks), against)
+    shown = [each.words() for each in checks if each.metric is not LATENCY]
+    shown += [each.alone(value) for each, value in figures if each is not metric]
+    if margins.latency is not None:
+        shown.append(LATENCY.alone(new.latency_ms))
+    return Verdict(PROMOTED, "; ".join(["there was no champion", *shown]))
 
 
-def _gated(margins: PromotionSpec, new: Figures, champion: Figures | None) -> list[_Gated]:
-    def rising(name: str, field: str, margin: float, unit: str = "") -> _Gated:
-        value = None if champion is None else getattr(champion, field)
-        allowed = None if value is None else value + margin * abs(value)
-        return _Gated(name, getattr(new, field), value, allowed, unit=unit)
-
-    agreement = None if champion is None else champion.agreement
-    lowest = None if agreement is None else agreement - margins.agreement
-    figures = [
-        rising("KL", "kl", margins.kl),
-        rising("perplexity", "perplexity", margins.perplexity),
-        _Gated("agreement", new.agreement, agreement, lowest, higher_is_better=True, scale=100.0, unit=" %"),
+def _against(margins: PromotionSpec, new: Measured, champion: Measured, who: str) -> list[Check]:
+    """That it is worse than the champion by no more than the margins."""
+    checks = [
+        compared(metric, new.fidelity, champion.fidelity, who, margins.confidence, margin)
+        for metric, margin in ((KL, margins.kl), (PERPLEXITY, margins.perplexity), (AGREEMENT, margins.agreement))
     ]
     if margins.latency is not None:
-        figures.append(rising("answer p50", "latency_ms", margins.latency, " ms"))
-    return figures
+        value = champion.latency_ms
+        allowed = None if value is None else value + margins.latency * abs(value)
+        checks.append(Check(LATENCY, new.latency_ms, value, allowed, who))
+    return checks
+
+
+def _limits(margins: PromotionSpec, new: Fidelity) -> list[Check]:
+    """That it keeps the absolute limits."""
+    limits = {"max_kl": KL, "max_perplexity": PERPLEXITY, "min_agreement": AGREEMENT}
+    given = [(metric, name, getattr(margins, name)) for name, metric in limits.items()]
+    return [
+        limited(metric, new, limit, f"promotion.{name}", margins.confidence)
+        for metric, name, limit in given
+        if limit is not None
+    ]

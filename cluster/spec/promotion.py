@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from cluster.spec.base import Section
 
@@ -14,7 +14,9 @@ Margin = Annotated[float, Field(ge=0.0)]
 class PromotionSpec(Section):
     """By how much a new student may be worse than the present champion on the same held-out text, and yet replace it.
 
-    All margins must be kept. An empty section, {}, asks for a student that is worse in nothing.
+    All margins and limits must be kept, and kept surely: by the bound of a confidence interval over the held-out
+    documents, not by the mean alone. An empty section, {}, asks for a student that is worse in nothing. One that is not
+    better than its own initial weights is never promoted, champion or not.
     """
 
     kl: Margin = 0.0
@@ -26,3 +28,12 @@ class PromotionSpec(Section):
     latency: Margin | None = None
     """Share by which the median time of its whole answers may be higher, both served side by side; needs `serving`.
     None means that latency does not count."""
+    max_kl: PositiveFloat | None = None
+    """Highest held-out KL that a champion may have, in nats per token, also the first one."""
+    max_perplexity: Annotated[float, Field(gt=1.0)] | None = None
+    """Highest held-out perplexity that it may have."""
+    min_agreement: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Lowest agreement with the teacher that it may have, as a share of all tokens."""
+    confidence: Annotated[float, Field(ge=0.5, lt=1.0)] = 0.95
+    """How sure it must be that a margin or limit is kept: one that is not is promoted with a probability of at most
+    1 - confidence. 0.5 compares the figures as they were measured."""

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,9 +43,12 @@ def held_out_sums(
         delivery, blocks = reader.held_out(number)
         labels = job.labels(delivery, blocks, HIDDEN)
         for first in range(0, labels.sequences, size):
-            inputs = inputs_of(delivery.batch.rows(first, first + size), device)
+            batch = delivery.batch.rows(first, first + size)
+            assert batch.blocks_BS is not None, "a held-out batch has blocks"
+            inputs = inputs_of(batch, device)
+            block_T = torch.from_numpy(batch.blocks_BS[batch.loss_mask_BS].astype(np.int64)).to(device)
             teacher = _exact(labels.rows(first, first + size), inputs, teacher_head)
-            use = partial(fidelity_sums, teacher_logits=teacher.logits, next_T=inputs.next_T)
+            use = partial(fidelity_sums, teacher_logits=teacher.logits, next_T=inputs.next_T, block_T=block_T)
             sums += student(inputs, partial(use, vocabulary=job.teacher.vocabulary))
     return sums
 

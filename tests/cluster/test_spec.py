@@ -38,6 +38,10 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "a latency that nothing measures": ({"promotion": {"latency": 0.1}}, "no effect without serving"),
     "a margin that asks for a better one": ({"promotion": {"kl": -0.1}}, "greater than or equal to 0"),
     "a margin for more than all tokens": ({"promotion": {"agreement": 1.1}}, "less than or equal to 1"),
+    "a limit that no student keeps": ({"promotion": {"max_kl": 0.0}}, "greater than 0"),
+    "a perplexity below that of certainty": ({"promotion": {"max_perplexity": 1.0}}, "greater than 1"),
+    "a confidence below a coin's": ({"promotion": {"confidence": 0.4}}, "greater than or equal to 0.5"),
+    "a certain confidence": ({"promotion": {"confidence": 1.0}}, "less than 1"),
     "a boundless margin": ({"promotion": {"perplexity": float("inf")}}, "finite"),
     "no labels": ({"labels": {"k": None}}, "valid integer"),
     "no file": ({"corpus": {"paths": []}}, "at least 1 item"),
@@ -334,7 +338,8 @@ def test_promotion_is_asked_for_by_an_empty_section_and_counts_latency_only_when
     assert family().promotion is None
     spec = family(**sections)
     assert spec.promotion is not None
-    assert spec.promotion == PromotionSpec(kl=0.0, perplexity=0.0, agreement=0.0, latency=latency)
+    assert spec.promotion == PromotionSpec(kl=0.0, perplexity=0.0, agreement=0.0, latency=latency, confidence=0.95)
+    assert spec.promotion.max_kl is spec.promotion.max_perplexity is spec.promotion.min_agreement is None
     assert FamilySpec.model_validate_json(spec.model_dump_json()) == spec
 
 

@@ -284,7 +284,7 @@ def test_how_a_run_ended_is_told_unless_nothing_had_started(
     raised: type[BaseException],
     told: tuple[str, str | None] | None,
 ) -> None:
-    def run(checked: Checked, run: Run, console: Any) -> Any:
+    def run(checked: Checked, run: Run, console: Any, named: Any) -> Any:
         run.mlflow = {"": "a1"} if started else {}
         raise end
 

@@ -25,12 +25,13 @@ from cluster.runs import open_run
 from cluster.spec import FamilySpec
 from jobs.cli.main import main
 from jobs.promotion import champion_arms, promotion_lines, rollback, settle
+from tests.fidelities import fidelity
 from tests.jobs.test_console import STATS
 from tests.tiny import tiny_family
 
 MODEL = "tiny-small"
-FIDELITY = Fidelity(1.41, 0.6, 200.0, 150.0, 0.1, 0.1, 500)
-BETTER, WORSE = replace(FIDELITY, kl=1.2), replace(FIDELITY, kl=1.62)
+FIDELITY, BETTER, WORSE = fidelity(1.41), fidelity(1.2), fidelity(1.62)
+INITIAL = fidelity(6.7, 0.05, 9000.0)
 
 
 class Nights:
@@ -51,7 +52,7 @@ class Nights:
         return Checked(spec, TeacherModel("/teacher", 300, "0" * 16, "1" * 16), {}, self.uri, None, NO_LIMIT)
 
     def night(
-        self, after: Fidelity, champion: Champion | None, checked: Checked | None = None
+        self, after: Fidelity, champion: Champion | None, checked: Checked | None = None, before: Fidelity = INITIAL
     ) -> tuple[Checked, FamilyResult]:
         """A family that is over but for the decision."""
         checked = checked or self.checked()
@@ -60,7 +61,7 @@ class Nights:
         self.client.set_registered_model_alias(MODEL, "challenger", str(version))
         run = open_run(checked.spec, resume=False)
         run.versions = {"small": version}
-        student = StudentResult("small", "/nowhere/model", 100, FIDELITY, after, 8, 1.0)
+        student = StudentResult("small", "/nowhere/model", 100, before, after, 8, 1.0)
         corpus = CorpusFacts(1, 1, 1, "0" * 16)
         result = FamilyResult(run, corpus, STATS, {"small": student}, {}, [], 1.0, dict(run.versions))
         result.champions = {"small": champion}
@@ -96,6 +97,26 @@ def test_the_first_is_promoted_a_worse_one_stays_and_a_better_one_takes_its_plac
         kept = json.loads((result.run.folder / "run.json").read_text())["promotions"]["small"]
         assert Verdict(**kept) == result.verdicts["small"]
     assert outcomes == [(PROMOTED, 1), (KEPT, 1), (PROMOTED, 3)]
+
+
+@pytest.mark.parametrize("champion", [None, Champion(1, fidelity(6.0))], ids=["first", "later"])
+def test_a_student_that_is_worse_than_its_initial_weights_is_registered_and_not_promoted(
+    nights: Nights, champion: Champion | None
+) -> None:
+    checked, result = nights.night(fidelity(0.95), champion, nights.checked(promotion={"kl": 9.0}), fidelity(0.82))
+    settle(checked, result, [])
+    verdict = nights.models.verdict(MODEL, 1)
+    assert verdict is not None and (verdict.outcome, nights.champion()) == (KEPT, None)
+    assert verdict.reason == "KL 0.950 against 0.820 of its initial weights, must be better"
+    assert nights.models.known(MODEL).challenger == 1
+
+
+def test_a_verdict_that_was_unclear_is_so_in_the_resumed_run(nights: Nights) -> None:
+    checked, result = nights.night(fidelity(1.4, spread=0.5), Champion(9, FIDELITY))
+    settle(checked, result, [])
+    assert result.verdicts["small"].unclear
+    settle(checked, again := nights.resumed(checked, result), [])
+    assert again.verdicts == result.verdicts
 
 
 def test_without_a_promotion_section_nothing_is_decided(nights: Nights) -> None:
@@ -188,7 +209,7 @@ def test_latency_is_taken_of_the_arms_of_both_and_the_champion_is_served_for_it(
         assert result.verdicts["small"].outcome == outcome
         reasons.append(result.verdicts["small"].reason)
     assert reasons[0] == "answer p50 111 ms against 100 ms of champion v1, allowed 110"
-    assert reasons[1].endswith("answer p50 109 ms against 100 ms of champion v1, allowed 110")
+    assert "; answer p50 109 ms against 100 ms of champion v1, allowed 110; " in reasons[1]
     _, result = nights.night(BETTER, Champion(3, FIDELITY), checked)
     settle(checked, result, [{"arm": "teacher", "latency_ms": {}}])
     assert result.verdicts["small"] == Verdict(KEPT, "answer p50 was not measured", 3)

@@ -18,7 +18,9 @@ from cluster.evaluate.figures import Champion
 from cluster.evaluate.gate import KEPT
 from cluster.evaluate.result import FamilyResult
 from jobs import run as module
+from jobs.lines import promotions_in
 from jobs.promotion import settle
+from tests.fidelities import fidelity
 from tests.jobs.test_promotion import BETTER, FIDELITY, Nights
 from tests.jobs.test_promotion import nights as nights
 
@@ -114,6 +116,37 @@ def test_a_student_without_a_version_is_shown_as_such_everywhere(
     assert "not registered" in printed and result.verdicts == {} and result.warnings == []
     page = result.run.report_path.read_text()
     assert "Student small is not registered: MLflow refuses" in page and "<td>not registered</td>" in page
+
+
+def test_a_student_that_ended_worse_than_it_began_is_warned_of_everywhere(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, rest = ended(monkeypatch, nights)
+    result.students["small"] = replace(result.students["small"], before=fidelity(0.82), after=fidelity(0.95))
+    trouble, printed = rest()
+    page = result.run.report_path.read_text()
+    told = "student small ended worse than it began: KL 0.950 after training, 0.820 before, on 500 held-out tokens"
+    assert trouble == "" and f"warning: {told}" in printed and told in page and '<td class="failed">0.95</td>' in page
+    assert "v1 stays challenger: KL 0.950 against 0.820 of its initial weights" in printed
+    assert (nights.champion(), result.versions) == (None, {"small": 1})
+
+
+def test_a_held_out_text_that_is_too_small_is_told_before_and_after(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, rest = ended(monkeypatch, nights, promotion={"kl": 0.02, "agreement": 0.3, "perplexity": 2.0})
+    result.students["small"] = replace(result.students["small"], after=fidelity(1.4, spread=0.4))
+    result.champions["small"] = Champion(9, FIDELITY)
+    _, printed = rest()
+    page = result.run.report_path.read_text()
+    warning = "the held-out text is too small to decide on the promotion of student small"
+    # 4 batches of 4 sequences of 32 tokens, of which the last one of each carries no loss.
+    notice = (
+        "at most 496 held-out tokens are measured, too few to tell from noise: promotion.kl 0.02 takes about 30,000"
+    )
+    for text in (printed, page):
+        assert warning in text and notice in text and "too close to call on 500 held-out tokens" in text
+    assert len(promotions_in(printed)) == 1
 
 
 def test_a_promotion_that_fails_harms_no_other(nights: Nights) -> None:

@@ -1,5 +1,6 @@
 """Batch i is a pure function of (corpus, seed), and no held-out sequence is ever trained on."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,20 @@ def test_a_batch_has_one_address_whenever_it_is_read_and_no_other_batch_has_it(c
     held_out = [one.held_out(number).address for number in range(2)]
     assert len({*addresses, *held_out}) == one.count + 2
     assert all(len(address) == 32 and int(address, 16) >= 0 for address in addresses)
+
+
+def test_held_out_batches_know_the_block_of_each_token_and_training_batches_do_not(corpus: Path) -> None:
+    facts = replace(CorpusFacts.read(corpus), held_out=8, held_out_documents=9, cut_documents=1)
+    facts.write(corpus)
+    batches = opened(corpus)
+    first, second = batches.held_out(0), batches.held_out(1)
+    assert batches.train(0).blocks_BS is None and first.blocks_BS is not None and second.blocks_BS is not None
+    blocks_NS = np.concatenate([first.blocks_BS, second.blocks_BS])
+    starts_NS = np.load(corpus / STARTS_FILE)[-8:][: len(blocks_NS)]
+    starts_NS[0, 0] = True
+    assert np.array_equal(blocks_NS.reshape(-1), np.cumsum(starts_NS) - 1)
+    assert np.array_equal(first.rows(1, 3).blocks_BS, first.blocks_BS[1:3])
+    assert first.address == content_address(first.tokens_BS, first.loss_mask_BS, first.positions_BS)
 
 
 def test_the_address_is_that_of_the_batch_s_three_columns(corpus: Path) -> None:

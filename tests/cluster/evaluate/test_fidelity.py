@@ -1,6 +1,8 @@
 """Fidelity against the plain float64 formula."""
 
+import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -26,6 +28,9 @@ STUDENT, TEACHER = side(1, 12), side(2, 20, 2.0)
 NEXT_T = torch.randint(0, VOCABULARY, (TOKENS,), generator=torch.Generator().manual_seed(3))
 
 
+BLOCK_T = torch.arange(TOKENS) % 7 * 5
+
+
 def sums(student: tuple[Tensor, Tensor] = STUDENT, rows: slice = slice(None), chunk: int = 64) -> Tensor:
     return fidelity_sums(
         student[0][rows],
@@ -33,6 +38,7 @@ def sums(student: tuple[Tensor, Tensor] = STUDENT, rows: slice = slice(None), ch
         teacher_logits=lambda part: TEACHER[0][rows][part] @ TEACHER[1][:VOCABULARY].T,
         next_T=NEXT_T[rows],
         vocabulary=VOCABULARY,
+        block_T=BLOCK_T[rows],
         chunk=chunk,
     )
 
@@ -61,12 +67,24 @@ def plain() -> Fidelity:
 
 
 def same(one: Fidelity, other: Fidelity, rel: float = 1e-5) -> bool:
-    return bool(vars(one) == pytest.approx(vars(other), rel=rel))
+    figures = ({k: v for k, v in vars(each).items() if k != "blocks"} for each in (one, other))
+    return bool(next(figures) == pytest.approx(next(figures), rel=rel))
 
 
 def test_fidelity_is_that_of_the_plain_formula() -> None:
     assert same(fidelity_of(sums()), plain())
     assert 0 < plain().agreement < 1
+
+
+def test_the_blocks_are_the_sums_of_their_tokens_in_order() -> None:
+    q, p = ((h.double() @ w[:VOCABULARY].double().T).log_softmax(-1) for h, w in (STUDENT, TEACHER))
+    kl_T, agreed_T = (p.exp() * (p - q)).sum(-1), (p.argmax(-1) == q.argmax(-1)).double()
+    columns_4T = torch.stack([torch.ones(TOKENS).double(), kl_T, agreed_T, F.nll_loss(q, NEXT_T, reduction="none")])
+    plainly = [columns_4T[:, block == BLOCK_T].sum(1) for block in sorted(set(BLOCK_T.tolist()))]
+    found = fidelity_of(sums())
+    torch.testing.assert_close(torch.tensor(found.blocks), torch.stack(plainly).float(), rtol=1e-5, atol=1e-6)
+    # As a commit keeps them.
+    assert Fidelity(**json.loads(json.dumps(asdict(found)))) == found
 
 
 def test_a_student_that_is_the_teacher_is_faithful() -> None:
@@ -107,7 +125,7 @@ def test_bfloat16_sides_are_measured_in_float32() -> None:
 def test_a_hopeless_student_has_a_finite_perplexity() -> None:
     hopeless = (torch.ones(TOKENS, 1), torch.where(torch.arange(PADDED) == 0, 1e4, 0.0)[:, None])
     found = fidelity_of(sums(hopeless))
-    assert all(math.isfinite(value) for value in vars(found).values())
+    assert all(math.isfinite(value) for name, value in vars(found).items() if name != "blocks")
 
 
 def test_the_teacher_s_logits_are_asked_for_a_chunk_at_a_time_and_are_left_alone() -> None:
