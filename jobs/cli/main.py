@@ -82,7 +82,7 @@ def check(spec: SpecPath, overrides: Overrides = None, ds: Ds = None) -> None:
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
     )
-    for line in checked.notices():
+    for line in [*checked.sizes(), *checked.notices()]:
         typer.echo(line)
 
 
