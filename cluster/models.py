@@ -261,7 +261,7 @@ def load_tokenizer(folder: Path, field: str) -> Any:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
         reason = _one_line(error)
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             reason = "it needs Python of its own, which is not run; give a model with a tokenizer.json"
         raise UserError(f"{field}: {folder} has no usable tokenizer: {reason}") from None
 
