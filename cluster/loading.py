@@ -149,7 +149,8 @@ def _header(path: Path, field: str) -> dict[str, Any]:
         return load_state_dict(path, map_location="meta")
     except (SafetensorError, ValueError) as error:  # the latter: no bytes at all, or an unknown dtype
         raise UserError(
-            f"{field}: {path} ({path.stat().st_size} bytes) is damaged or was not copied whole: {' '.join(str(error).split())}"
+            f"{field}: {path} ({path.stat().st_size} bytes) is damaged or was not copied whole: "
+            f"{' '.join(str(error).split())}"
         ) from None
 
 

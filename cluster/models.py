@@ -139,8 +139,8 @@ def load_config(
         )
     if "AutoConfig" not in code and kind not in CONFIG_MAPPING_NAMES:
         raise UserError(
-            f"{field}: config.json in {folder} gives the model_type {kind!r}, which transformers {__version__} does not "
-            f"know; upgrade transformers if the model is newer, or give another model"
+            f"{field}: config.json in {folder} gives the model_type {kind!r}, which transformers {__version__} does "
+            f"not know; upgrade transformers if the model is newer, or give another model"
         )
     try:
         config = read_config(folder, trust_remote_code)

@@ -48,9 +48,7 @@ def check_tokens(tokenizer: Any, vocabulary: int, folder: Path) -> None:
         )
 
 
-def check_student_vocabulary(
-    own: Any, rows: int, tokenizer: Any, vocabulary: int, *, model: str, field: str
-) -> None:
+def check_student_vocabulary(own: Any, rows: int, tokenizer: Any, vocabulary: int, *, model: str, field: str) -> None:
     """Whether a student can learn labels over the teacher's vocabulary.
 
     Args:
@@ -80,19 +78,20 @@ def token_difference(own: Any, teachers: Any) -> str | None:
     templates and the steps behind the model, which add special tokens or make text of ids: Stillhouse encodes without
     the ones, with the teacher's tokenizer, and a student is saved with the teacher's.
     """
-    ours, theirs = (_tokens(each) for each in (own, teachers))
-    specials = _special(own), _special(teachers)
-    for number in sorted(ours.keys() | theirs.keys()):
-        pair = ours.get(number), theirs.get(number)
-        if pair[0] == pair[1] or any(there is None and number in names for there, names in zip(pair[::-1], specials)):
-            continue
-        mine, other = (repr(token) if token is not None else "no token" for token in pair)
-        return f"id {number} is {mine} there and {other} in the teacher's ({len(own)} and {len(teachers)} tokens)"
-    rules = _rules(own), _rules(teachers)
-    if None in rules or rules[0] == rules[1]:
+    mine, theirs = _tokens(own), _tokens(teachers)
+    for number in sorted(mine.keys() | theirs.keys()):
+        token, other = mine.get(number), theirs.get(number)
+        alone = own if other is None else teachers
+        if token != other and not (None in (token, other) and number in _special(alone)):
+            here, there = ("no token" if each is None else repr(each) for each in (token, other))
+            return f"id {number} is {here} in it and {there} in the teacher's ({len(own)} and {len(teachers)} tokens)"
+    rules, teachers_rules = _rules(own), _rules(teachers)
+    if rules is None or teachers_rules is None:
         return None
-    changed = next(name for name in rules[1] if rules[0].get(name) != rules[1][name])
-    return f"both have the same tokens, but split text in other ways (its {changed} differs in tokenizer.json)"
+    changed = [name for name in teachers_rules.keys() | rules.keys() if rules.get(name) != teachers_rules.get(name)]
+    if not changed:
+        return None
+    return f"both have the same tokens, but split text in other ways ({', '.join(sorted(changed))} in tokenizer.json)"
 
 
 def _tokens(tokenizer: Any) -> dict[int, str]:

@@ -28,7 +28,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def own_code_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where transformers copies the Python of models that a test trusts; its own place is chosen when it is imported."""
+    """Where transformers copies the Python of models that a test trusts."""
     import transformers.dynamic_module_utils
 
     folder = tmp_path_factory.mktemp("modules")

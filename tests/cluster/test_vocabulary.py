@@ -60,18 +60,21 @@ SAME: dict[str, Callable[[Tree], Any]] = {
 OTHER: dict[str, tuple[Callable[[Tree], Any], str]] = {
     "a word behind the others": (
         lambda tree: tree["added_tokens"].append(added(300, "distillery", False)),
-        "id 300 is 'distillery' there and no token in the teacher's (301 and 300 tokens)",
+        "id 300 is 'distillery' in it and no token in the teacher's (301 and 300 tokens)",
     ),
     "a special token by another name": (
         lambda tree: (
             tree["added_tokens"][2].update(content="<|bot|>"),
             tree["model"]["vocab"].update({"<|bot|>": tree["model"]["vocab"].pop("<|assistant|>")}),
         ),
-        "id 2 is '<|bot|>' there and '<|assistant|>' in the teacher's",
+        "id 2 is '<|bot|>' in it and '<|assistant|>' in the teacher's",
     ),
-    "a merge less": (lambda tree: tree["model"]["merges"].pop(), "its merges differs in tokenizer.json"),
-    "lower case": (lambda tree: tree.update(normalizer={"type": "Lowercase"}), "its normalizer differs"),
-    "a space in front": (lambda tree: tree["pre_tokenizer"].update(add_prefix_space=True), "its pre_tokenizer differs"),
+    "a merge less": (lambda tree: tree["model"]["merges"].pop(), "(merges in tokenizer.json)"),
+    "lower case": (lambda tree: tree.update(normalizer={"type": "Lowercase"}), "(normalizer in tokenizer.json)"),
+    "a space in front": (
+        lambda tree: tree["pre_tokenizer"].update(add_prefix_space=True),
+        "(pre_tokenizer in tokenizer.json)",
+    ),
 }
 
 
