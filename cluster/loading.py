@@ -43,15 +43,6 @@ def read_config(folder: str | Path, trust_remote_code: bool = False, **options: 
     return config
 
 
-def changed_config(config: Any, fields: dict[str, Any]) -> Any:
-    """A configuration of the same class with these fields instead.
-
-    Where the model brings its own Python, it remembers the directory: transformers looks for the code there.
-    """
-    place = {"name_or_path": config.name_or_path} if getattr(config, "auto_map", None) else {}
-    return type(config).from_dict(fields, **place)
-
-
 def load_model(folder: str | Path, *, dtype: Any, trust_remote_code: bool = False, **options: Any) -> Any:
     """The causal language model of a local directory, in evaluation mode.
 

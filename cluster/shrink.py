@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from cluster.loading import changed_config
-
 HIDDEN, HEADS, HEAD_DIM, VOCABULARY, WINDOW, POSITIONS, LAYERS = 128, 8, 32, 256, 8, 512, 4
 # A model with more parameters than this is not built.
 MOST_PARAMETERS = 100_000_000
@@ -66,7 +64,7 @@ def shrunk(config: Any) -> Any:
     Args:
         config: a transformers configuration; it is not changed.
     """
-    return changed_config(config, _shrunk(config.to_dict()))
+    return type(config).from_dict(_shrunk(config.to_dict()))
 
 
 def small_model(config: Any, trust_remote_code: bool = False) -> Any:

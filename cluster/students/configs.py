@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.loading import changed_config
 from cluster.spec import Scratch
 
 # Lists of layer numbers, counted from 0.
@@ -60,7 +59,8 @@ def own_names(config: Any, names: Sequence[str]) -> list[str]:
 
 def cut_config(config: Any, layers: Sequence[int]) -> Any:
     """The teacher's configuration with these of its layers only."""
-    return changed_config(config, _with_layers(config, layers))
+    fields = _with_layers(config, layers)
+    return type(config).from_dict(fields)
 
 
 def _with_layers(config: Any, source: Sequence[int]) -> dict[str, Any]:
@@ -149,4 +149,4 @@ def scratch_config(config: Any, init: Scratch) -> Any:
     if isinstance(fields.get("num_attention_heads_per_layer"), list):
         fields["num_attention_heads_per_layer"] = [heads] * init.layers
     fields.pop("quantization_config", None)  # of the teacher's weights
-    return changed_config(config, fields)
+    return type(config).from_dict(fields)
