@@ -98,7 +98,7 @@ def weight_files(folder: str | Path, config: Any, field: str) -> list[Path]:
     """
     folder = Path(folder)
     named = getattr(config, "transformers_weights", None)
-    names = [named] if named else [SAFETENSORS, INDEX]
+    names = [str(named)] if named else [SAFETENSORS, INDEX]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"{field}: {folder} holds no {' or '.join(names)}; save the model with save_pretrained")

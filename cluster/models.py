@@ -129,7 +129,7 @@ def load_config(
     if (folder / _ADAPTER).is_file():
         _refuse_adapter(folder, field)
     tree = _read_object(folder / "config.json", field)
-    kind, code = tree.get("model_type"), _own_code(tree)
+    kind, code = str(tree.get("model_type")), _own_code(tree)
     if trust_remote_code:
         _check_code(code, folder, field)
     elif code and (kind not in CONFIG_MAPPING_NAMES or ("AutoModelForCausalLM" in code and kind not in CAUSAL)):
@@ -139,7 +139,7 @@ def load_config(
         )
     if "AutoConfig" not in code and kind not in CONFIG_MAPPING_NAMES:
         raise UserError(
-            f"{field}: config.json in {folder} gives the model_type {kind!r}, which transformers {__version__} does "
+            f"{field}: config.json in {folder} gives the model_type {kind}, which transformers {__version__} does "
             f"not know; upgrade transformers if the model is newer, or give another model"
         )
     try:

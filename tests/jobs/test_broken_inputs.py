@@ -270,9 +270,15 @@ BROKEN: dict[str, tuple[Make, list[str]]] = {
     # InternLM/lmdeploy #3292, AnswerDotAI/ModernBERT #145
     "a type that transformers does not know": (
         of_type("deepseek_vl_v3"),
-        ["gives the model_type 'deepseek_vl_v3', which transformers", "upgrade transformers"],
+        ["gives the model_type deepseek_vl_v3, which transformers", "upgrade transformers"],
     ),
     "no type": (with_fields("config.json", model_type=None), ["gives the model_type None, which transformers"]),
+    # Found by giving every field of a Llama's configuration a value of another type.
+    "a list of types": (with_fields("config.json", model_type=["llama"]), ["gives the model_type ['llama'], which"]),
+    "a number as the weights' name": (
+        with_fields("config.json", transformers_weights=3),
+        ["holds no 3; save the model with save_pretrained"],
+    ),
     # -- Python that comes with a model
     "own code that is not allowed": (
         written(own_code()),

@@ -64,7 +64,7 @@ def test_another_tokenizer_cannot(tiny_teacher: Path, champion: Path) -> None:
         ({"vocab_size": VOCABULARY - 1}, "its embedding has 299 rows, the teacher's vocabulary 300 tokens"),
         ({"max_position_embeddings": 16}, "it reads at most 16 tokens, corpus.sequence_length is 32"),
         ({"final_logit_softcapping": 30.0}, "LlamaForCausalLM computes other logits"),  # a Llama does not read it
-        ({"model_type": "thin-air"}, "model_type 'thin-air'"),
+        ({"model_type": "thin-air"}, "model_type thin-air"),
     ],
     ids=repr,
 )
