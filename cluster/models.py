@@ -132,7 +132,7 @@ def load_config(
     kind, code = str(tree.get("model_type")), _own_code(tree)
     if trust_remote_code:
         _check_code(code, folder, field)
-    elif code and (kind not in CONFIG_MAPPING_NAMES or ("AutoModelForCausalLM" in code and kind not in CAUSAL)):
+    elif needs_own_code(kind, tree):
         raise UserError(
             f"{field}: {folder} needs Python of its own ({', '.join(sorted(set(code.values())))} in auto_map of "
             f"config.json), which is not run by default; read it, then set {setting}: true"
@@ -187,9 +187,18 @@ def _check_code(code: Mapping[str, str], folder: Path, field: str) -> None:
             )
 
 
-def runs_own_code(config: Any, trust_remote_code: bool) -> bool:
-    """Whether a model is built from Python that came with it."""
-    return trust_remote_code and bool(_own_code({"auto_map": getattr(config, "auto_map", None)}))
+def needs_own_code(kind: str, tree: Mapping[str, Any]) -> bool:
+    """Whether a model cannot be built without Python that came with it: transformers has no class for its type.
+
+    Args:
+        kind: its model type.
+        tree: its configuration.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    code = _own_code(tree)
+    return bool(code) and (kind not in CONFIG_MAPPING_NAMES or ("AutoModelForCausalLM" in code and kind not in CAUSAL))
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:

@@ -22,8 +22,8 @@ from cluster.models import (
     load_config,
     load_tokenizer,
     local_model,
+    needs_own_code,
     quantization_of,
-    runs_own_code,
 )
 from cluster.registry import champion_of, fetch_model
 from cluster.sizes import TEACHER, Parameters, advice, count_parameters, size_lines, student_key
@@ -151,7 +151,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         if student.warm_start
     }
     parameters = {TEACHER: count_parameters(config, "teacher.model", code)}
-    _check_served(spec, TEACHER, config, code)
+    _check_served(spec, TEACHER, config)
     dirs, of_students, of_models = _check_students(spec, config, tokenizer, vocabulary, uri, champions)
     decided |= of_students
     parameters |= of_models
@@ -209,18 +209,18 @@ def _check_students(
             own = _check_existing(place, name, champion, dirs[name], spec, tokenizer, vocabulary)
         _check_layerdrop(f"students.{name}", student.ranks, own)
         who = student_key(name)
-        _check_served(spec, who, own, code)
+        _check_served(spec, who, own)
         decided[who] = _packing_of(own, place, code)
         parameters[who] = count_parameters(own, place, code)
     return dirs, decided, parameters
 
 
-def _check_served(spec: FamilySpec, who: str, config: Any, code: bool) -> None:
+def _check_served(spec: FamilySpec, who: str, config: Any) -> None:
     """Whether the endpoint that the family ends with can load a model: it runs no Python that comes with one."""
     served = spec.serving is not None and (who != TEACHER or spec.serving.include_teacher)
-    if served and runs_own_code(config, code):
+    if served and needs_own_code(config.model_type, vars(config)):
         advice = "set serving.include_teacher: false" if who == TEACHER else "leave out serving"
-        raise UserError(f"serving: {who} runs Python of its own, which endpoints never run; {advice}")
+        raise UserError(f"serving: {who} needs Python of its own, which endpoints never run; {advice}")
 
 
 def _packing_of(config: Any, field: str, trust_remote_code: bool) -> tuple[Packing, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,14 @@ def test_python_is_fetched_from_a_hub_where_it_may_run(
     found = local_model("hf://org/own", revision=None, tracking_uri="", field="teacher.model", code=code)
     assert (found / "model.safetensors").is_file() and (found / "tokenizer.json").is_file()
     assert (found / "modeling_own.py").is_file() is fetched
+
+
+def test_a_known_type_is_served_without_the_code_beside_it(check: Any, tiny_teacher: Path, tmp_path: Path) -> None:
+    known = Path(shutil.copytree(tiny_teacher, tmp_path / "known"))
+    tree = json.loads((known / "config.json").read_text())
+    tree["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (known / "config.json").write_text(json.dumps(tree))
+    assert check(known, {"source": "teacher", "layers": 2}, serving={}).sizes()
 
 
 def test_a_champion_with_code_is_measured_where_the_family_trusts_it(own: Path, tiny_teacher: Path) -> None:

@@ -298,7 +298,7 @@ BROKEN: dict[str, tuple[Make, list[str]]] = {
     ),
     "own code behind an endpoint": (
         written(own_code(), TRUSTED, "serving={include_teacher: false}"),
-        ["serving: student small runs Python of its own, which endpoints never run; leave out serving"],
+        ["serving: student small needs Python of its own, which endpoints never run; leave out serving"],
     ),
     "a tokenizer with own code": (
         with_fields(
