@@ -98,7 +98,7 @@ def weight_files(folder: str | Path, config: Any, field: str) -> list[Path]:
     """
     folder = Path(folder)
     named = getattr(config, "transformers_weights", None)
-    names = [named] if named else [SAFETENSORS, INDEX]
+    names = [str(named)] if named else [SAFETENSORS, INDEX]
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise UserError(f"{field}: {folder} holds no {' or '.join(names)}; save the model with save_pretrained")
@@ -113,6 +113,19 @@ def weight_files(folder: str | Path, config: Any, field: str) -> list[Path]:
     return [folder / file for file in files]
 
 
+def refuse_pointer(path: Path, field: str) -> None:
+    """Raise a UserError where a file cannot be read, or is what Git LFS leaves in its place until it is pulled."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise UserError(f"{field}: cannot read {path}: {error.strerror}") from None
+    if start == _LFS_POINTER:
+        raise UserError(
+            f"{field}: {path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its directory"
+        )
+
+
 def _header(path: Path, field: str) -> dict[str, Any]:
     """Name and shape of every tensor in a safetensors file, as tensors on the meta device.
 
@@ -122,17 +135,13 @@ def _header(path: Path, field: str) -> dict[str, Any]:
     from safetensors import SafetensorError
     from transformers.modeling_utils import load_state_dict
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(
-                f"{field}: {path} is a Git LFS pointer, not the weights; run `git lfs pull` in its directory"
-            )
+    refuse_pointer(path, field)
     try:
         return load_state_dict(path, map_location="meta")
     except (SafetensorError, ValueError) as error:  # the latter: no bytes at all, or an unknown dtype
         raise UserError(
-            f"{field}: {path} ({size} bytes) is damaged or was not copied whole: {' '.join(str(error).split())}"
+            f"{field}: {path} ({path.stat().st_size} bytes) is damaged or was not copied whole: "
+            f"{' '.join(str(error).split())}"
         ) from None
 
 
@@ -156,7 +165,7 @@ def check_weights(folder: str | Path, config: Any, field: str, trust_remote_code
     if getattr(config, "quantization_config", None) is not None:
         return
     skeleton = meta_model(config, field, trust_remote_code)
-    with _quiet():
+    with quiet():
         try:
             _, info = type(skeleton).from_pretrained(
                 None,
@@ -184,7 +193,7 @@ def meta_model(config: Any, field: str, trust_remote_code: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), quiet():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # model classes raise whatever their layers raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -226,7 +235,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from printing its own table and progress bar of a load whose result is reported here."""
     from transformers.utils import logging as transformers_logging
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.errors import UserError
-from cluster.loading import read_config
+from cluster.loading import INDEX, quiet, read_config, refuse_pointer
 from cluster.registry import fetch_model
 
 # How a model keeps documents apart that are packed into one sequence: by their positions alone, by an explicit mask, or
@@ -33,37 +36,73 @@ class TeacherModel:
     packing: Packing = "unpacked"
 
 
-def local_model(name: str, *, revision: str | None, tracking_uri: str, field: str) -> Path:
+def local_model(name: str, *, revision: str | None, tracking_uri: str, field: str, code: bool = False) -> Path:
     """The local directory behind a path, a ``models:/`` URI or an ``hf://`` id.
 
     Only an ``hf://`` id reaches for the network's model hub, and only safetensors are fetched from there.
 
     Args:
         field: the spec's field that named the model, for the error.
+        code: fetch the ``.py`` files of an ``hf://`` model too, which ``trust_remote_code`` runs.
 
     Raises:
-        UserError: there is no such model; says what was looked for and what else is allowed.
+        UserError: there is no such model, or it is in another format; says what was found and what to do.
     """
     if name.startswith("models:/"):
         return fetch_model(name, tracking_uri)
-    if name.startswith("hf://"):
-        return _from_hub(name.removeprefix("hf://"), revision, field)
-    path = Path(name)
+    path = _from_hub(name.removeprefix("hf://"), revision, field, code) if name.startswith("hf://") else Path(name)
+    if name.endswith(_GGUF) and path.is_file():
+        raise UserError(f"{field}: {name} is a GGUF file; {_CONVERT_GGUF.format(folder=path.parent, file=path.name)}")
+    weights = _weights_in(path)
+    if not weights["safetensors"] and (gguf := weights["GGUF"]):
+        raise UserError(f"{field}: {name} holds GGUF files; {_CONVERT_GGUF.format(folder=path, file=gguf[0])}")
+    if (path / _ADAPTER).is_file():
+        _refuse_adapter(path, field)
     if not (path / "config.json").is_file():
         what = "is not there" if not path.exists() else "holds no config.json"
         raise UserError(
             f"{field}: {name} {what}; give a directory with a Hugging Face model, models:/name@alias, or hf://org/name"
         )
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{field}: {name} holds no .safetensors; other weight formats can run code when loaded")
+    # An index without its files is reported with their names, by check_weights.
+    if not weights["safetensors"] and not (path / INDEX).is_file():
+        found = f" but {weights['other'][0]}" if weights["other"] else ""
+        raise UserError(
+            f"{field}: {name} holds no .safetensors{found}; other weight formats can run code when loaded. Load it "
+            f"where you trust it and save it with save_pretrained"
+        )
     return path
 
 
-def _from_hub(repo: str, revision: str | None, field: str) -> Path:
+_GGUF, _ADAPTER = ".gguf", "adapter_config.json"
+_CONVERT_GGUF = (
+    "convert it to safetensors: load it with AutoModelForCausalLM and AutoTokenizer.from_pretrained('{folder}', "
+    "gguf_file='{file}'), set model.hf_quantizer = None, delete model.config.quantization_config, and save_pretrained"
+)
+
+
+def _weights_in(folder: Path) -> dict[str, list[str]]:
+    """Names of a folder's weight files by format."""
+    formats = {"safetensors": ("*.safetensors",), "GGUF": (f"*{_GGUF}",), "other": ("*.bin", "*.pt", "*.pth", "*.h5")}
+    return {
+        name: sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+        for name, patterns in formats.items()
+    }
+
+
+def _refuse_adapter(folder: Path, field: str) -> None:
+    base = _read_object(folder / _ADAPTER, field).get("base_model_name_or_path") or "its base model"
+    # transformers would load a base model from elsewhere where peft is installed, and drop the adapter elsewhere.
+    raise UserError(
+        f"{field}: {folder} holds an adapter ({_ADAPTER}); merge it into {base} with peft's merge_and_unload and give "
+        f"the directory that save_pretrained writes"
+    )
+
+
+def _from_hub(repo: str, revision: str | None, field: str, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    wanted = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -71,50 +110,169 @@ def _from_hub(repo: str, revision: str | None, field: str) -> Path:
         raise UserError(f"{field}: cannot fetch hf://{repo} ({revision or 'default revision'}): {reason}") from None
 
 
-def load_config(folder: Path, field: str, trust_remote_code: bool = False) -> Any:
+def load_config(
+    folder: Path, field: str, trust_remote_code: bool = False, setting: str = "teacher.trust_remote_code"
+) -> Any:
     """The model's transformers configuration.
 
-    Raises:
-        UserError: not a causal language model that transformers knows, an adapter, or one whose trusted code lies in
-            another repository.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    Args:
+        setting: the spec's field that allows the model's own Python, for the error.
 
-    if (folder / "adapter_config.json").is_file():
-        # transformers would load a base model from elsewhere where peft is installed, and drop the adapter elsewhere.
+    Raises:
+        UserError: not a causal language model that transformers knows, an adapter, one that needs Python of its own
+            which is not allowed or not there, or one whose trusted code lies in another repository.
+    """
+    from transformers import __version__
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    if (folder / _ADAPTER).is_file():
+        _refuse_adapter(folder, field)
+    tree = _read_object(folder / "config.json", field)
+    kind, code = str(tree.get("model_type")), _own_code(tree)
+    if trust_remote_code:
+        _check_code(code, folder, field)
+    elif needs_own_code(kind, tree):
         raise UserError(
-            f"{field}: {folder} holds an adapter (adapter_config.json); merge it into its base model and save that"
+            f"{field}: {folder} needs Python of its own ({', '.join(sorted(set(code.values())))} in auto_map of "
+            f"config.json), which is not run by default; read it, then set {setting}: true"
+        )
+    if "AutoConfig" not in code and kind not in CONFIG_MAPPING_NAMES:
+        raise UserError(
+            f"{field}: config.json in {folder} gives the model_type {kind}, which transformers {__version__} does "
+            f"not know; upgrade transformers if the model is newer, or give another model"
         )
     try:
         config = read_config(folder, trust_remote_code)
     except Exception as error:  # whatever goes wrong here is wrong with the file that was given
         raise UserError(f"{field}: cannot use {folder}/config.json: {_one_line(error)}") from None
-    own_code = getattr(config, "auto_map", None) or {}
-    elsewhere = [own_code[part] for part in ("AutoConfig", "AutoModelForCausalLM") if "--" in own_code.get(part, "")]
-    if trust_remote_code and elsewhere:
-        raise UserError(
-            f"{field}: {folder} runs code of another repository ({elsewhere[0]}), which may change at any time; put "
-            f"its .py files into the model's directory and drop the repository from auto_map in config.json"
-        )
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
-        trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    ):
-        raise UserError(f"{field}: {folder} is a {config.model_type} model, not a causal language model")
+    kind = config.model_type
+    if kind not in CAUSAL and not (trust_remote_code and "AutoModelForCausalLM" in code):
+        raise UserError(f"{field}: {folder} is a {kind} model, not a causal language model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{field}: {folder} is a {kind} model with an encoder, not a causal language model")
     return config
 
 
+def _read_object(path: Path, field: str) -> dict[str, Any]:
+    """The JSON object in a file."""
+    refuse_pointer(path, field)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}: cannot read {path} as JSON: {_one_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{field}: {path} is not a JSON object but a {type(tree).__name__}")
+    return tree
+
+
+def _own_code(tree: Mapping[str, Any]) -> dict[str, str]:
+    """The classes that a configuration file wants loaded from Python beside it, by transformers' own name of each."""
+    classes = tree.get("auto_map") or {}
+    return {part: str(classes[part]) for part in ("AutoConfig", "AutoModelForCausalLM") if part in classes}
+
+
+def _check_code(code: Mapping[str, str], folder: Path, field: str) -> None:
+    """Whether a model's own Python lies beside it, where its fingerprint covers it."""
+    for name in code.values():
+        if "--" in name:
+            raise UserError(
+                f"{field}: {folder} runs code of another repository ({name}), which may change at any time; put "
+                f"its .py files into the model's directory and drop the repository from auto_map in config.json"
+            )
+        if not (folder / (file := f"{name.partition('.')[0]}.py")).is_file():
+            raise UserError(
+                f"{field}: auto_map in config.json of {folder} names {name}, but {file} is not there; copy the model's "
+                f".py files beside its weights"
+            )
+
+
+def needs_own_code(kind: str, tree: Mapping[str, Any]) -> bool:
+    """Whether a model cannot be built without Python that came with it: transformers has no class for its type.
+
+    Args:
+        kind: its model type.
+        tree: its configuration.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    code = _own_code(tree)
+    return bool(code) and (kind not in CONFIG_MAPPING_NAMES or ("AutoModelForCausalLM" in code and kind not in CAUSAL))
+
+
+def quantization_of(config: Any) -> dict[str, Any] | None:
+    """How a model's weights are quantized, as its configuration file gives it; None where they are not."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if (given := getattr(part, "quantization_config", None)) is not None:
+            return dict(given) if isinstance(given, Mapping) else dict(given.to_dict())
+    return None
+
+
+def check_quantization(config: Any, folder: Path, field: str, on_gpu: bool) -> None:
+    """Ask a quantized model's quantizer whether it can load the weights with what is installed here.
+
+    Args:
+        on_gpu: the model will run on a GPU. This machine may have none, so what a quantizer requires of the hardware
+            is left to the loading then.
+
+    Raises:
+        UserError: transformers does not know the method, its library is not installed, or it needs a GPU.
+    """
+    given = quantization_of(config)
+    if given is None:
+        return
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    method, advice = given.get("quant_method"), "or give the model without quantization"
+    try:
+        with quiet():
+            quantizer = AutoHfQuantizer.from_config(copy.deepcopy(given), pre_quantized=True)
+            quantizer.validate_environment(device_map=None, weights_only=True)
+    except ImportError as error:
+        raise UserError(
+            f"{field}: {folder} is quantized with {method}, whose library is not installed here ({_one_line(error)}); "
+            f"install it, {advice}"
+        ) from None
+    except RuntimeError as error:
+        if not on_gpu:
+            raise UserError(
+                f"{field}: {folder} is quantized with {method}, which does not run on this CPU ({_one_line(error)}); "
+                f"set gpus_per_shard, {advice}"
+            ) from None
+    except Exception as error:  # a quantizer raises anything for settings that it does not take
+        raise UserError(
+            f"{field}: cannot use the quantization_config in {folder}/config.json "
+            f"({_one_line(error).partition(' - supported')[0]}); correct it, {advice}"
+        ) from None
+
+
+# Files that hold a vocabulary, by the names that tokenizers of transformers give them.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+
+
 def load_tokenizer(folder: Path, field: str) -> Any:
-    """The model's tokenizer.
+    """The model's tokenizer. Python that comes with it is never run.
 
     Raises:
         UserError: the directory holds none that transformers can load.
     """
     from transformers import AutoTokenizer
 
+    files = [path for pattern in _VOCABULARIES for path in sorted(folder.glob(pattern))]
+    for path in files:
+        refuse_pointer(path, field)
+    if not files:  # transformers would make a tokenizer of nothing but special tokens
+        raise UserError(f"{field}: {folder} has no usable tokenizer: it holds no tokenizer.json or other vocabulary")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        with quiet():
+            # None would ask the terminal whether to run the tokenizer's own Python.
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception on a broken file
-        raise UserError(f"{field}: {folder} has no usable tokenizer: {_one_line(error)}") from None
+        reason = _one_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs Python of its own, which is not run; give a model with a tokenizer.json"
+        raise UserError(f"{field}: {folder} has no usable tokenizer: {reason}") from None
 
 
 def _one_line(error: BaseException) -> str:

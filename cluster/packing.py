@@ -8,6 +8,7 @@ that the states of the second do not change, and that they are those of the seco
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -56,7 +57,9 @@ def architecture_packing(config: Any, field: str, trust_remote_code: bool = Fals
     try:
         with _quiet_transformers():
             small = shrunk(config)
-        known = (type(small), small.to_json_string(use_diff=False))
+        # Not where it came from, which its JSON names too.
+        fields = {name: value for name, value in small.to_dict().items() if name != "_name_or_path"}
+        known = (type(small), json.dumps(fields, sort_keys=True, default=str))
         if known not in _found:
             with _quiet_transformers():
                 _found[known] = probe_packing(backbone_of(small_model(small, trust_remote_code)))

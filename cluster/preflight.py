@@ -16,10 +16,21 @@ from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
 from cluster.loading import check_weights
-from cluster.models import Packing, TeacherModel, load_config, load_tokenizer, local_model
+from cluster.models import (
+    Packing,
+    TeacherModel,
+    check_quantization,
+    load_config,
+    load_tokenizer,
+    local_model,
+    needs_own_code,
+    quantization_of,
+)
 from cluster.registry import champion_of, check_experiment, default_tracking_uri, fetch_model
+from cluster.sizes import TEACHER, Parameters, advice, count_parameters, size_lines, student_key
 from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers, TopKLabels
 from cluster.specfile import home
+from cluster.vocabulary import check_student_vocabulary, check_tokens, embedding_rows, vocabulary_of
 
 # Short of what a run waits for its store: before it, somebody may be looking at a wrong port.
 STORE_PATIENCE_S = 60.0
@@ -41,6 +52,8 @@ class Checked:
             ``unpacked`` where one is, for all read the same batches.
         unpacked_because: per model that cannot keep packed documents apart the reason.
         experiment_unknown: why it is not known whether MLflow takes the runs; None where it is.
+        parameters: of the teacher and of each student, by :data:`cluster.sizes.TEACHER` and
+            :func:`cluster.sizes.student_key`.
     """
 
     spec: FamilySpec
@@ -54,6 +67,7 @@ class Checked:
     packing: dict[str, Packing] = dataclasses.field(default_factory=dict)
     unpacked_because: dict[str, str] = dataclasses.field(default_factory=dict)
     experiment_unknown: str | None = None
+    parameters: dict[str, Parameters] = dataclasses.field(default_factory=dict)
 
     @property
     def packed(self) -> bool:
@@ -75,8 +89,18 @@ class Checked:
     def notices(self) -> list[str]:
         """What a person should know before the start, a line each."""
         away = [self.experiment_unknown] if self.experiment_unknown else []
-        corpus = [f"corpus: {line}" for line in self.corpus]
-        return [*corpus, *away, *self.warm_starts(), *self.packing_notices(), *before_start(self.spec)]
+        return [
+            *(f"corpus: {line}" for line in self.corpus),
+            *away,
+            *self.warm_starts(),
+            *self.packing_notices(),
+            *advice(self.spec, self.parameters),
+            *before_start(self.spec),
+        ]
+
+    def sizes(self) -> list[str]:
+        """The parameters of each model, one line each."""
+        return size_lines(self.parameters)
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""
@@ -113,24 +137,29 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     uri = tracking_uri_of(spec)
     teacher = spec.teacher
     most = most_allowed(spec)
-    folder = local_model(teacher.model, revision=teacher.revision, tracking_uri=uri, field="teacher.model")
-    config = load_config(folder, "teacher.model", teacher.trust_remote_code)
+    code = teacher.trust_remote_code
+    folder = local_model(teacher.model, revision=teacher.revision, tracking_uri=uri, field="teacher.model", code=code)
+    config = load_config(folder, "teacher.model", code)
+    check_quantization(config, folder, "teacher.model", on_gpu=teacher.gpus_per_shard > 0)
     tokenizer = load_tokenizer(folder, "teacher.model")
-    vocabulary = min(len(tokenizer), config.vocab_size)
+    vocabulary = vocabulary_of(tokenizer, config, "teacher.model")
     if isinstance(spec.labels, TopKLabels) and spec.labels.k > vocabulary:
         raise UserError(f"labels.k: got {spec.labels.k}; the teacher's vocabulary has {vocabulary} tokens")
     _check_length(spec, config, "the teacher")
     _check_shards(spec, config)
-    _check_tokens(tokenizer, vocabulary, folder)
-    check_weights(folder, config, "teacher.model", teacher.trust_remote_code)
-    decided = {"the teacher": _packing_of(config, "teacher.model", teacher.trust_remote_code)}
+    check_tokens(tokenizer, vocabulary, folder)
+    check_weights(folder, config, "teacher.model", code)
+    decided = {TEACHER: _packing_of(config, "teacher.model", code)}
     champions = {
         name: begun[name] if begun and name in begun else champion_of(spec.model_name(name), uri)
         for name, student in spec.students.items()
         if student.warm_start
     }
-    dirs, of_students = _check_students(spec, config, tokenizer, vocabulary, uri, champions)
+    parameters = {TEACHER: count_parameters(config, "teacher.model", code)}
+    _check_served(spec, TEACHER, config)
+    dirs, of_students, of_models = _check_students(spec, config, tokenizer, vocabulary, uri, champions)
     decided |= of_students
+    parameters |= of_models
     of_corpus = [] if text_is_kept else check_corpus(spec.corpus, tokenizer, vocabulary)
     experiment_unknown = check_experiment(uri, spec.tracking.experiment or spec.name)
     if (store := store_of(spec)) is not None:
@@ -150,6 +179,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         dict(zip(spec.students, packings, strict=True)),
         unpacked,
         experiment_unknown,
+        parameters,
     )
 
 
@@ -160,31 +190,44 @@ def _check_students(
     vocabulary: int,
     uri: str,
     champions: Mapping[str, int | None],
-) -> tuple[dict[str, Path], dict[str, tuple[Packing, str]]]:
+) -> tuple[dict[str, Path], dict[str, tuple[Packing, str]], dict[str, Parameters]]:
     """Check each student against the teacher's configuration, tokenizer and vocabulary.
 
     Returns:
-        The local directories of those that start from an existing model, and how each keeps packed documents apart.
+        The local directories of those that start from an existing model, how each keeps packed documents apart, and
+        its parameters.
     """
     dirs: dict[str, Path] = {}
     decided: dict[str, tuple[Packing, str]] = {}
+    parameters: dict[str, Parameters] = {}
     for name, student in spec.students.items():
-        place, init, code = f"students.{name}", student.init, spec.teacher.trust_remote_code
+        place, init, code = f"students.{name}", student.init, spec.trusts_code(name)
         _check_size(f"{place}.init", init, config, code)
         if isinstance(init, Pretrained):
             place = f"students.{name}.init.model"
-            dirs[name] = local_model(init.model, revision=init.revision, tracking_uri=uri, field=place)
-            own, code = _check_existing(place, init.model, dirs[name], spec, tokenizer, vocabulary), False
+            dirs[name] = local_model(init.model, revision=init.revision, tracking_uri=uri, field=place, code=code)
+            own = _check_existing(place, name, init.model, dirs[name], spec, tokenizer, vocabulary)
         else:
             own = _student_config(init, config)
         if (version := champions.get(name)) is not None:
             model, place = spec.model_name(name), f"students.{name}.warm_start"
             dirs[name] = fetch_model(f"models:/{model}/{version}", uri)
             champion = f"the champion {model} v{version}"
-            own, code = _check_existing(place, champion, dirs[name], spec, tokenizer, vocabulary), False
+            own = _check_existing(place, name, champion, dirs[name], spec, tokenizer, vocabulary)
         _check_layerdrop(f"students.{name}", student.ranks, own)
-        decided[f"student {name}"] = _packing_of(own, place, code)
-    return dirs, decided
+        who = student_key(name)
+        _check_served(spec, who, own)
+        decided[who] = _packing_of(own, place, code)
+        parameters[who] = count_parameters(own, place, code)
+    return dirs, decided, parameters
+
+
+def _check_served(spec: FamilySpec, who: str, config: Any) -> None:
+    """Whether the endpoint that the family ends with can load a model: it runs no Python that comes with one."""
+    served = spec.serving is not None and (who != TEACHER or spec.serving.include_teacher)
+    if served and needs_own_code(config.model_type, vars(config)):
+        advice = "set serving.include_teacher: false" if who == TEACHER else "leave out serving"
+        raise UserError(f"serving: {who} needs Python of its own, which endpoints never run; {advice}")
 
 
 def _packing_of(config: Any, field: str, trust_remote_code: bool) -> tuple[Packing, str]:
@@ -223,7 +266,12 @@ def _check_shards(spec: FamilySpec, config: Any) -> None:
     shards = spec.teacher.shards
     if shards == 1:
         return
-    heads = getattr(config, "num_attention_heads", 0)
+    if not hasattr(config, "num_attention_heads"):
+        raise UserError(
+            f"teacher.shards: got {shards}; a {config.model_type} model has no attention heads to share out; use "
+            f"shards: 1"
+        )
+    heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if not heads or heads % shards or kv_heads % shards:
         raise UserError(
@@ -249,22 +297,6 @@ def _check_layerdrop(field: str, ranks: int, config: Any) -> None:
         )
 
 
-def _check_tokens(tokenizer: Any, vocabulary: int, folder: Path) -> None:
-    """Whether the embedding has a row for every token that text becomes.
-
-    Special tokens behind its end, such as an added padding token, do no harm: no batch is padded with them.
-    """
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = (special | set(tokenizer.all_special_ids)) - {tokenizer.eos_token_id}
-    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= vocabulary and i not in special}
-    if beyond:
-        number = min(beyond)
-        raise UserError(
-            f"teacher.model: the tokenizer of {folder} gives {beyond[number]!r} the id {number}; ids must be below "
-            f"{vocabulary}, the smaller of the tokenizer's size and the model's embedding"
-        )
-
-
 def _check_size(
     field: str, init: TeacherLayers | Pretrained | Scratch, teacher_config: Any, trust_remote_code: bool
 ) -> None:
@@ -275,6 +307,11 @@ def _check_size(
     from cluster.students.initial import chosen_layers
 
     if isinstance(init, TeacherLayers):
+        if (quantized := quantization_of(teacher_config)) is not None:
+            raise UserError(
+                f"{field}: the teacher's weights are quantized ({quantized.get('quant_method')}), so a student cannot "
+                f"take over its layers; use source: pretrained or scratch, or a teacher without quantization"
+            )
         total = getattr(teacher_config, "num_hidden_layers", 0)
         highest = init.layers[-1] + 1 if isinstance(init.layers, list) else init.layers
         if 0 < total < highest:
@@ -291,15 +328,21 @@ def _check_size(
     check_scratch(field, teacher_config, init, trust_remote_code)
 
 
-def _check_existing(field: str, model: str, folder: Path, spec: FamilySpec, tokenizer: Any, vocabulary: int) -> Any:
-    """Whether an existing model can learn from this teacher; its configuration."""
-    config = load_config(folder, field)
-    own = load_tokenizer(folder, field)
-    if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer) or config.vocab_size < vocabulary:
+def _check_existing(
+    field: str, name: str, model: str, folder: Path, spec: FamilySpec, tokenizer: Any, vocabulary: int
+) -> Any:
+    """Whether an existing model can be a student of this teacher; its configuration."""
+    init, code = spec.students[name].init, spec.trusts_code(name)
+    own = f"students.{name}.init" if isinstance(init, Pretrained) else "teacher"
+    config = load_config(folder, field, code, f"{own}.trust_remote_code")
+    if (quantized := quantization_of(config)) is not None:
         raise UserError(
-            f"{field}: {model} has another tokenizer ({len(own)} tokens) than the teacher "
-            f"({len(tokenizer)} tokens); labels are distributions over the teacher's tokens, so both must be the same"
+            f"{field}: the weights of {model} are quantized ({quantized.get('quant_method')}) and cannot be trained; "
+            f"give the model without quantization"
         )
+    check_student_vocabulary(
+        load_tokenizer(folder, field), embedding_rows(config, field), tokenizer, vocabulary, model=model, field=field
+    )
     _check_length(spec, config, field)
-    check_weights(folder, config, field)
+    check_weights(folder, config, field, code)
     return config

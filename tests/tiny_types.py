@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,37 @@ def tiny_model(config: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config).eval()
+
+
+OWN_CONFIGURATION = """from transformers import LlamaConfig
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "tiny_own"
+"""
+OWN_MODEL = """from transformers import LlamaForCausalLM
+
+from .configuration_own import OwnConfig
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def write_own_code(path: Path, **fields: Any) -> Path:
+    """Save a random model of a type that transformers does not know, with the Python that it needs beside it."""
+    tiny_model(tiny_config("llama", **fields)).save_pretrained(path)
+    tree = json.loads((path / "config.json").read_text())
+    tree |= {"model_type": "tiny_own", "architectures": ["OwnForCausalLM"]}
+    tree["auto_map"] = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    (path / "config.json").write_text(json.dumps(tree))
+    (path / "configuration_own.py").write_text(OWN_CONFIGURATION)
+    (path / "modeling_own.py").write_text(OWN_MODEL)
+    return path
 
 
 def write_tiny_type(path: Path, kind: str, **fields: Any) -> Path:

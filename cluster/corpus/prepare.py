@@ -80,7 +80,7 @@ def _tokenizer(folder: str) -> Any:
     """One tokenizer per process."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from cluster.spec.loss import why_not
 from cluster.spec.notify import NotifySpec
 from cluster.spec.promotion import PromotionSpec
 from cluster.spec.store import StoreSpec
-from cluster.spec.students import StudentSpec
+from cluster.spec.students import Pretrained, StudentSpec
 
 
 class ReplicaRange(Section):
@@ -71,7 +71,8 @@ class TeacherSpec(Section):
     start_timeout_s: PositiveFloat = 600.0
     """Seconds that a replica may take to be placed, to load and to answer its probe."""
     trust_remote_code: bool = False
-    """Run Python that comes with the model (not with its tokenizer). Leave off unless you have read it."""
+    """Run Python that comes with the model (not with its tokenizer), also for students that are made of it. Leave off
+    unless you have read it."""
 
     @model_validator(mode="after")
     def _revision_needs_hub(self) -> TeacherSpec:
@@ -264,6 +265,14 @@ class FamilySpec(Section):
     def blocks_per_batch(self) -> int:
         """Blocks a batch is cut into, so that every student's ranks can share it out evenly."""
         return math.lcm(*(student.ranks for student in self.students.values()))
+
+    def trusts_code(self, student: str) -> bool:
+        """Whether Python that comes with a student's model may run: its ``init`` decides, or the teacher it is made of.
+
+        The same holds for the champion that it starts from or is compared with.
+        """
+        init = self.students[student].init
+        return init.trust_remote_code if isinstance(init, Pretrained) else self.teacher.trust_remote_code
 
     def model_name(self, student: str) -> str:
         """Name under which a student is registered."""

@@ -35,6 +35,8 @@ class Pretrained(Section):
     """A directory, `models:/name@alias` or `hf://org/name`."""
     revision: str | None = None
     """Branch, tag or commit of an `hf://` model."""
+    trust_remote_code: bool = False
+    """Run Python that comes with the model (not with its tokenizer). Leave off unless you have read it."""
 
     @model_validator(mode="after")
     def _revision_needs_hub(self) -> Pretrained:

@@ -134,6 +134,8 @@ def check_scratch(field: str, config: Any, init: Scratch, trust_remote_code: boo
     kind = config.model_type
     if not hasattr(config, "num_hidden_layers"):
         raise UserError(f"{field}: a {kind} model nests its layers in sub-models; init.source scratch cannot size it")
+    if not hasattr(config, "num_attention_heads"):
+        raise UserError(f"{field}: a {kind} model has no attention heads; init.source scratch cannot size it")
     own = _student_config(field, kind, scratch_config, config, init)
     student = meta_model(own, field, trust_remote_code)
     stack = _stack_of(field, student, init.layers)

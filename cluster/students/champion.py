@@ -20,11 +20,12 @@ from cluster.memory import keep_memory
 from cluster.models import Packing, load_config, load_tokenizer
 from cluster.packing import NotCausalError, probe_packing
 from cluster.prefill import backbone_of
-from cluster.registry import fetch_model
+from cluster.registry import fetch_model, on_this_node
 from cluster.stream.reader import Reader
 from cluster.students.job import StudentJob
 from cluster.students.measures import held_out_sums
 from cluster.students.module import Student
+from cluster.vocabulary import embedding_rows, token_difference
 
 
 def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: str) -> Champion:
@@ -51,7 +52,7 @@ def measure_champion(job: StudentJob, model: str, version: int, tracking_uri: st
         whole = load_model(
             folder,
             dtype=torch.bfloat16 if job.spec.precision == "bfloat16" else torch.float32,
-            trust_remote_code=job.family.teacher.trust_remote_code,
+            trust_remote_code=job.family.trusts_code(job.name),
         ).to(device)
     whole.eval()
     probe_head(whole, f"the champion v{version}", job.teacher.vocabulary)
@@ -93,14 +94,18 @@ def why_not_comparable(folder: Path, job: StudentJob) -> str | None:
     field = "the champion"
     try:
         tokenizer = load_tokenizer(folder, field)
-        config = load_config(folder, field, job.family.teacher.trust_remote_code)
-        probe_config(config, field, job.family.teacher.trust_remote_code)
+        code = job.family.trusts_code(job.name)
+        config = load_config(folder, field, code)
+        rows = embedding_rows(config, field)
+        probe_config(config, field, code)
+        same = tokenizer_fingerprint(tokenizer) == job.teacher.tokenizer
+        teachers = tokenizer if same else load_tokenizer(on_this_node(job.teacher.folder), "the teacher")
+        if difference := token_difference(tokenizer, teachers):
+            return f"it has another tokenizer than the teacher: {difference}"
     except UserError as error:
         return str(error)
-    if tokenizer_fingerprint(tokenizer) != job.teacher.tokenizer:
-        return f"it has another tokenizer ({len(tokenizer)} tokens) than the teacher"
-    if config.vocab_size < job.teacher.vocabulary:
-        return f"its vocabulary has {config.vocab_size} tokens, the teacher's {job.teacher.vocabulary}"
+    if rows < job.teacher.vocabulary:
+        return f"its embedding has {rows} rows, the teacher's vocabulary {job.teacher.vocabulary} tokens"
     longest, length = getattr(config, "max_position_embeddings", None), job.family.corpus.sequence_length
     if longest and length > longest:
         return f"it reads at most {longest} tokens, corpus.sequence_length is {length}"

@@ -148,4 +148,5 @@ def scratch_config(config: Any, init: Scratch) -> Any:
         fields["rotary_dim"] = min(fields["rotary_dim"], head_dim)
     if isinstance(fields.get("num_attention_heads_per_layer"), list):
         fields["num_attention_heads_per_layer"] = [heads] * init.layers
+    fields.pop("quantization_config", None)  # of the teacher's weights
     return type(config).from_dict(fields)

@@ -88,13 +88,13 @@ def initial_student(
         teacher_dir: local directory of the teacher.
         student_dir: local directory of an existing model, which counts instead of ``init``: the one that
             :class:`Pretrained` names, or the champion of a warm start.
-        trust_remote_code: run Python that comes with the teacher.
+        trust_remote_code: run Python that comes with the teacher or with the existing model.
 
     Raises:
         UserError: the directory's weights are not those of its model, or its layers cannot be told.
     """
     if student_dir is not None:
-        return load_model(student_dir, dtype=dtype)
+        return load_model(student_dir, dtype=dtype, trust_remote_code=trust_remote_code)
     assert not isinstance(init, Pretrained), "it comes with its directory"
     if isinstance(init, Scratch):
         config = scratch_config(read_config(teacher_dir, trust_remote_code), init)

@@ -97,7 +97,7 @@ class _Rank:
             teacher_dir=on_this_node(self.job.teacher.folder),
             student_dir=self.job.student_dir and on_this_node(self.job.student_dir),
             dtype=dtype,
-            trust_remote_code=self.job.family.teacher.trust_remote_code,
+            trust_remote_code=self.job.family.trusts_code(self.job.name),
         ).to(self.device)
         probe_head(self.model, f"students.{self.job.name}", self.job.teacher.vocabulary)
         verify_packing(self.model, self.job.packing, f"student {self.job.name}")
@@ -182,7 +182,8 @@ class _Rank:
             from transformers import AutoTokenizer
 
             self.model.save_pretrained(folder, state_dict=state)
-            AutoTokenizer.from_pretrained(self.job.teacher.folder).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(self.job.teacher.folder, trust_remote_code=False)
+            tokenizer.save_pretrained(folder)
 
     # -- learning --------------------------------------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ def check(
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
     )
-    for line in [*checked.notices(), *([unknown] if unknown else [])]:
+    for line in [*checked.sizes(), *checked.notices(), *([unknown] if unknown else [])]:
         typer.echo(line)
 
 

@@ -44,7 +44,11 @@ class Judge:
         """
         spec = self._spec
         folder = local_model(
-            spec.model, revision=spec.revision, tracking_uri=self._tracking_uri or "", field="teacher.model"
+            spec.model,
+            revision=spec.revision,
+            tracking_uri=self._tracking_uri or "",
+            field="teacher.model",
+            code=spec.trust_remote_code,
         )
         config = load_config(folder, "teacher.model", spec.trust_remote_code).get_text_config()
         model = TeacherModel(str(folder), config.vocab_size, "0" * 16, "0" * 16)

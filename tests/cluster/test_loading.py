@@ -190,7 +190,7 @@ def test_a_file_that_was_not_copied_whole_is_refused_with_its_size(keep: int, tm
 def test_a_pointer_of_git_lfs_is_refused_with_what_to_do(tmp_path: Path) -> None:
     file = write_tiny_type(tmp_path, "llama") / "model.safetensors"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 60772936\n")
-    with pytest.raises(UserError, match=r"is a Git LFS pointer, not the weights; run `git lfs pull`"):
+    with pytest.raises(UserError, match=r"is a Git LFS pointer, not the file itself; run `git lfs pull`"):
         check(tmp_path)
 
 

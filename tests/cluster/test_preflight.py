@@ -67,8 +67,8 @@ def test_files_that_are_skipped_are_told(check: Any, tiny_corpus: Path, tmp_path
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(tiny_corpus, tmp_path / name)
     checked = check(corpus={"paths": [str(tmp_path)]})
-    assert checked.notices() == ["corpus: skipped: 3 files (.csv: 2, hidden: 1)"]
-    assert check().notices() == []
+    assert checked.notices()[0] == "corpus: skipped: 3 files (.csv: 2, hidden: 1)"
+    assert not [line for line in check().notices() if line.startswith("corpus")]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,8 @@ def test_a_pretrained_student_with_another_vocabulary_is_refused(check: Any, own
     else:
         tree["vocab_size"] = VOCABULARY - 1
     file.write_text(json.dumps(tree))
-    with pytest.raises(UserError, match=r"students.small.init.model: .* both must be the same"):
+    reason = "both must be the same" if change == "another token" else r"299 rows \(vocab_size\) for 300 tokens"
+    with pytest.raises(UserError, match=rf"students.small.init.model: .* {reason}"):
         check({"source": "pretrained", "model": str(own)})
 
 

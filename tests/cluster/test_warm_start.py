@@ -20,7 +20,8 @@ from cluster.runs import last_run, open_run
 from cluster.spec import FamilySpec, TeacherLayers
 from cluster.specfile import training_hash
 from cluster.students.initial import initial_student
-from tests.tiny import tiny_family, write_tiny_model
+from tests.tiny import tiny_family, write_tiny_model, write_tiny_tokenizer
+from tests.tiny_types import write_own_code
 
 MODEL = "tiny-small"
 
@@ -89,6 +90,29 @@ def test_a_student_starts_from_its_champion_whatever_its_init_says(
     champion = AutoModelForCausalLM.from_pretrained(registry[2][1], dtype=torch.float32).state_dict()
     assert built.state_dict().keys() == champion.keys()
     assert all(tensor.equal(champion[name]) for name, tensor in built.state_dict().items())
+
+
+def test_a_champion_with_python_of_its_own_is_loaded_where_the_family_trusts_its_teacher(
+    check: Callable[..., Checked], promote: Callable[[int], None], registry: Any, tmp_path: Path, own_code_cache: Path
+) -> None:
+    own = tmp_path / "own"
+    write_tiny_tokenizer(own)
+    write_own_code(own, vocab_size=320, max_position_embeddings=512)
+    _, client, _ = registry
+    promote(int(client.create_model_version(MODEL, source=str(own)).version))
+    teacher = {"model": str(own), "trust_remote_code": True}
+    checked = check(teacher=teacher)
+    assert checked.student_dirs == {"small": own}
+    built = initial_student(
+        TeacherLayers(source="teacher", layers=2),
+        teacher_dir=own,
+        student_dir=own,
+        dtype=torch.float32,
+        trust_remote_code=checked.spec.trusts_code("small"),
+    )
+    assert type(built).__name__ == "OwnForCausalLM"
+    with pytest.raises(UserError, match=r"^students.small.warm_start: .* set teacher.trust_remote_code: true"):
+        check()
 
 
 def test_a_student_without_a_warm_start_does_not_ask(check: Callable[..., Checked], promote: Any) -> None:

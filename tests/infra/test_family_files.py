@@ -12,12 +12,15 @@ import pytest
 import yaml
 from pyarrow import fs
 
+from cluster import preflight
 from cluster.corpus import files
 from cluster.corpus.files import S3, select_files
 from cluster.corpus.sample import check_files
 from cluster.dates import rendered
 from cluster.spec import FamilySpec
 from cluster.specfile import load_spec
+from tests.tiny import write_tiny_tokenizer
+from tests.tiny_types import write_tiny_type
 
 ROOT = Path(__file__).parents[2]
 DAY = date(2026, 11, 24)
@@ -98,3 +101,27 @@ def test_a_family_file_loads_and_its_corpus_is_found(
     assert found.files == expected
     assert found.skipped == {}
     assert check_files(spec.corpus) == (found, [])
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in place of every one that a family names, with all the layers, heads and positions they ask for."""
+    folder = tmp_path_factory.mktemp("stand-in")
+    write_tiny_tokenizer(folder)
+    sizes = {"num_hidden_layers": 32, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 4}
+    return write_tiny_type(folder, "llama", vocab_size=320, max_position_embeddings=8192, **sizes)
+
+
+@pytest.mark.parametrize(("text", "folder"), FAMILIES)
+def test_a_family_file_passes_the_check(
+    text: str, folder: Path, tmp_path: Path, stand_in: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "family.yaml").write_text(text)
+    spec = rendered(load_spec(tmp_path / "family.yaml", [f"corpus.paths=[{tiny_corpus}]"]), DAY)
+    # What the check asks of the network and of the machine; the rest is its own.
+    monkeypatch.setattr(preflight, "local_model", lambda name, **_: stand_in)
+    monkeypatch.setattr(preflight, "champion_of", lambda name, uri: None)
+    monkeypatch.setattr(preflight, "store_of", lambda spec: None)
+    monkeypatch.setenv((spec.notify and spec.notify.secret_env) or "UNUSED", "secret")
+    checked = preflight.preflight(spec)
+    assert len(checked.sizes()) == 1 + len(spec.students)

@@ -54,18 +54,17 @@ def test_another_tokenizer_cannot(tiny_teacher: Path, champion: Path) -> None:
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["Q" * 9] = vocabulary.pop(next(token for token, number in vocabulary.items() if number == 10))
     (champion / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert why_not_comparable(champion, job_of(tiny_teacher)) == (
-        f"it has another tokenizer ({VOCABULARY} tokens) than the teacher"
-    )
+    reason = why_not_comparable(champion, job_of(tiny_teacher))
+    assert reason is not None and reason.startswith("it has another tokenizer than the teacher: id 10 is 'QQQQQQQQQ'")
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"vocab_size": VOCABULARY - 1}, "its vocabulary has 299 tokens, the teacher's 300"),
+        ({"vocab_size": VOCABULARY - 1}, "its embedding has 299 rows, the teacher's vocabulary 300 tokens"),
         ({"max_position_embeddings": 16}, "it reads at most 16 tokens, corpus.sequence_length is 32"),
         ({"final_logit_softcapping": 30.0}, "LlamaForCausalLM computes other logits"),  # a Llama does not read it
-        ({"model_type": "thin-air"}, "cannot use"),
+        ({"model_type": "thin-air"}, "model_type thin-air"),
     ],
     ids=repr,
 )
