@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import resource
 import signal
+import warnings
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 SECONDS, MEMORY_BYTES = 120, 8 << 30
@@ -112,31 +114,32 @@ def _head(model: Any) -> str:
 
 
 def probe_apart(name: str) -> Row:
-    """:func:`probe` in a process of its own, which may take ``SECONDS`` and ``MEMORY_BYTES``."""
-    import pickle
-    import warnings
+    """:func:`probe` in a process of its own, which may take ``SECONDS`` and ``MEMORY_BYTES``.
 
-    import torch  # noqa: F401  (once, before the processes part)
+    The process is a fork of a small server with torch and transformers in it, not of the caller, whose own address
+    space may be larger than the limit.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch", "transformers"])
+    source, sink = context.Pipe(duplex=False)
+    process = context.Process(target=_probe_into, args=(name, sink))
+    process.start()
+    sink.close()
+    try:
+        row: Row = source.recv()
+    except EOFError:
+        process.join()
+        return Row(name, "not built", detail=f"its process ended with {process.exitcode}")
+    process.join()
+    return row
+
+
+def _probe_into(name: str, sink: Connection) -> None:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    source, sink = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(source)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(SECONDS)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        warnings.simplefilter("ignore")
-        try:
-            os.write(sink, pickle.dumps(probe(name)))
-        finally:
-            os._exit(0)
-    os.close(sink)
-    with os.fdopen(source, "rb") as pipe:
-        written = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if not written:
-        return Row(name, "not built", detail=f"its process ended with {os.waitstatus_to_exitcode(status)}")
-    row: Row = pickle.loads(written)
-    return row
+    warnings.simplefilter("ignore")
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    sink.send(probe(name))
