@@ -21,7 +21,7 @@ def test_a_file_from_options_holds_them_and_nothing_is_left_to_fill_in(tmp_path:
     assert (spec.name, spec.teacher.model) == ("nightly", str(tiny_teacher))
     assert spec.corpus.paths == [str(Path("a.jsonl").absolute()), "s3://bucket/b/"]
     inits = {name: student.init.model_dump(exclude={"source", "revision"}) for name, student in spec.students.items()}
-    assert inits == {"cut": {"layers": 3}, "own": {"model": str(tiny_teacher)}}
+    assert inits == {"cut": {"layers": 3}, "own": {"model": str(tiny_teacher), "trust_remote_code": False}}
 
 
 def test_without_options_the_paths_are_left_to_fill_in_and_a_known_teacher_is_halved(
