@@ -15,6 +15,7 @@ from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
 from cluster.loading import check_weights
+from cluster.memory import Estimate, family_estimates, shape_of, with_memory
 from cluster.models import Packing, TeacherModel, load_config, load_tokenizer, local_model
 from cluster.registry import champion_of, fetch_model
 from cluster.spec import FamilySpec, Pretrained, Scratch, TeacherLayers, TopKLabels
@@ -39,6 +40,7 @@ class Checked:
         packing: how each student keeps packed documents apart; ``teacher`` knows it of the teacher. All are
             ``unpacked`` where one is, for all read the same batches.
         unpacked_because: per model that cannot keep packed documents apart the reason.
+        estimates: the peak memory of one process of each role, see :func:`cluster.memory.family_estimates`.
     """
 
     spec: FamilySpec
@@ -51,6 +53,12 @@ class Checked:
     skipped: dict[str, int] = dataclasses.field(default_factory=dict)
     packing: dict[str, Packing] = dataclasses.field(default_factory=dict)
     unpacked_because: dict[str, str] = dataclasses.field(default_factory=dict)
+    estimates: dict[str, Estimate] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sized(self) -> FamilySpec:
+        """The spec with the memory that each process asks Ray for."""
+        return with_memory(self.spec, self.estimates)
 
     @property
     def packed(self) -> bool:
@@ -108,7 +116,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     _check_secret(spec)
     uri = tracking_uri_of(spec)
     teacher = spec.teacher
-    most = most_allowed(spec)
+    most_allowed(spec)  # before any model is looked at
     folder = local_model(teacher.model, revision=teacher.revision, tracking_uri=uri, field="teacher.model")
     config = load_config(folder, "teacher.model", teacher.trust_remote_code)
     tokenizer = load_tokenizer(folder, "teacher.model")
@@ -127,6 +135,8 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     }
     dirs, of_students = _check_students(spec, config, tokenizer, vocabulary, uri, champions)
     decided |= of_students
+    estimates = _estimates(spec, config, dirs, packed=not any(packing == "unpacked" for packing, _ in decided.values()))
+    most = most_allowed(with_memory(spec, estimates))
     skipped = {} if text_is_kept else find_files(spec.corpus.paths).skipped
     if (store := store_of(spec)) is not None:
         LabelStore.open(store, STORE_PATIENCE_S)
@@ -144,6 +154,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         skipped,
         dict(zip(spec.students, packings, strict=True)),
         unpacked,
+        estimates,
     )
 
 
@@ -179,6 +190,16 @@ def _check_students(
         _check_layerdrop(f"students.{name}", student.ranks, own)
         decided[f"student {name}"] = _packing_of(own, place, code)
     return dirs, decided
+
+
+def _estimates(spec: FamilySpec, config: Any, dirs: Mapping[str, Path], packed: bool) -> dict[str, Estimate]:
+    """The peak memory of each role; the directories are those of students that start from an existing model."""
+    code, shapes = spec.teacher.trust_remote_code, {}
+    for name, student in spec.students.items():
+        field = f"students.{name}"
+        own = load_config(dirs[name], field) if name in dirs else _student_config(student.init, config)
+        shapes[name] = shape_of(own, field, code and name not in dirs)
+    return family_estimates(spec, shape_of(config, "teacher.model", code), shapes, packed)
 
 
 def _packing_of(config: Any, field: str, trust_remote_code: bool) -> tuple[Packing, str]:

@@ -78,8 +78,8 @@ def ray_session() -> Iterator[None]:
 
 
 def alive_nodes() -> list[dict[str, float]]:
-    """Resources of every node that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """Resources of every node that is alive; Ray leaves out what a node has none of."""
+    return [{"memory": 0.0, **node["Resources"]} for node in ray.nodes() if node["Alive"]]
 
 
 def places_pending() -> bool:

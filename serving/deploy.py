@@ -20,11 +20,12 @@ from ray import serve
 from ray.serve.config import ProxyLocation
 
 from cluster.errors import RunError, UserError
+from cluster.memory import GIB
 from serving.arms import Arm
 from serving.control.server import Control
 from serving.control.works import Works
 from serving.ingress.door import Door
-from serving.launch import QUIET, application, arm_of, control_of, route_of, run_applications, wait
+from serving.launch import QUIET, application, arm_memory, arm_of, control_of, route_of, run_applications, wait
 from serving.models import Models, find_models
 from serving.spec import EndpointSpec, checked
 
@@ -117,10 +118,10 @@ def deploy(
         RunError: the arms were started and did not come up. Nothing is left running.
     """
     _check_name(spec)
-    if not grows:
-        _check_room(spec)
     if models is None:
         spec, models = find_models(spec, tracking_uri)
+    if not grows:
+        _check_room(spec, models)
     temporary = None if spec.state else Path(tempfile.mkdtemp(prefix="still-"))
     spec = spec.model_copy(update={"port": claim(spec.host, spec.port), "state": spec.state or temporary})
     endpoint = Endpoint(_url(spec), spec, _temporary=temporary)
@@ -194,7 +195,7 @@ def _check_name(spec: EndpointSpec) -> None:
         )
 
 
-def _check_room(spec: EndpointSpec) -> None:
+def _check_room(spec: EndpointSpec, models: Models) -> None:
     have = ray.cluster_resources()
     for what, field in (("CPU", "cpus"), ("GPU", "gpus")):
         needed = sum(getattr(arm, field) * arm.replicas.min for arm in spec.arms.values())
@@ -203,6 +204,15 @@ def _check_room(spec: EndpointSpec) -> None:
                 f"the {len(spec.arms)} arms need {needed:g} {what}, the cluster has {have.get(what, 0.0):g}; lower "
                 f"their {field}, or serve fewer arms."
             )
+    each = {name: arm_memory(arm, models[name]) for name, arm in spec.arms.items()}
+    needed, there = sum(each[name] * arm.replicas.min for name, arm in spec.arms.items()), have.get("memory", 0.0)
+    if needed > there:
+        arms = ", ".join(f"{name} {size / GIB:.1f}" for name, size in each.items())
+        raise UserError(
+            f"the {len(spec.arms)} arms need {needed / GIB:.1f} GiB of memory at their peak ({arms}), Ray found "
+            f"{there / GIB:.1f} GiB free when it started; serve fewer arms or smaller models, lower their slots, end "
+            f"what else runs there, or set their memory."
+        )
 
 
 def claim(host: str, port: int) -> int:

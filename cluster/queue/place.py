@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
-from cluster.capacity import Need, check_capacity, needs_of, serving_needs_of, totals
+from cluster.capacity import Need, check_capacity, gib, needs_of, serving_needs_of, totals
 from cluster.errors import NoPlaceError, RunError, first_line
 from cluster.queue.actor import queue_actor
 from cluster.queue.order import Entry, Place
@@ -83,8 +83,8 @@ def _waited(place: Place, seconds: float) -> str:
 
 
 def _needed(place: Place) -> str:
-    cpus, gpus = totals(place.entry.needs)
-    needed = f"needs {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+    cpus, gpus, memory = totals(place.entry.needs)
+    needed = f"needs {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "") + (f" and {gib(memory)}" if memory else "")
     if not place.fits:
         return f"{needed}, for which the cluster has too few nodes now"
     return f"{needed}, beside {place.running} famil{'y' if place.running == 1 else 'ies'} running"
