@@ -8,13 +8,17 @@ the processes alone, which :mod:`cluster.memory` has as constants.
 
 from __future__ import annotations
 
-import json
+import argparse
+import importlib
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ BASES = {
     "from transformers import LlamaForCausalLM",
     "Ray Train controller": "import ray.train.torch, cluster.students.trainer",
     "MLflow registry": "import ray, cluster.registry.client, mlflow",
+    "Serve control and door": "import serving.control.server, serving.ingress.door, ray.serve",
     "driver and stream": "import jobs.run, cluster.family, cluster.queue.place",
 }
 
@@ -157,64 +162,75 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def work(row: dict[str, Any], environment: dict[str, str], answer: Any) -> None:
+    """One process: do a row's work and report its peak."""
+    os.environ.update(environment)
+    os.dup2(2, 1)  # what the libraries print is not part of the table
+    answer.send(train(row) if "student" in row else score(row))
+
+
 def measured(row: dict[str, Any], ranks: int) -> int:
-    """The peak of the process that needs most of the ``ranks`` that do a row's work."""
-    env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
-    command = [sys.executable, __file__, "--worker", json.dumps(row)]
-    workers = [
-        subprocess.Popen(
-            command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [worker.communicate(timeout=1200)[0] for worker in workers]
-    if any(worker.returncode for worker in workers):
-        raise SystemExit(f"a process of {row} failed")
-    return max(int(output.strip().splitlines()[-1].removeprefix("peak ")) for output in outputs)
+    """The peak of the process that needs most of the ``ranks`` that do a row's work.
+
+    On a CPU they are forked off this one, which has imported what they need: its pages count as theirs, as they would
+    if each had imported them itself. CUDA does not work in forked processes.
+    """
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    everywhere = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+    workers, answers = [], []
+    for rank in range(ranks):
+        mine, theirs = context.Pipe(duplex=False)
+        environment = {**everywhere, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        worker = context.Process(target=work, args=(row, environment, theirs))
+        worker.start()
+        theirs.close()
+        workers.append(worker)
+        answers.append(mine)
+    peaks = [int(answer.recv()) for answer in answers]
+    for worker in workers:
+        worker.join()
+    return max(peaks)
 
 
-def rows_of(args: Any, folder: str) -> list[tuple[str, dict[str, Any], int, Estimate]]:
-    """What is measured: a name, the worker's input, its processes, and the estimate."""
-    config = config_of(args.shape)
-    shape: Shape = shape_of(config, "shape")
-    layers, hidden, intermediate, heads, kv_heads, _ = SHAPES[args.shape]
-    init = dict(layers=layers, hidden_size=hidden, intermediate_size=intermediate, heads=heads, kv_heads=kv_heads)
-    gpus = float(torch.cuda.is_available())
-    rows: list[tuple[str, dict[str, Any], int, Estimate]] = []
-    for precision in args.precision:
-        for ranks in args.ranks:
-            for stage in args.stages:
-                for checkpointing in (False, True):
-                    tree = dict(
-                        init={"source": "scratch", **init},
-                        zero_stage=stage,
-                        ranks=ranks,
-                        micro_batch=args.micro_batch,
-                        precision=precision,
-                        gradient_checkpointing=checkpointing,
-                        gpus_per_rank=gpus,
-                    )
-                    student = StudentSpec.model_validate(tree)
-                    row = {"student": tree, "folder": folder, "length": args.length}
-                    corpus = CorpusSpec(paths=["-"], sequence_length=args.length)
-                    name = f"ZeRO-{stage}, {precision}, {ranks} rank{'s' * (ranks > 1)}"
-                    name += ", checkpointing" * checkpointing
-                    rows.append((name, row, ranks, student_estimate(shape, student, corpus, shape)))
+Row = tuple[str, dict[str, Any], int, Estimate]
+
+
+def student_rows(args: argparse.Namespace, shape: Shape, folder: str) -> Iterator[Row]:
+    """Of every student that is measured its name, what its ranks are given, how many they are, and the estimate."""
+    names = ("layers", "hidden_size", "intermediate_size", "heads", "kv_heads")
+    init = {"source": "scratch", **dict(zip(names, SHAPES[args.shape], strict=False))}
+    corpus = CorpusSpec(paths=["-"], sequence_length=args.length)
+    for precision, ranks, stage, again in product(args.precision, args.ranks, args.stages, (False, True)):
+        tree = {
+            "init": init,
+            "zero_stage": stage,
+            "ranks": ranks,
+            "micro_batch": args.micro_batch,
+            "precision": precision,
+            "gradient_checkpointing": again,
+            "gpus_per_rank": float(torch.cuda.is_available()),
+        }
+        name = f"ZeRO-{stage}, {precision}, {ranks} rank{'s' * (ranks > 1)}" + ", checkpointing" * again
+        estimate = student_estimate(shape, StudentSpec.model_validate(tree), corpus)
+        yield name, {"student": tree, "folder": folder, "length": args.length}, ranks, estimate
+
+
+def teacher_rows(args: argparse.Namespace, shape: Shape, folder: str) -> Iterator[Row]:
+    """The same of the teacher."""
+    corpus = CorpusSpec(paths=["-"], sequence_length=args.length)
     for dtype in args.precision:
-        tree = {"model": folder, "dtype": dtype, "gpus_per_shard": gpus}
-        row = {"teacher": tree, "folder": folder, "shape": args.shape, "length": args.length, "sequences": 8}
-        corpus = CorpusSpec(paths=["-"], sequence_length=args.length, batch_sequences=8)
+        tree = {"model": folder, "dtype": dtype, "gpus_per_shard": float(torch.cuda.is_available())}
+        sizes = {"shape": args.shape, "length": args.length, "sequences": corpus.batch_sequences}
         estimate = teacher_estimate(shape, TeacherSpec.model_validate(tree), corpus)
-        rows.append((f"teacher, {dtype}", row, 1, estimate))
-    return rows
+        yield f"teacher, {dtype}", {"teacher": tree, "folder": folder, **sizes}, 1, estimate
 
 
 def base() -> None:
     """Print the resident set of every kind of process after its imports."""
     for name, code in BASES.items():
-        program = f"{code}\nfor line in open('/proc/self/status'):\n    if line.startswith('VmHWM'): print(line.split()[1])"
+        program = f"{code}\nprint(*(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        print(f"{name}: {int(done.stdout.split()[-1]) / 1024:.0f} MiB", flush=True)
+        print(f"{name}: {int(done.stdout.split()[-2]) / 1024:.0f} MiB", flush=True)
 
 
 def main() -> None:
@@ -228,30 +244,29 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--base", action="store_true", help="measure the processes without a model")
-    parser.add_argument("--worker", help=argparse_hidden)
     args = parser.parse_args()
     if args.base:
         base()
         return
-    if args.worker:
-        row = json.loads(args.worker)
-        print("peak", train(row) if "student" in row else score(row), flush=True)
-        return
+    if not torch.cuda.is_available():
+        importlib.import_module("deepspeed")
+        importlib.import_module("cluster.students.loop")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-c", SAVE, folder, args.shape], check=True)
         figures = []
         print(f"| {args.shape} | estimated MiB | measured MiB | ratio | largest parts |\n|---|---|---|---|---|")
-        for name, row, ranks, estimate in rows_of(args, folder):
+        shape = shape_of(config_of(args.shape), "shape")
+        for name, row, ranks, estimate in (*student_rows(args, shape, folder), *teacher_rows(args, shape, folder)):
             if args.only and args.only not in name:
                 continue
             peak = measured(row, ranks)
             parts = ", ".join(f"{part} {size / MIB:.0f}" for part, size in estimate.parts.items() if size)
-            print(f"| {name} | {estimate.total / MIB:.0f} | {peak / MIB:.0f} | {estimate.total / peak:.2f} | {parts} |", flush=True)
-            figures.append({"row": name, "estimated": estimate.total, "measured": peak, "parts": dict(estimate.parts)})
+            sizes = f"{estimate.total / MIB:.0f} | {peak / MIB:.0f} | {estimate.total / peak:.2f}"
+            print(f"| {name} | {sizes} | {parts} |", flush=True)
+            figures.append({"row": name, "estimated": estimate.total, "measured": peak})
     write(args.out, "memory", figures)
 
 
-argparse_hidden = "==SUPPRESS=="
 # In a process of its own, whose memory is not this one's.
 SAVE = f"""
 import sys

@@ -27,7 +27,6 @@ class Need:
 
     Attributes:
         memory: bytes of host memory; 0 where it is not known.
-        device: bytes of the memory of the GPU that each has, or has a share of.
     """
 
     who: str
@@ -35,13 +34,11 @@ class Need:
     cpus: float
     gpus: float
     memory: float = 0.0
-    device: float = 0.0
 
     def __str__(self) -> str:
         each = [f"{self.cpus:g} CPU"] if self.cpus or not self.memory else []
         each += [f"{self.gpus:g} GPU"] if self.gpus else []
         each += [gib(self.memory)] if self.memory else []
-        each += [f"{gib(self.device)} of GPU memory"] if self.device else []
         return f"{self.who} needs {self.count} x ({' and '.join(each)})"
 
 
@@ -76,7 +73,9 @@ def serving_needs_of(spec: FamilySpec) -> list[Need]:
     return [Need("serving", arms, options.cpus_per_arm, options.gpus_per_arm, float(options.memory_per_arm or 0))]
 
 
-def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> None:
+def check_capacity(
+    needs: Iterable[Need], nodes: Iterable[Mapping[str, float]], where: str = "the cluster is too small"
+) -> None:
     """Place every process on the first node with room, the largest first.
 
     Args:
@@ -89,7 +88,7 @@ def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) 
     needs, nodes = list(needs), list(nodes)
     if (need := first_without_room(needs, nodes)) is not None:
         raise UserError(
-            f"the cluster is too small: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
+            f"{where}: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
             f"there is {_shown(nodes)}. Lower {_remedy(need, nodes)}, ranks or shards, or add nodes"
         )
 

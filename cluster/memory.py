@@ -26,7 +26,8 @@ MIB, GIB = 1024**2, 1024**3
 ITEM = {"float32": 4, "bfloat16": 2}
 # Resident memory of a process before it has a model, measured by benchmarks/memory.py --base: Python, Ray, torch and
 # transformers; a rank has DeepSpeed and Ray Train too.
-SHARD_BYTES, RANK_BYTES, ARM_BYTES = 525 * MIB, 600 * MIB, 550 * MIB
+SHARD_BYTES, RANK_BYTES = 525 * MIB, 600 * MIB
+ARM_BYTES = {"transformers": 550 * MIB, "vllm": 2900 * MIB, "echo": 250 * MIB}
 # CUDA's context, and the libraries that it loads, in host memory and on the device.
 CUDA_HOST_BYTES, CUDA_DEVICE_BYTES = 2 * GIB, 600 * MIB
 # Elements: DeepSpeed's reduction bucket (cluster.students.zero), the bucket of its bfloat16 optimiser, and the whole
@@ -183,9 +184,14 @@ def buckets(parameters: int, student: StudentSpec) -> int:
     if (stage, item) == (1, 2):
         # BF16_Optimizer flattens all gradients to reduce them; see cluster.students.zero.reduce_nothing for one rank.
         return 4 * min(parameters, BF16_BUCKET) if ranks > 1 else 0
-    bucket = min(parameters, BUCKET)
-    # The bucket, its flat copy, and where it is reduced in another precision one more.
-    return bucket * (2 * item + (4 if item == 2 else 0))
+    # A GPU's bucket is there as a whole, twice where the reduction overlaps; on a CPU only written pages count.
+    filled = min(parameters, BUCKET)
+    held, overlap = (BUCKET, 2) if student.gpus_per_rank else (filled, 1)
+    if stage == 3:
+        # The bucket in float32; what is in it as one flat tensor, and the parts that come out of the reduction.
+        return 4 * held + 2 * 4 * filled
+    # The bucket in the model's precision; a flat copy, and a float32 one where that is another precision.
+    return item * (overlap * held + filled) + (4 * filled if item == 2 else 0)
 
 
 def student_estimate(
@@ -220,8 +226,9 @@ def student_estimate(
         phases.append({"loading": loading})
         if tokens * item * max(shape.intermediate, shape.hidden) < LARGEST_MMAP_THRESHOLD:
             # Blocks of the heap are not given back: what the forward pass took stays beside the buckets.
-            slack = int(HEAP_SLACK * activations)
-            phases.append({**phases[0], "buckets": reduced, "heap": slack + item * shape.parameters})
+            # So does the room of the weights as they were loaded, which DeepSpeed copies, for stage 3 twice.
+            loaded = item * shape.parameters * (2 if student.zero_stage == 3 else 1)
+            phases.append({**phases[0], "buckets": reduced, "heap": int(HEAP_SLACK * activations) + loaded})
     return _on(gpu, RANK_BYTES, max(phases, key=lambda parts: sum(parts.values())), loading)
 
 
@@ -242,7 +249,9 @@ def teacher_estimate(shape: Shape, teacher: TeacherSpec, corpus: CorpusSpec) -> 
     return _on(teacher.gpus_per_shard > 0, SHARD_BYTES, parts, 0)
 
 
-def arm_estimate(weights: int, kv_token: int, vocabulary: int, context: int, slots: int, gpu: bool) -> Estimate:
+def arm_estimate(
+    weights: int, kv_token: int, vocabulary: int, context: int, slots: int, gpu: bool, engine: str = "transformers"
+) -> Estimate:
     """The peak of one replica of a serving arm.
 
     Keys and values count for ``SERVED_TOKENS`` in each slot. The engine may take more, up to a quarter of what is free
@@ -257,10 +266,10 @@ def arm_estimate(weights: int, kv_token: int, vocabulary: int, context: int, slo
         "keys and values": slots * min(context, SERVED_TOKENS) * kv_token,
         "logits": 2 * 4 * max(slots, SCORE_TOKENS) * vocabulary,
     }
-    return _on(gpu, ARM_BYTES, parts, 0)
+    return _on(gpu, ARM_BYTES[engine], parts, 0)
 
 
-def served_estimate(folder: Path, dtype: str, slots: int, gpu: bool) -> Estimate:
+def served_estimate(folder: Path, dtype: str, slots: int, gpu: bool, engine: str) -> Estimate:
     """:func:`arm_estimate` of a model directory, read off its config.json and the sizes of its weight files."""
     config = json.loads((folder / "config.json").read_text())
     text = config.get("text_config") or config
@@ -271,7 +280,7 @@ def served_estimate(folder: Path, dtype: str, slots: int, gpu: bool) -> Estimate
     _, head_dim, kv_heads = _attention(text, hidden)
     kv_token = 2 * (text.get("num_hidden_layers") or text.get("n_layer") or 0) * kv_heads * head_dim * item
     context = text.get("max_position_embeddings") or text.get("n_positions") or SERVED_TOKENS
-    return arm_estimate(weights, kv_token, text.get("vocab_size") or 0, context, slots, gpu)
+    return arm_estimate(weights, kv_token, text.get("vocab_size") or 0, context, slots, gpu, engine)
 
 
 def family_estimates(

@@ -12,6 +12,7 @@ from typing import Any
 from cluster.corpus.files import find_files, skipped_line
 from cluster.errors import UserError
 from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
+from cluster.footprint import machine, memory_report
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
 from cluster.loading import check_weights
@@ -81,6 +82,10 @@ class Checked:
         """What a person should know before the start, a line each."""
         skipped = skipped_line(self.skipped)
         return [*([f"corpus: {skipped}"] if skipped else []), *self.warm_starts(), *self.packing_notices()]
+
+    def memory_report(self) -> list[str]:
+        """See :func:`cluster.footprint.memory_report`; for this machine, unless ``RAY_ADDRESS`` names a cluster."""
+        return memory_report(self.sized, self.estimates, machine(), elsewhere=bool(os.environ.get("RAY_ADDRESS")))
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""

@@ -138,7 +138,9 @@ _NOT_TRAINING: Any = {
     "limits": True,
     "patience_s": True,
     "teacher": {"replicas", "max_restarts", "start_timeout_s", "cpus_per_shard", "memory_per_shard"},
-    "students": {"__all__": {"max_failures", "ranks", "micro_batch", "cpus_per_rank", "gpus_per_rank", "memory_per_rank"}},
+    "students": {
+        "__all__": {"max_failures", "ranks", "micro_batch", "cpus_per_rank", "gpus_per_rank", "memory_per_rank"}
+    },
 }
 
 

@@ -132,7 +132,7 @@ def _run(checked: Checked, run: Run, console: Console) -> tuple[FamilyResult, li
         # Ray has put its own in the place of ours, and would have the process exit on the spot.
         signal.signal(signal.SIGTERM, _as_interrupt)
         try:
-            others = held.enter_context(place_for(checked.sized, display.show))
+            others = held.enter_context(place_for(checked.sized, display.show, checked.estimates))
         except (KeyboardInterrupt, RunError):
             _discard_empty(run)
             raise

@@ -69,14 +69,15 @@ class Endpoint:
         """
         self.ask("roll", {"arm": arm, "source": source})
 
-    def ask(self, action: str, body: Any = None) -> Any:
+    def ask(self, action: str, body: Any = None, timeout_s: float | None = None) -> Any:
         """What the control answers to an administrator; see :meth:`serving.control.server.Control.do`.
 
         Raises:
             UserError: it refuses.
             RunError: it could not do it.
+            TimeoutError: it did not answer within ``timeout_s``.
         """
-        status, answer = self._control.do.remote(action, body).result()
+        status, answer = self._control.do.remote(action, body).result(timeout_s=timeout_s)
         if status != 200:
             raise (UserError if status < 500 else RunError)(answer)
         return answer

@@ -108,8 +108,8 @@ def application(spec: EndpointSpec, arm: str, route: str, model_dir: Path | None
 def arm_memory(own: ArmSpec, model_dir: Path | None) -> int:
     """Bytes of host memory that one replica of an arm asks Ray for."""
     if own.memory is not None or model_dir is None:
-        return int(own.memory or ARM_BYTES)
-    return served_estimate(model_dir, own.dtype, own.slots, own.gpus > 0).host
+        return int(own.memory or ARM_BYTES[own.engine])
+    return served_estimate(model_dir, own.dtype, own.slots, own.gpus > 0, own.engine).host
 
 
 def control_of(spec: EndpointSpec) -> Any:

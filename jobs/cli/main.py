@@ -78,11 +78,12 @@ def check(spec: SpecPath, overrides: Overrides = None, ds: Ds = None) -> None:
 
     day = date_of(ds) if ds is not None else date.today()
     checked = preflight(rendered(load_spec(spec, overrides or []), day))
+    memory = checked.memory_report()
     names = ", ".join(checked.spec.students)
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
     )
-    for line in checked.notices():
+    for line in [*checked.notices(), *memory]:
         typer.echo(line)
 
 
