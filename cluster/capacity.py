@@ -89,7 +89,7 @@ def check_capacity(
     if (need := first_without_room(needs, nodes)) is not None:
         raise UserError(
             f"{where}: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
-            f"there is {_shown(nodes)}. Lower {_remedy(need, nodes)}, ranks or shards, or add nodes"
+            f"there is {_shown(nodes)}. {_remedy(need, needs, nodes)}"
         )
 
 
@@ -155,11 +155,14 @@ def _scarcest_first(needs: Iterable[Need]) -> tuple[float, float, float]:
     return gpus, cpus, memory
 
 
-def _remedy(need: Need, nodes: Iterable[Mapping[str, float]]) -> str:
-    """What to lower for a need that does not fit: its memory only where CPUs and GPUs alone would."""
-    if first_without_room([replace(need, memory=0.0)], nodes) is None and need.memory:
-        return "micro_batch or corpus.sequence_length, use gradient_checkpointing or a smaller model, lower"
-    return "cpus_per_shard, _rank or _arm"
+def _remedy(need: Need, needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> str:
+    """What to do about needs of which this one does not fit: about memory where CPUs and GPUs alone would."""
+    if first_without_room([replace(each, memory=0.0) for each in needs], nodes) is None and need.memory:
+        return (
+            "Lower micro_batch, corpus.sequence_length, ranks or replicas, use gradient_checkpointing or smaller "
+            "models, end what else runs there, or add nodes"
+        )
+    return "Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes"
 
 
 def gib(size: float) -> str:

@@ -200,13 +200,15 @@ def student_estimate(
     corpus: CorpusSpec,
     source: Shape | None = None,
     teacher_head: int = 0,
+    keeps_head: bool = False,
     packed: bool = True,
 ) -> Estimate:
     """The peak of one rank of a student: while it is made, at the end of a forward or of a backward pass.
 
     Args:
         source: the model whose layers it takes over, which is loaded beside it.
-        teacher_head: bytes of the teacher's head where labels are hidden states; else 0.
+        teacher_head: bytes of the teacher's head, which a rank has while it measures: Ray's copy and its own.
+        keeps_head: whether it keeps its own all the time, as labels that are hidden states want.
     """
     item, tokens, gpu = ITEM[student.precision], student.micro_batch * corpus.sequence_length, student.gpus_per_rank > 0
     per_layer = tokens * shape.layer_bytes(item, corpus.sequence_length if packed else 0)
@@ -219,16 +221,18 @@ def student_estimate(
     logits = 4 * shape.vocabulary * shape.hidden + item * chunk * shape.vocabulary
     logits += 2 * item * tokens * shape.hidden + LOGIT_COPIES * 4 * tile
     loading = item * (shape.parameters + (source.parameters if source else 0))
-    held = {**states(shape.parameters, student), "teacher head": teacher_head}
-    reduced = buckets(shape.parameters, student)
-    phases = [{**held, "activations": activations, "logits": logits}, {**held, "buckets": reduced}]
+    held = {**states(shape.parameters, student), "teacher head": teacher_head * keeps_head}
+    after = {"buckets": buckets(shape.parameters, student)}
+    if (measured := 2 * teacher_head) > after["buckets"] + teacher_head * keeps_head:
+        after = {"teacher head": measured}
+    phases = [{**held, "activations": activations, "logits": logits}, {**held, **after}]
     if not gpu:
         phases.append({"loading": loading})
         if tokens * item * max(shape.intermediate, shape.hidden) < LARGEST_MMAP_THRESHOLD:
             # Blocks of the heap are not given back: what the forward pass took stays beside the buckets.
             # So does the room of the weights as they were loaded, which DeepSpeed copies, for stage 3 twice.
             loaded = item * shape.parameters * (2 if student.zero_stage == 3 else 1)
-            phases.append({**phases[0], "buckets": reduced, "heap": int(HEAP_SLACK * activations) + loaded})
+            phases.append({**phases[0], **after, "heap": int(HEAP_SLACK * activations) + loaded})
     return _on(gpu, RANK_BYTES, max(phases, key=lambda parts: sum(parts.values())), loading)
 
 
@@ -288,10 +292,10 @@ def family_estimates(
 ) -> dict[str, Estimate]:
     """The peak of one process of each role of a family, by the names of :class:`cluster.capacity.Need`."""
     found = {"the teacher": teacher_estimate(teacher, spec.teacher, spec.corpus)}
-    kept_head = ITEM[spec.teacher.dtype] * teacher.vocabulary * teacher.hidden * isinstance(spec.labels, HiddenLabels)
+    head, keeps = ITEM[spec.teacher.dtype] * teacher.vocabulary * teacher.hidden, isinstance(spec.labels, HiddenLabels)
     for name, student in spec.students.items():
         source = teacher if isinstance(student.init, TeacherLayers) else None
-        found[f"student {name}"] = student_estimate(students[name], student, spec.corpus, source, kept_head, packed)
+        found[f"student {name}"] = student_estimate(students[name], student, spec.corpus, source, head, keeps, packed)
     if spec.serving is not None:
         served = [(students[name], ITEM[student.precision]) for name, student in spec.students.items()]
         served += [(teacher, ITEM[spec.teacher.dtype])] * spec.serving.include_teacher

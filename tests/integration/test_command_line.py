@@ -197,6 +197,9 @@ def test_serve_answers_until_ctrl_c_and_bench_reads_it_per_arm(tmp_path: Path) -
     for row in rows.values():
         assert 0 < row["first_token_ms"]["p50"] <= row["latency_ms"]["p50"] <= row["latency_ms"]["p99"]
     family = psutil.Process(process.pid).children(recursive=True)
+    (arm,) = [each for each in family if "ServeReplica:stillhouse~a~" in " ".join(each.cmdline())]
+    arm.kill()
+    assert f"arm a: process {arm.pid} on node" in read_until(process, r"Serve starts it again$")
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=300)
     assert process.returncode == 0

@@ -59,7 +59,7 @@ def test_an_arm_asks_ray_for_its_memory_and_too_many_are_refused(
     resources = {"CPU": 8.0, "memory": 3.2 * GIB}
     monkeypatch.setattr(deploy.ray, "cluster_resources", lambda: resources)
     models: Models = {"x": tiny_model, "y": tiny_model}
-    with pytest.raises(UserError, match=r"the 2 arms need 3\.6 GiB of memory .*\(x 0\.6, y 3\.0\).* 3\.2 GiB free"):
+    with pytest.raises(UserError, match=r"the 2 arms need 3\.5 GiB of memory .*\(x 0\.5, y 3\.0\).* 3\.2 GiB free"):
         deploy._check_room(spec, models)
     resources["memory"] = 4.0 * GIB
     deploy._check_room(spec, models)
