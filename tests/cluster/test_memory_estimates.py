@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,9 @@ from cluster.memory import (
 )
 from cluster.models import TeacherModel
 from cluster.spec import CorpusSpec, FamilySpec, StudentSpec, TeacherSpec, TopKLabels
+from cluster.students.job import StudentJob
 from cluster.students.module import Inputs, Student
+from cluster.students.trainer import StoppedError, _fit
 from cluster.teacher.replica import Replica
 from tests.tiny import tiny_family
 
@@ -213,6 +216,25 @@ def test_a_replica_asks_ray_for_its_memory() -> None:
     assert Replica(0, spec, TopKLabels(), model, 1).bundle == {"CPU": 1.0, "memory": 3 * GIB}
     without = TeacherSpec(model="teacher")
     assert Replica(0, without, TopKLabels(), model, 1).bundle == {"CPU": 1.0}
+
+
+def test_a_rank_asks_ray_for_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[dict[str, float]] = []
+
+    def trainer(*_: Any, scaling_config: Any, **__: Any) -> Any:
+        asked.append(scaling_config.resources_per_worker)
+        return SimpleNamespace(fit=lambda: SimpleNamespace(checkpoint=None))
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", trainer)
+    spec = FamilySpec.model_validate(tiny_family())
+    estimates = {"the teacher": Estimate({}, 5), "student small": Estimate({}, 7 * GIB)}
+    nobody: Any = None
+    for family in (spec, with_memory(spec, estimates)):
+        model = TeacherModel("teacher", 300, "aa" * 8, "bb" * 8)
+        job = StudentJob("small", family, model, None, 1, nobody, nobody, str(tmp_path))
+        with pytest.raises(StoppedError):
+            _fit(job)
+    assert asked == [{"CPU": 1.0}, {"CPU": 1.0, "memory": 7 * GIB}]
 
 
 def test_an_arm_is_estimated_from_its_files(tiny_model: Path) -> None:
