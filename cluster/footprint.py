@@ -9,8 +9,7 @@ from pathlib import Path
 
 from cluster.capacity import Need, check_capacity, first_without_room, gib, needs_of, serving_needs_of, totals
 from cluster.errors import UserError
-from cluster.memory import GIB, MIB, Estimate
-from cluster.session import OBJECT_STORE_BYTES
+from cluster.memory import GIB, MIB, OBJECT_STORE_BYTES, Estimate
 from cluster.spec import FamilySpec
 
 # Resident sets after their imports, measured by benchmarks/memory.py --base: the driver, the stream, the board and the

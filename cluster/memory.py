@@ -24,6 +24,8 @@ KEPT_BYTES = 1024**3
 
 MIB, GIB = 1024**2, 1024**3
 ITEM = {"float32": 4, "bfloat16": 2}
+# Shared memory that Ray takes on a machine where Stillhouse starts it.
+OBJECT_STORE_BYTES = 2 * GIB
 # Resident memory of a process before it has a model, measured by benchmarks/memory.py --base: Python, Ray, torch and
 # transformers; a rank has DeepSpeed and Ray Train too.
 SHARD_BYTES, RANK_BYTES = 525 * MIB, 600 * MIB

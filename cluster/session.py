@@ -15,7 +15,7 @@ from ray.core.generated.gcs_pb2 import PlacementGroupTableData
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-OBJECT_STORE_BYTES = 2 * 1024**3
+from cluster.memory import OBJECT_STORE_BYTES
 
 # What a call raises whose actor's process is gone. Ray does not count the one that its memory monitor causes among its
 # actor errors.
