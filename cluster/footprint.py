@@ -51,24 +51,30 @@ def stages_of(spec: FamilySpec) -> list[list[Need]]:
 
 
 def check_devices(spec: FamilySpec, estimates: Mapping[str, Estimate], nodes: Iterable[Mapping[str, float]]) -> None:
-    """Hold what lies on GPUs against the largest GPU.
+    """Hold what lies on GPUs against their memory: each process against the largest, and each stage against all.
 
     Args:
         nodes: resources as Ray names them, with ``gpu_memory`` or a resource ``accelerator_type:NAME``.
 
     Raises:
-        UserError: a process needs more than its share of the largest GPU. Where no size is known, nothing is refused.
+        UserError: it cannot fit. Where the size of a GPU is not known, nothing is refused.
     """
-    largest = max((_gpu_memory(node) for node in nodes), default=0.0)
-    for need in (*needs_of(spec), *serving_needs_of(spec)):
-        estimate = estimates.get(need.who)
-        if estimate is None or not largest or not need.gpus:
-            continue
-        share = largest * min(1.0, need.gpus)
-        if estimate.device > share:
+    found = [(node["GPU"], _gpu_memory(node)) for node in nodes if node.get("GPU")]
+    if not found or not all(size for _, size in found):
+        return
+    largest, together = max(size for _, size in found), sum(count * size for count, size in found)
+    for stage in (needs_of(spec), serving_needs_of(spec)):
+        sizes = {need: estimates[need.who].device for need in stage if need.gpus and need.who in estimates}
+        for need, size in sizes.items():
+            if size > largest:
+                raise UserError(
+                    f"{need.who} needs {gib(size)} of GPU memory in each process ({_parts(estimates[need.who])}), and "
+                    f"the largest GPU has {gib(largest)}; {LESS_GPU}"
+                )
+        if (needed := sum(need.count * size for need, size in sizes.items())) > together:
+            each = "; ".join(f"{need.who} {need.count} x {gib(size)}" for need, size in sizes.items())
             raise UserError(
-                f"{need.who} needs {gib(estimate.device)} of GPU memory in each process ({_parts(estimate)}), and "
-                f"{need.gpus:g} of the largest GPU is {gib(share)}; {LESS_GPU}"
+                f"{gib(needed)} of GPU memory are needed ({each}), and there are {gib(together)}; {LESS_GPU}"
             )
 
 

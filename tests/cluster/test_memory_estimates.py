@@ -210,6 +210,19 @@ def test_what_lies_on_a_gpu_is_held_against_its_memory(node: dict[str, float], r
         check_devices(spec, estimates, [node])
 
 
+def test_processes_that_share_a_gpu_are_held_against_all_of_it_together() -> None:
+    spec = FamilySpec.model_validate(tiny_family(teacher={"gpus_per_shard": 0.5}))
+    spec = spec.model_copy(update={"students": {"cut": student(gpus_per_rank=0.5)}})
+    estimates = {
+        "the teacher": teacher_estimate(TEACHER, spec.teacher, CORPUS),
+        "student cut": student_estimate(CUT, spec.students["cut"], CORPUS),
+    }
+    both = sum(estimate.device for estimate in estimates.values())
+    check_devices(spec, estimates, [{"GPU": 1.0, "gpu_memory": both + 1.0}])
+    with pytest.raises(UserError, match=r"of GPU memory are needed \(the teacher 1 x .*; student cut 1 x"):
+        check_devices(spec, estimates, [{"GPU": 1.0, "gpu_memory": both - 1.0}])
+
+
 def test_a_replica_asks_ray_for_its_memory() -> None:
     spec = TeacherSpec.model_validate({"model": "teacher", "memory_per_shard": "3GiB"})
     model = TeacherModel("teacher", 300, "aa" * 8, "bb" * 8)
