@@ -129,7 +129,7 @@ def memory_report(
         lines[-1] += ", on which the family is not to run"
         return lines
     for stage in stages:
-        check_capacity(stage, [here], "this machine is too small")
+        check_capacity(stage, [here], "this machine is too small (to check for a cluster, set RAY_ADDRESS)")
     check_devices(spec, estimates, [here])
     return lines
 

@@ -119,10 +119,12 @@ def deploy(
         RunError: the arms were started and did not come up. Nothing is left running.
     """
     _check_name(spec)
+    if not grows:
+        _check_room(spec)
     if models is None:
         spec, models = find_models(spec, tracking_uri)
     if not grows:
-        _check_room(spec, models)
+        _check_memory(spec, models)
     temporary = None if spec.state else Path(tempfile.mkdtemp(prefix="still-"))
     spec = spec.model_copy(update={"port": claim(spec.host, spec.port), "state": spec.state or temporary})
     endpoint = Endpoint(_url(spec), spec, _temporary=temporary)
@@ -196,7 +198,7 @@ def _check_name(spec: EndpointSpec) -> None:
         )
 
 
-def _check_room(spec: EndpointSpec, models: Models) -> None:
+def _check_room(spec: EndpointSpec) -> None:
     have = ray.cluster_resources()
     for what, field in (("CPU", "cpus"), ("GPU", "gpus")):
         needed = sum(getattr(arm, field) * arm.replicas.min for arm in spec.arms.values())
@@ -205,8 +207,12 @@ def _check_room(spec: EndpointSpec, models: Models) -> None:
                 f"the {len(spec.arms)} arms need {needed:g} {what}, the cluster has {have.get(what, 0.0):g}; lower "
                 f"their {field}, or serve fewer arms."
             )
+
+
+def _check_memory(spec: EndpointSpec, models: Models) -> None:
     each = {name: arm_memory(arm, models[name]) for name, arm in spec.arms.items()}
-    needed, there = sum(each[name] * arm.replicas.min for name, arm in spec.arms.items()), have.get("memory", 0.0)
+    needed = sum(each[name] * arm.replicas.min for name, arm in spec.arms.items())
+    there = ray.cluster_resources().get("memory", 0.0)
     if needed > there:
         arms = ", ".join(f"{name} {size / GIB:.1f}" for name, size in each.items())
         raise UserError(

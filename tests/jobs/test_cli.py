@@ -144,7 +144,7 @@ def test_a_check_prints_the_memory_of_each_role_and_refuses_what_this_machine_ca
     assert "in all " in lines[4] and "this machine has " in lines[4]
     code, out, err = run("check", str(spec), "--set", "teacher.memory_per_shard=10TiB")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "this machine is too small: the teacher needs 1 x (1 CPU and 10240.0 GiB)" in err
+    assert "this machine is too small " in err and "the teacher needs 1 x (1 CPU and 10240.0 GiB)" in err
 
 
 def test_a_check_for_a_cluster_refuses_nothing_for_this_machine_s_memory(

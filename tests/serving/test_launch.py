@@ -60,6 +60,6 @@ def test_an_arm_asks_ray_for_its_memory_and_too_many_are_refused(
     monkeypatch.setattr(deploy.ray, "cluster_resources", lambda: resources)
     models: Models = {"x": tiny_model, "y": tiny_model}
     with pytest.raises(UserError, match=r"the 2 arms need 3\.5 GiB of memory .*\(x 0\.5, y 3\.0\).* 3\.2 GiB free"):
-        deploy._check_room(spec, models)
+        deploy._check_memory(spec, models)
     resources["memory"] = 4.0 * GIB
-    deploy._check_room(spec, models)
+    deploy._check_memory(spec, models)
