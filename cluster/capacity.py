@@ -6,13 +6,14 @@ its place is watched.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.errors import RunError, UserError
-from cluster.spec import FamilySpec, StudentSpec
+from cluster.spec import FamilySpec, StudentSpec, TeacherSpec
 
 # Ranks that have a place and room on the disk have said so after this time; Ray Train itself tries without end.
 START_S = 900.0
@@ -24,31 +25,40 @@ LONGEST_LOOK_S = 10.0
 
 @dataclass(frozen=True)
 class Need:
-    """``count`` processes that each want these resources on one node."""
+    """``count`` processes that each want these resources on one node.
+
+    Attributes:
+        memory: bytes of host memory; 0 where it is not known.
+    """
 
     who: str
     count: int
     cpus: float
     gpus: float
+    memory: float = 0.0
 
     def __str__(self) -> str:
-        each = f"{self.cpus:g} CPU" + (f" and {self.gpus:g} GPU" if self.gpus else "")
-        return f"{self.who} needs {self.count} x ({each})"
+        each = [f"{self.cpus:g} CPU"] if self.cpus or not self.memory else []
+        each += [f"{self.gpus:g} GPU"] if self.gpus else []
+        each += [gib(self.memory)] if self.memory else []
+        return f"{self.who} needs {self.count} x ({' and '.join(each)})"
 
 
 def needs_of(spec: FamilySpec) -> list[Need]:
     """What the teacher at its smallest and the students ask for, all at the same time."""
-    teacher = spec.teacher
-    shards = teacher.min_replicas * teacher.shards
-    return [
-        Need("the teacher", shards, teacher.cpus_per_shard, teacher.gpus_per_shard),
-        *(student_needs(name, student) for name, student in spec.students.items()),
-    ]
+    return [teacher_needs(spec.teacher), *(student_needs(name, student) for name, student in spec.students.items())]
+
+
+def teacher_needs(teacher: TeacherSpec) -> Need:
+    """What the teacher asks for at its smallest."""
+    shards, memory = teacher.min_replicas * teacher.shards, float(teacher.memory_per_shard or 0)
+    return Need("the teacher", shards, teacher.cpus_per_shard, teacher.gpus_per_shard, memory)
 
 
 def student_needs(name: str, student: StudentSpec) -> Need:
     """What one student asks for."""
-    return Need(f"student {name}", student.ranks, student.cpus_per_rank, student.gpus_per_rank)
+    memory = float(student.memory_per_rank or 0)
+    return Need(f"student {name}", student.ranks, student.cpus_per_rank, student.gpus_per_rank, memory)
 
 
 def serving_needs_of(spec: FamilySpec) -> list[Need]:
@@ -62,14 +72,17 @@ def serving_needs_of(spec: FamilySpec) -> list[Need]:
         return []
     beside = spec.promotion is not None and spec.promotion.latency is not None
     arms = len(spec.students) * (1 + beside) + options.include_teacher
-    return [Need("serving", arms, options.cpus_per_arm, options.gpus_per_arm)]
+    return [Need("serving", arms, options.cpus_per_arm, options.gpus_per_arm, float(options.memory_per_arm or 0))]
 
 
-def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> None:
+def check_capacity(
+    needs: Iterable[Need], nodes: Iterable[Mapping[str, float]], where: str = "the cluster is too small"
+) -> None:
     """Place every process on the first node with room, the largest first.
 
     Args:
-        nodes: resources of each node that is alive, as Ray names them (``CPU``, ``GPU``).
+        nodes: resources of each node that is alive, as Ray names them (``CPU``, ``GPU``, ``memory``); one that names no
+            memory has no limit.
 
     Raises:
         UserError: what does not fit, all that is needed, and what there is.
@@ -77,8 +90,8 @@ def check_capacity(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) 
     needs, nodes = list(needs), list(nodes)
     if (need := first_without_room(needs, nodes)) is not None:
         raise UserError(
-            f"the cluster is too small: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
-            f"there is {_shown(nodes)}. Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes"
+            f"{where}: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
+            f"there is {_shown(nodes)}. {_remedy(need, needs, nodes)}"
         )
 
 
@@ -93,22 +106,29 @@ def first_without_room(needs: Iterable[Need], nodes: Iterable[Mapping[str, float
 
 def _without_room(needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> Iterator[Need]:
     """The need of every process that finds no node with room, when the largest are placed first."""
-    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
-    for need in sorted(needs, key=lambda n: (n.gpus, n.cpus), reverse=True):
+    free = [
+        {"CPU": node.get("CPU", 0.0), "GPU": node.get("GPU", 0.0), "memory": node.get("memory", math.inf)}
+        for node in nodes
+    ]
+    for need in sorted(needs, key=lambda n: (n.gpus, n.cpus, n.memory), reverse=True):
+        each = {"CPU": need.cpus, "GPU": need.gpus, "memory": need.memory}
         for _ in range(need.count):
             # A little slack, for tenths do not add up exactly in binary.
-            room = next((f for f in free if f[0] >= need.cpus - 1e-6 and f[1] >= need.gpus - 1e-6), None)
+            room = next((f for f in free if all(f[name] >= each[name] - 1e-6 for name in each)), None)
             if room is None:
                 yield need
                 continue
-            room[0] -= need.cpus
-            room[1] -= need.gpus
+            for name in each:
+                room[name] -= each[name]
 
 
-def totals(needs: Iterable[Need]) -> tuple[float, float]:
-    """CPUs and GPUs of all together."""
+def totals(needs: Iterable[Need]) -> tuple[float, float, float]:
+    """CPUs, GPUs and bytes of host memory of all together."""
     needs = list(needs)
-    return sum(need.count * need.cpus for need in needs), sum(need.count * need.gpus for need in needs)
+    cpus, gpus, memory = (
+        sum(need.count * getattr(need, name) for need in needs) for name in ("cpus", "gpus", "memory")
+    )
+    return cpus, gpus, memory
 
 
 def most_of(stages: Iterable[Sequence[Need]]) -> list[Need]:
@@ -120,18 +140,45 @@ def most_of(stages: Iterable[Sequence[Need]]) -> list[Need]:
     most: list[Need] = []
     for stage in stages:
         wider, other = [*most, *_beyond(stage, most)], [*stage, *_beyond(most, stage)]
-        most = min(wider, other, key=lambda needs: totals(needs)[::-1])
+        most = min(wider, other, key=_scarcest_first)
     return most
 
 
 def _beyond(needs: Iterable[Need], places: Iterable[Need]) -> list[Need]:
     """What finds no room in the places of others."""
-    nodes = [{"CPU": place.cpus, "GPU": place.gpus} for place in places for _ in range(place.count)]
+    nodes = [
+        {"CPU": place.cpus, "GPU": place.gpus, "memory": place.memory} for place in places for _ in range(place.count)
+    ]
     return [replace(need, count=count) for need, count in Counter(_without_room(needs, nodes)).items()]
 
 
+def _scarcest_first(needs: Iterable[Need]) -> tuple[float, float, float]:
+    cpus, gpus, memory = totals(needs)
+    return gpus, cpus, memory
+
+
+def _remedy(need: Need, needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> str:
+    """What to do about needs of which this one does not fit: about memory where CPUs and GPUs alone would."""
+    if first_without_room([replace(each, memory=0.0) for each in needs], nodes) is None and need.memory:
+        return (
+            "Lower micro_batch, corpus.sequence_length, ranks or replicas, use gradient_checkpointing or smaller "
+            "models, end what else runs there, or add nodes"
+        )
+    return "Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes"
+
+
+def gib(size: float) -> str:
+    """Bytes as text."""
+    return f"{size / 2**30:.1f} GiB"
+
+
 def _shown(nodes: Iterable[Mapping[str, float]]) -> str:
-    return " + ".join(f"{node.get('CPU', 0.0):g} CPU, {node.get('GPU', 0.0):g} GPU" for node in nodes) or "no node"
+    return " + ".join(map(_node, nodes)) or "no node"
+
+
+def _node(node: Mapping[str, float]) -> str:
+    memory = f", {gib(node['memory'])}" if "memory" in node else ""
+    return f"{node.get('CPU', 0.0):g} CPU, {node.get('GPU', 0.0):g} GPU{memory}"
 
 
 class Unplaced:

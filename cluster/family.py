@@ -194,14 +194,15 @@ def _beside_us(actor: type, **options: Any) -> Any:
 def _start_stream(checked: Checked, run: Run, pace: Pace) -> ActorHandle:
     # It can be built again from what its readers ask for, who make their calls again themselves: they attach first.
     stream = _beside_us(Stream, max_concurrency=1000, max_task_retries=0)
-    return stream.remote(checked.spec, str(run.folder), checked.teacher, checked.store, pace, checked.most)
+    return stream.remote(checked.sized, str(run.folder), checked.teacher, checked.store, pace, checked.most)
 
 
 def _jobs(checked: Checked, run: Run, actors: _Actors, batches: int) -> list[StudentJob]:
+    family = checked.sized
     return [
         StudentJob(
             name=name,
-            family=checked.spec,
+            family=family,
             teacher=checked.teacher,
             student_dir=str(checked.student_dirs[name]) if name in checked.student_dirs else None,
             batches=batches,
@@ -228,7 +229,7 @@ def _distil(
     spec = checked.spec
     actors.stream.start.remote()
     watch = Watch(actors.stream, actors.board, list(spec.students), spec.patience_s)
-    unplaced = Unplaced(spec, places_pending, alive_nodes)
+    unplaced = Unplaced(checked.sized, places_pending, alive_nodes)
     metrics = FamilyMetrics(spec, run.name)
     jobs = _jobs(checked, run, actors, batches.count)
     tasks = {actors.trainers.run.remote(job): job.name for job in jobs}

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cluster.capacity import Need, needs_of, serving_needs_of, totals
+from cluster.capacity import Need, gib, needs_of, serving_needs_of, totals
 from cluster.errors import UserError
 from cluster.spec import FamilySpec
 
@@ -20,16 +20,17 @@ DRIVER_SHARE, QUEUE_SHARE = 0.999, 0.001
 
 @dataclass(frozen=True)
 class Most:
-    """CPUs and GPUs that a family may hold at a time."""
+    """CPUs, GPUs and bytes of host memory that a family may hold at a time."""
 
     cpus: float = math.inf
     gpus: float = math.inf
+    memory: float = math.inf
 
     def allows(self, needs: Iterable[Need]) -> bool:
         """Whether all these may be held together."""
-        cpus, gpus = totals(needs)
+        cpus, gpus, memory = totals(needs)
         # A little slack, for tenths do not add up exactly in binary.
-        return cpus <= self.cpus + 1e-6 and gpus <= self.gpus + 1e-6
+        return cpus <= self.cpus + 1e-6 and gpus <= self.gpus + 1e-6 and memory <= self.memory
 
 
 NO_LIMIT = Most()
@@ -44,15 +45,21 @@ def most_allowed(spec: FamilySpec) -> Most:
     """
     own = {"CPU": spec.limits.cpus, "GPU": spec.limits.gpus}
     cluster = {"CPU": _cap(MAX_CPUS), "GPU": _cap(MAX_GPUS)}
+    memory = spec.limits.memory or math.inf
     for needs in (needs_of(spec), serving_needs_of(spec)):
         _check(needs, own, cluster)
+        if (needed := totals(needs)[2]) > memory:
+            raise UserError(
+                f"limits.memory: got {gib(memory)}, and the family needs at least {gib(needed)} at a time "
+                f"({'; '.join(map(str, needs))}); raise the limit, or lower micro_batch, ranks, shards or replicas"
+            )
     cpus, gpus = (min(own[name] or math.inf, cluster[name] or math.inf) for name in ("CPU", "GPU"))
-    return Most(cpus, gpus)
+    return Most(cpus, gpus, memory)
 
 
 def _check(needs: list[Need], own: dict[str, float | None], cluster: dict[str, float | None]) -> None:
     lower = "lower cpus_per_shard, _rank or _arm (or gpus_per_...), ranks, shards or replicas"
-    for name, needed in zip(("CPU", "GPU"), totals(needs), strict=True):
+    for name, needed in zip(("CPU", "GPU"), totals(needs)[:2], strict=True):
         field = f"{name.lower()}s"
         all_of_it = f"the family needs at least {needed:g} {name} at a time ({'; '.join(map(str, needs))})"
         if (limit := own[name]) is not None and needed > limit + 1e-6:

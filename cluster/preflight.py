@@ -13,9 +13,11 @@ from cluster.corpus.sample import check_corpus
 from cluster.errors import UserError
 from cluster.evaluate.notices import before_start
 from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
+from cluster.footprint import machine, memory_report
 from cluster.labels.store.store import LabelStore
 from cluster.limits import Most, most_allowed
 from cluster.loading import check_weights
+from cluster.memory import Estimate, family_estimates, shape_of, with_memory
 from cluster.models import (
     Packing,
     TeacherModel,
@@ -54,6 +56,7 @@ class Checked:
         experiment_unknown: why it is not known whether MLflow takes the runs; None where it is.
         parameters: of the teacher and of each student, by :data:`cluster.sizes.TEACHER` and
             :func:`cluster.sizes.student_key`.
+        estimates: the peak memory of one process of each role, see :func:`cluster.memory.family_estimates`.
     """
 
     spec: FamilySpec
@@ -68,6 +71,12 @@ class Checked:
     unpacked_because: dict[str, str] = dataclasses.field(default_factory=dict)
     experiment_unknown: str | None = None
     parameters: dict[str, Parameters] = dataclasses.field(default_factory=dict)
+    estimates: dict[str, Estimate] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sized(self) -> FamilySpec:
+        """The spec with the memory that each process asks Ray for."""
+        return with_memory(self.spec, self.estimates)
 
     @property
     def packed(self) -> bool:
@@ -101,6 +110,10 @@ class Checked:
     def sizes(self) -> list[str]:
         """The parameters of each model, one line each."""
         return size_lines(self.parameters)
+
+    def memory_report(self) -> list[str]:
+        """See :func:`cluster.footprint.memory_report`; for this machine, unless ``RAY_ADDRESS`` names a cluster."""
+        return memory_report(self.sized, self.estimates, machine(), elsewhere=bool(os.environ.get("RAY_ADDRESS")))
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""
@@ -136,7 +149,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     _check_secret(spec)
     uri = tracking_uri_of(spec)
     teacher = spec.teacher
-    most = most_allowed(spec)
+    most_allowed(spec)  # before any model is looked at
     code = teacher.trust_remote_code
     folder = local_model(teacher.model, revision=teacher.revision, tracking_uri=uri, field="teacher.model", code=code)
     config = load_config(folder, "teacher.model", code)
@@ -159,6 +172,8 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
     _check_served(spec, TEACHER, config)
     dirs, of_students, of_models = _check_students(spec, config, tokenizer, vocabulary, uri, champions)
     decided |= of_students
+    estimates = _estimates(spec, config, dirs, packed=not any(packing == "unpacked" for packing, _ in decided.values()))
+    most = most_allowed(with_memory(spec, estimates))
     parameters |= of_models
     of_corpus = [] if text_is_kept else check_corpus(spec.corpus, tokenizer, vocabulary)
     experiment_unknown = check_experiment(uri, spec.tracking.experiment or spec.name)
@@ -180,6 +195,7 @@ def preflight(spec: FamilySpec, begun: Mapping[str, int | None] | None = None, t
         unpacked,
         experiment_unknown,
         parameters,
+        estimates,
     )
 
 
@@ -228,6 +244,17 @@ def _check_served(spec: FamilySpec, who: str, config: Any) -> None:
     if served and needs_own_code(config.model_type, vars(config)):
         advice = "set serving.include_teacher: false" if who == TEACHER else "leave out serving"
         raise UserError(f"serving: {who} needs Python of its own, which endpoints never run; {advice}")
+
+
+def _estimates(spec: FamilySpec, config: Any, dirs: Mapping[str, Path], packed: bool) -> dict[str, Estimate]:
+    """The peak memory of each role; the directories are those of students that start from an existing model."""
+    shapes = {}
+    for name, student in spec.students.items():
+        field, code = f"students.{name}", spec.trusts_code(name)
+        own = load_config(dirs[name], field, code) if name in dirs else _student_config(student.init, config)
+        shapes[name] = shape_of(own, field, code)
+    teacher = shape_of(config, "teacher.model", spec.teacher.trust_remote_code)
+    return family_estimates(spec, teacher, shapes, packed)
 
 
 def _packing_of(config: Any, field: str, trust_remote_code: bool) -> tuple[Packing, str]:

@@ -18,10 +18,10 @@ from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 from cluster.errors import RunError, UserError, first_line
+from cluster.memory import OBJECT_STORE_BYTES
 
 # How long a head may take to accept a connection.
 CONNECT_S = 5.0
-OBJECT_STORE_BYTES = 2 * 1024**3
 
 # What a call raises whose actor's process is gone. Ray does not count the one that its memory monitor causes among its
 # actor errors.
@@ -124,8 +124,8 @@ def ray_session() -> Iterator[None]:
 
 
 def alive_nodes() -> list[dict[str, float]]:
-    """Resources of every node that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """Resources of every node that is alive; Ray leaves out what a node has none of."""
+    return [{"memory": 0.0, **node["Resources"]} for node in ray.nodes() if node["Alive"]]
 
 
 def places_pending() -> bool:

@@ -138,8 +138,10 @@ _NOT_TRAINING: Any = {
     "checkpoints": True,
     "limits": True,
     "patience_s": True,
-    "teacher": {"replicas", "max_restarts", "start_timeout_s", "cpus_per_shard"},
-    "students": {"__all__": {"max_failures", "ranks", "micro_batch", "cpus_per_rank", "gpus_per_rank"}},
+    "teacher": {"replicas", "max_restarts", "start_timeout_s", "cpus_per_shard", "memory_per_shard"},
+    "students": {
+        "__all__": {"max_failures", "ranks", "micro_batch", "cpus_per_rank", "gpus_per_rank", "memory_per_rank"}
+    },
 }
 
 

@@ -50,7 +50,7 @@ def check_size(spec: FamilySpec, context: str | None = None, address: str | None
     except (StillhouseError, ConnectionError) as error:
         if context is not None or address is not None:
             raise (error if isinstance(error, StillhouseError) else RunError(str(error))) from None
-        cpus, gpus = totals(most_of(stages))
+        cpus, gpus, _ = totals(most_of(stages))
         needed = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
         return f"the size of the cluster is not checked, the family needs {needed} at a time: {error}"
     for needs in stages:

@@ -145,7 +145,7 @@ def _run(checked: Checked, run: Run, console: Console, named: str) -> tuple[Fami
             held.enter_context(ray_session())
             # Ray has put its own in the place of ours, and would have the process exit on the spot.
             signal.signal(signal.SIGTERM, _as_interrupt)
-            others = held.enter_context(place_for(checked.spec, display.show))
+            others = held.enter_context(place_for(checked.sized, display.show, checked.estimates))
         except (KeyboardInterrupt, StillhouseError):
             _discard_empty(run)
             raise
@@ -198,14 +198,15 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     from serving.deploy import deploy, endpoint_of
     from serving.prompts import PROMPTS
 
-    spec, options = checked.spec, checked.spec.serving
+    spec, options = checked.sized, checked.sized.serving
     assert options is not None
     registered = [name for name in result.students if name in result.versions]
     arms = [Arm(spec.model_name(n), f"models:/{spec.model_name(n)}/{result.versions[n]}", 1.0) for n in registered]
     arms += [Arm(name, source, 0.0) for name, source in champion_arms(spec, result).items()]
     if options.include_teacher:
         arms.append(Arm("teacher", checked.teacher.folder, 0.0))
-    endpoint_spec = endpoint_of(arms, name=spec.name, port=0, cpus=options.cpus_per_arm, gpus=options.gpus_per_arm)
+    per_arm = {"cpus": options.cpus_per_arm, "gpus": options.gpus_per_arm, "memory": options.memory_per_arm}
+    endpoint_spec = endpoint_of(arms, name=spec.name, port=0, **per_arm)
     with deploy(endpoint_spec, checked.tracking_uri) as endpoint:
         bench = run_bench(
             endpoint.url,

@@ -14,6 +14,9 @@ from jobs.console import quiet
 if TYPE_CHECKING:
     from serving.spec import EndpointSpec
 
+# Between two looks at the arms.
+WATCH_S = 2.0
+
 
 def serve(spec: EndpointSpec, tracking_uri: str | None) -> None:
     """Check the arms, deploy them, and hold the endpoint until the process is told to end.
@@ -36,6 +39,7 @@ def serve(spec: EndpointSpec, tracking_uri: str | None) -> None:
         signal.signal(number, lambda *_: ended.set())
     from cluster.session import ray_session
     from serving.deploy import deploy
+    from serving.watch import ArmWatch
 
     if spec.state is None:
         spec = spec.model_copy(update={"state": home() / "endpoints" / spec.name})
@@ -45,7 +49,10 @@ def serve(spec: EndpointSpec, tracking_uri: str | None) -> None:
         console.print(f"starting {len(spec.arms)} arms, log {log}", highlight=False)
         with deploy(spec, uri, models=models) as endpoint:
             _tell(console, endpoint.url, spec)
-            ended.wait()
+            watch = ArmWatch(spec.name, lambda: endpoint.ask("traffic", timeout_s=WATCH_S)["out"])
+            while not ended.wait(WATCH_S):
+                for line in watch.look():
+                    console.print(line, highlight=False, markup=False)
             console.print("ending")
 
 

@@ -20,11 +20,12 @@ from ray import serve
 from ray.serve.config import ProxyLocation
 
 from cluster.errors import RunError, UserError
+from cluster.memory import GIB
 from serving.arms import Arm
 from serving.control.server import Control
 from serving.control.works import Works
 from serving.ingress.door import Door
-from serving.launch import QUIET, application, arm_of, control_of, route_of, run_applications, wait
+from serving.launch import QUIET, application, arm_memory, arm_of, control_of, route_of, run_applications, wait
 from serving.models import Models, find_models
 from serving.spec import EndpointSpec, checked
 
@@ -68,14 +69,15 @@ class Endpoint:
         """
         self.ask("roll", {"arm": arm, "source": source})
 
-    def ask(self, action: str, body: Any = None) -> Any:
+    def ask(self, action: str, body: Any = None, timeout_s: float | None = None) -> Any:
         """What the control answers to an administrator; see :meth:`serving.control.server.Control.do`.
 
         Raises:
             UserError: it refuses.
             RunError: it could not do it.
+            TimeoutError: it did not answer within ``timeout_s``.
         """
-        status, answer = self._control.do.remote(action, body).result()
+        status, answer = self._control.do.remote(action, body).result(timeout_s=timeout_s)
         if status != 200:
             raise (UserError if status < 500 else RunError)(answer)
         return answer
@@ -121,6 +123,8 @@ def deploy(
         _check_room(spec)
     if models is None:
         spec, models = find_models(spec, tracking_uri)
+    if not grows:
+        _check_memory(spec, models)
     temporary = None if spec.state else Path(tempfile.mkdtemp(prefix="still-"))
     spec = spec.model_copy(update={"port": claim(spec.host, spec.port), "state": spec.state or temporary})
     endpoint = Endpoint(_url(spec), spec, _temporary=temporary)
@@ -203,6 +207,19 @@ def _check_room(spec: EndpointSpec) -> None:
                 f"the {len(spec.arms)} arms need {needed:g} {what}, the cluster has {have.get(what, 0.0):g}; lower "
                 f"their {field}, or serve fewer arms."
             )
+
+
+def _check_memory(spec: EndpointSpec, models: Models) -> None:
+    each = {name: arm_memory(arm, models[name]) for name, arm in spec.arms.items()}
+    needed = sum(each[name] * arm.replicas.min for name, arm in spec.arms.items())
+    there = ray.cluster_resources().get("memory", 0.0)
+    if needed > there:
+        arms = ", ".join(f"{name} {size / GIB:.1f}" for name, size in each.items())
+        raise UserError(
+            f"the {len(spec.arms)} arms need {needed / GIB:.1f} GiB of memory at their peak ({arms}), Ray found "
+            f"{there / GIB:.1f} GiB free when it started; serve fewer arms or smaller models, lower their slots, end "
+            f"what else runs there, or set their memory."
+        )
 
 
 def claim(host: str, port: int) -> int:

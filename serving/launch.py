@@ -16,10 +16,11 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from cluster.errors import RunError, death_of
+from cluster.memory import ARM_BYTES, served_estimate
 from serving.arm_server import ArmServer
 from serving.arms import Arm, locate, pinned
 from serving.link.post import LEAVE_S, Post
-from serving.spec import EndpointSpec
+from serving.spec import ArmSpec, EndpointSpec
 
 ARM_DEPLOYMENT = "arm"
 """Name of the one deployment in an arm's application."""
@@ -81,7 +82,7 @@ def application(spec: EndpointSpec, arm: str, route: str, model_dir: Path | None
             # What comes this way are the control's and the judge's questions only.
             max_ongoing_requests=1000,
             user_config={},
-            ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus},
+            ray_actor_options={"num_cpus": own.cpus, "num_gpus": own.gpus, "memory": arm_memory(own, model_dir)},
             health_check_period_s=5,
             health_check_timeout_s=60,  # its one token may wait for a long prompt on a busy CPU
             # Once it is to go, it ends by itself when it has answered what it has taken in; no request takes longer.
@@ -102,6 +103,13 @@ def application(spec: EndpointSpec, arm: str, route: str, model_dir: Path | None
             own.gpus > 0,
         )
     )
+
+
+def arm_memory(own: ArmSpec, model_dir: Path | None) -> int:
+    """Bytes of host memory that one replica of an arm asks Ray for."""
+    if own.memory is not None or model_dir is None:
+        return int(own.memory or ARM_BYTES[own.engine])
+    return served_estimate(model_dir, own.dtype, own.slots, own.gpus > 0, own.engine).host
 
 
 def control_of(spec: EndpointSpec) -> Any:

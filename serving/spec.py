@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from cluster.errors import UserError
-from cluster.spec.base import Section
+from cluster.spec.base import Bytes, Section
 from cluster.yaml_file import read_mapping
 from serving.arms import FORM, Arm, check_arms, parse_arms
 
@@ -63,6 +63,8 @@ class ArmSpec(Section):
     """CPUs that each replica asks Ray for; their whole part, at least 1, is its number of torch threads."""
     gpus: NonNegativeFloat = 0.0
     """GPUs that each replica asks Ray for; with 0 it runs on the CPU."""
+    memory: Bytes | None = None
+    """Host memory that each replica asks Ray for, such as 3GiB; none means estimated from the model's files."""
     slots: PositiveInt = 8
     """Requests that one replica answers at the same time; they share the model's forward passes."""
     queue: NonNegativeInt = 32

@@ -65,11 +65,11 @@ def test_the_cluster_imports_nothing_downstream(downstream: str) -> None:
 
 
 def test_serving_takes_little_from_the_cluster() -> None:
-    """Errors, the model loader, the spec, YAML, traces, the registry; the pool in one file, which scores answers."""
+    """Errors, the loader, memory estimates, the spec, YAML, traces, the registry; in one file the pool, for scores."""
     judge = ROOT / "serving/control/judge.py"
     others = [file for file in sources("serving") if file != judge]
     assert len(others) > 30
-    rooms = ("devices", "errors", "loading", "registry", "spec", "tracing", "yaml_file")
+    rooms = ("devices", "errors", "loading", "memory", "registry", "spec", "tracing", "yaml_file")
     assert [room for room in rooms if not list((ROOT / "cluster").glob(f"{room}*"))] == []
     allowed = tuple(f"cluster.{room}" + "." * (room != "tracing") for room in rooms)
     assert offenders(others, "cluster", allowed) + offenders(sources("serving"), "jobs") == []

@@ -2,8 +2,8 @@
 
 The rule. A family is admitted when its needs fit on the nodes beside those of all that have been admitted, and it stays
 so until its driver ends. Higher priority goes first; then whoever's user holds the smaller share of the cluster, where
-the larger of the shares of CPUs and of GPUs counts (dominant resource fairness, Ghodsi et al., 2011); then who came
-first.
+the largest of the shares of CPUs, GPUs and memory counts (dominant resource fairness, Ghodsi et al., 2011); then who
+came first.
 
 While the first does not fit, others that do may go before it, but only ``MOST_PASSED`` times: then it goes before all
 of its priority, and nobody behind it is admitted until it is. One that would not fit on the nodes even alone holds
@@ -113,7 +113,7 @@ class Order:
         held: dict[str, list[Need]] = {}
         for entry in self.admitted():
             held.setdefault(entry.user, []).extend(entry.needs)
-        there = [sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")]
+        there = [sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU", "memory")]
 
         def rank(entry: Entry) -> tuple[float | str, ...]:
             due = _is_due(entry)

@@ -7,14 +7,16 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
-from cluster.capacity import Need, check_capacity, needs_of, serving_needs_of, totals
+from cluster.capacity import Need, check_capacity, gib, totals
 from cluster.errors import NoPlaceError, RunError, first_line
+from cluster.footprint import check_devices, stages_of
+from cluster.memory import Estimate
 from cluster.queue.actor import queue_actor
 from cluster.queue.order import Entry, Place
 from cluster.queue.user import user
@@ -31,8 +33,14 @@ ANSWER_S, AWAY_S = 10.0, 120.0
 
 
 @contextlib.contextmanager
-def place_for(spec: FamilySpec, report: Callable[[Status], None]) -> Iterator[Callable[[], list[Need]]]:
+def place_for(
+    spec: FamilySpec, report: Callable[[Status], None], estimates: Mapping[str, Estimate] | None = None
+) -> Iterator[Callable[[], list[Need]]]:
     """Wait until the cluster has room for a family beside those that run; it has its place for the ``with`` block.
+
+    Args:
+        spec: with its memory filled in, see :func:`cluster.memory.with_memory`.
+        estimates: what of each role lies on a GPU.
 
     Yields:
         A function that says what the other families need that have a place.
@@ -42,9 +50,10 @@ def place_for(spec: FamilySpec, report: Callable[[Status], None]) -> Iterator[Ca
         NoPlaceError: the cluster is full, and ``limits.wait`` is false.
         RunError: the cluster's queue cannot be reached.
     """
-    stages = [needs for needs in (needs_of(spec), serving_needs_of(spec)) if needs]
+    stages = stages_of(spec)
     for needs in stages:
         check_capacity(needs, alive_nodes())
+    check_devices(spec, estimates or {}, alive_nodes())
     entry = Entry(uuid.uuid4().hex, user(), tuple(map(tuple, stages)), spec.limits.priority)
     holder = _Holder(entry)
     try:
@@ -83,8 +92,8 @@ def _waited(place: Place, seconds: float) -> str:
 
 
 def _needed(place: Place) -> str:
-    cpus, gpus = totals(place.entry.needs)
-    needed = f"needs {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+    cpus, gpus, memory = totals(place.entry.needs)
+    needed = f"needs {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "") + (f" and {gib(memory)}" if memory else "")
     if not place.fits:
         return f"{needed}, for which the cluster has too few nodes now"
     return f"{needed}, beside {place.running} famil{'y' if place.running == 1 else 'ies'} running"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag, field_validator, model_validator
 
-from cluster.spec.base import Name, Section, Share
+from cluster.spec.base import Bytes, Name, Section, Share
 from cluster.spec.labels import LabelsSpec, TopKLabels
 from cluster.spec.limits import LimitsSpec
 from cluster.spec.loss import why_not
@@ -62,6 +62,8 @@ class TeacherSpec(Section):
     """CPUs that one shard asks Ray for; also its number of torch threads, at least 1."""
     gpus_per_shard: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs that one shard asks Ray for; 0 runs it on CPU."""
+    memory_per_shard: Bytes | None = None
+    """Host memory that one shard asks Ray for, such as 6GiB; none means what `check` estimates."""
     tokens_per_chunk: PositiveInt = 128
     """Tokens whose logits exist at one time; the full [tokens, vocabulary] matrix never does."""
     max_restarts: Annotated[int, Field(ge=0)] = 3
@@ -204,6 +206,8 @@ class ServingSpec(Section):
     """CPUs that one arm asks Ray for."""
     gpus_per_arm: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs that one arm asks Ray for."""
+    memory_per_arm: Bytes | None = None
+    """Host memory that one arm asks Ray for, such as 6GiB; none means what `check` estimates for the largest."""
 
 
 class FamilySpec(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import PositiveFloat
 
-from cluster.spec.base import Section
+from cluster.spec.base import Bytes, Section
 
 
 class LimitsSpec(Section):
@@ -15,6 +15,9 @@ class LimitsSpec(Section):
     grow past it, and a family that needs more from the start is refused. One CPU may always read the corpus."""
     gpus: PositiveFloat | None = None
     """GPUs that they may hold together; none means all."""
+    memory: Bytes | None = None
+    """Host memory that they may hold together, by their estimates, such as 24GiB; none means all. A family that needs
+    more from the start is refused."""
     priority: int = 0
     """Of the families that wait for a place, those with a higher one go first."""
     wait: bool = True

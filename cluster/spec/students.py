@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from cluster.spec.base import Section, Share
+from cluster.spec.base import Bytes, Section, Share
 from cluster.spec.loss import LossSpec
 
 
@@ -129,6 +129,8 @@ class StudentSpec(Section):
     """CPUs that one rank asks Ray for; also its number of torch threads, at least 1."""
     gpus_per_rank: Annotated[float, Field(ge=0.0)] = 0.0
     """GPUs that one rank asks Ray for; 0 trains it on CPU. A single rank may take a part of one, beside others."""
+    memory_per_rank: Bytes | None = None
+    """Host memory that one rank asks Ray for, such as 6GiB; none means what `check` estimates."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Times its ranks are started again from the last checkpoint before the student counts as failed. Failures at
     their start count too."""

@@ -143,7 +143,8 @@ class Champions:
         job = self._jobs[student]
         # Its process ends with it and gives back its memory, which others on the node need. It is tried again here,
         # where it is known whether it has a place.
-        task = ray.remote(num_cpus=job.spec.cpus_per_rank, num_gpus=job.spec.gpus_per_rank, max_calls=1, max_retries=0)
+        wanted = {"num_cpus": job.spec.cpus_per_rank, "num_gpus": job.spec.gpus_per_rank}
+        task = ray.remote(**wanted, memory=job.spec.memory_per_rank, max_calls=1, max_retries=0)
         ref = task(_in_its_place).remote(job, job.family.model_name(student), version, self._tracking_uri)
         self._measured[ref] = _Measuring(student, version, tries, time.monotonic())
 

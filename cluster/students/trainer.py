@@ -97,7 +97,7 @@ def _fit(job: StudentJob) -> StudentResult:
     from cluster.students.steering import Restarts, Steering, rank
 
     spec, checkpoints = job.spec, job.family.checkpoints
-    per_rank = {"CPU": spec.cpus_per_rank, "GPU": spec.gpus_per_rank}
+    per_rank = {"CPU": spec.cpus_per_rank, "GPU": spec.gpus_per_rank, "memory": spec.memory_per_rank or 0}
     trainer = TorchTrainer(
         rank,
         train_loop_config={"job": job},

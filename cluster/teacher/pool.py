@@ -8,12 +8,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
 
-from cluster.capacity import Need, first_without_room
+from cluster.capacity import Need, first_without_room, teacher_needs
 from cluster.corpus.batches import Batch
 from cluster.errors import RunError, first_line
 from cluster.heads import OutputHead
@@ -258,7 +259,7 @@ class TeacherPool:
     def _may_grow(self) -> bool:
         """Whether the family may hold one more replica beside all its students."""
         shards = (self.size + 1) * self._spec.shards
-        pool = Need("the teacher", shards, self._spec.cpus_per_shard, self._spec.gpus_per_shard)
+        pool = replace(teacher_needs(self._spec), count=shards)
         return self._demand.most.allows([pool, *self._demand.students()])
 
     async def _fits(self, replicas: list[Replica]) -> bool:

@@ -101,6 +101,7 @@ class Replica:
     def bundle(self) -> dict[str, float]:
         """Resources of one shard, as Ray names them."""
         each = {"CPU": self._spec.cpus_per_shard, "GPU": self._spec.gpus_per_shard}
+        each["memory"] = self._spec.memory_per_shard or 0
         return {name: amount for name, amount in each.items() if amount}
 
     async def reserve(self, within_s: float) -> bool:
@@ -129,6 +130,7 @@ class Replica:
         options = {
             "num_cpus": self._spec.cpus_per_shard,
             "num_gpus": self._spec.gpus_per_shard,
+            "memory": self._spec.memory_per_shard,
             "scheduling_strategy": strategy,
         }
         return ray.remote(Shard).options(**options).remote(*self._arguments, rank)

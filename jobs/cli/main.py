@@ -94,11 +94,12 @@ def check(
     from cluster.preflight import preflight
 
     checked = preflight(family)
+    memory = checked.memory_report()
     names = ", ".join(checked.spec.students)
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
     )
-    for line in [*checked.sizes(), *checked.notices(), *([unknown] if unknown else [])]:
+    for line in [*checked.sizes(), *checked.notices(), *memory, *([unknown] if unknown else [])]:
         typer.echo(line)
 
 

@@ -13,6 +13,7 @@ from ray import serve
 from cluster.corpus.batches import Batch, content_address
 from cluster.labels.kinds import TopK, joined
 from cluster.labels.wire import decode
+from cluster.memory import served_estimate
 from cluster.models import TeacherModel, load_config, local_model
 from cluster.spec import TeacherSpec, TopKLabels
 from cluster.teacher.pool import TeacherPool
@@ -52,6 +53,9 @@ class Judge:
         )
         config = load_config(folder, "teacher.model", spec.trust_remote_code).get_text_config()
         model = TeacherModel(str(folder), config.vocab_size, "0" * 16, "0" * 16)
+        if spec.memory_per_shard is None:
+            host = served_estimate(folder, spec.dtype, 1, spec.gpus_per_shard > 0, "transformers").host
+            spec = spec.model_copy(update={"memory_per_shard": host})
         pool = TeacherPool(spec, TopKLabels(k=min(_K, config.vocab_size)), model, blocks=1)
         pool.start()
         self._pool = pool

@@ -44,6 +44,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], str], list[str]]] = {
         ["the rows have messages", "chats are not"],
     ),
     "more than its own limit": (lambda _: "limits.cpus=1.5", ["limits.cpus", "got 1.5", "needs at least 2 CPU"]),
+    "more memory than its own limit": (
+        lambda _: "limits.memory=512MiB",
+        ["limits.memory", "got 0.5 GiB", "needs at least", "the teacher needs 1 x (1 CPU and 0."],
+    ),
     "k above the vocabulary": (lambda _: "labels.k=301", ["labels.k", "got 301", "300 tokens"]),
     "another tokenizer": (other_tokenizer, ["students.small.init.model", "has another tokenizer"]),
     "a wrong ZeRO stage": (lambda _: "students.small.zero_stage=4", ["students.small.zero_stage: got 4", "1, 2 or 3"]),
@@ -133,6 +137,29 @@ def test_a_check_says_what_a_student_starts_from(
 ) -> None:
     code, out, _ = run("check", str(spec), "--set", "students.small.warm_start=true")
     assert (code, out.splitlines()[3:4]) == (0, ["small starts from its init: tiny-small has no champion yet"])
+
+
+def test_a_check_prints_the_memory_of_each_role_and_refuses_what_this_machine_cannot_hold(
+    run: Callable[..., tuple[int, str, str]], spec: Path, stillhouse_home: Path
+) -> None:
+    code, out, _ = run("check", str(spec))
+    lines = out[out.index("memory at the peak") :].splitlines()
+    assert (code, [line.split(":")[0].strip() for line in lines[1:4]]) == (
+        0,
+        ["the teacher", "student small", "the family's own processes"],
+    )
+    assert "in all " in lines[4] and "this machine has " in lines[4]
+    code, out, err = run("check", str(spec), "--set", "teacher.memory_per_shard=10TiB")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "this machine is too small " in err and "the teacher needs 1 x (1 CPU and 10240.0 GiB)" in err
+
+
+def test_a_check_for_a_cluster_refuses_nothing_for_this_machine_s_memory(
+    run: Callable[..., tuple[int, str, str]], spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    code, out, _ = run("check", str(spec), "--set", "teacher.memory_per_shard=10TiB")
+    assert (code, "on which the family is not to run" in out) == (0, True)
 
 
 @pytest.mark.parametrize("command", ["run", "check", "submit"])

@@ -1,13 +1,17 @@
 """Which applications are an endpoint's: none that another one on the cluster has started, whatever their names are."""
 
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from serving import deploy
+from cluster.errors import UserError
+from cluster.memory import GIB, MIB
+from serving import deploy, launch
 from serving.launch import arm_of, route_of
+from serving.models import Models
 from serving.spec import checked
 
 # All of them names that an endpoint and an arm may have.
@@ -40,3 +44,22 @@ def test_an_endpoint_that_goes_leaves_those_alone_whose_names_begin_with_its_own
     monkeypatch.setattr(deploy.ray, "is_initialized", lambda: True)
     deploy._take_down(checked(name="team", arms={"x": {"source": "."}}))
     assert list(there) == applications("team.eu") + applications("team.eu.x")
+
+
+def test_an_arm_asks_ray_for_its_memory_and_too_many_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    monkeypatch.setattr(launch, "control_of", lambda _: None)  # a handle would start a cluster
+    spec = checked(name="team", arms={"x": {"source": "."}, "y": {"source": ".", "memory": "3GiB"}})
+    options = [
+        launch.application(spec, arm, "team~x~1", tiny_model, "s")._bound_deployment.ray_actor_options for arm in "xy"
+    ]
+    assert 500 * MIB < options[0]["memory"] < 700 * MIB
+    assert options[1]["memory"] == 3 * GIB
+    resources = {"CPU": 8.0, "memory": 3.2 * GIB}
+    monkeypatch.setattr(deploy.ray, "cluster_resources", lambda: resources)
+    models: Models = {"x": tiny_model, "y": tiny_model}
+    with pytest.raises(UserError, match=r"the 2 arms need 3\.5 GiB of memory .*\(x 0\.5, y 3\.0\).* 3\.2 GiB free"):
+        deploy._check_memory(spec, models)
+    resources["memory"] = 4.0 * GIB
+    deploy._check_memory(spec, models)
