@@ -269,6 +269,7 @@ def test_precision_and_vocabulary_make_another_teacher(model: Path) -> None:
         {"replicas": {"min": 1, "max": 4}},
         {"cpus_per_shard": 2.0},
         {"gpus_per_shard": 1.0},
+        {"memory_per_shard": 2**30},
         {"tokens_per_chunk": 7},
         {"max_restarts": 0},
         {"start_timeout_s": 9.0},
@@ -284,7 +285,7 @@ def test_every_field_of_the_spec_is_known_to_decide_labels_or_not(model: Path) -
     """A new field of the teacher's section must be added to the fingerprint, or here."""
     decides = {"model", "revision", "dtype", "trust_remote_code"}
     rounds = {"shards", "replicas", "cpus_per_shard", "gpus_per_shard", "tokens_per_chunk"}
-    neither = {"max_restarts", "start_timeout_s"}
+    neither = {"max_restarts", "start_timeout_s", "memory_per_shard"}
     assert set(TeacherSpec.model_fields) == decides | rounds | neither
 
 
