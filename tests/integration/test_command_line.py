@@ -28,6 +28,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "large": {"init": {"source": "teacher", "layers": 3}, "precision": "float32", "lr": 1e-3, "zero_stage": 3},
 }
 SMALL = {"small": STUDENTS["small"]}
+LONG = 240  # batches
 
 
 def copied(registry: Path, folder: Path) -> dict[str, str]:
@@ -61,8 +62,9 @@ def final_weights(home: Path) -> dict[str, dict[str, Any]]:
     return {path.parents[2].name: load_file(path) for path in models}
 
 
-def write_sixty_batches(folder: Path, tiny: Path) -> Path:
-    corpus, checkpoints = {"held_out": 0.2, "max_batches": 60}, {"every": 10}
+def write_long(folder: Path, tiny: Path) -> Path:
+    """A family that is still training when its students' first checkpoints have been noticed."""
+    corpus, checkpoints = {"held_out": 0.2, "max_batches": LONG, "epochs": 20}, {"every": 10}
     return write_family(folder, tiny, STUDENTS, corpus=corpus, checkpoints=checkpoints)
 
 
@@ -122,7 +124,7 @@ def test_resume_after_ctrl_c_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_
     # Its students have its dropout.
     config = Path(shutil.copytree(tiny, tmp_path / "tiny")) / "teacher" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.2}))
-    path = write_sixty_batches(tmp_path, tmp_path / "tiny")
+    path = write_long(tmp_path, tmp_path / "tiny")
     homes = [tmp_path / "disturbed", tmp_path / "undisturbed"]
     homes[1].mkdir()
     run_until_ctrl_c(path, homes[0], STUDENTS)
@@ -136,7 +138,7 @@ def test_resume_after_ctrl_c_ends_where_an_undisturbed_run_ends(tiny: Path, tmp_
     assert whole.returncode == 0, whole.stdout + whole.stderr
     # Each went on where it was, for it had committed that before it stopped.
     begun = {name: [e["life"] for e in events_of(run, name) if "batch" not in e] for name in STUDENTS}
-    assert begun == {name: [0, number] if number < 60 else [0] for name, number in learnt.items()}
+    assert begun == {name: [0, number] if number < LONG else [0] for name, number in learnt.items()}
     disturbed, undisturbed = (final_weights(home) for home in homes)
     assert set(disturbed) == set(undisturbed) == set(STUDENTS)
     for name, weights in undisturbed.items():

@@ -33,7 +33,7 @@ sys.meta_path.insert(0, Finder())
 def test_ranks_that_die_at_their_start_fail_the_student_and_say_why(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(DIES_AS_A_RANK)
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    board = ray.remote(Board).options(num_cpus=0).remote()
+    board = ray.remote(Board).options(num_cpus=0).remote(str(tmp_path))
     job: Any = SimpleNamespace(name="small", board=board, spec=SimpleNamespace(max_failures=1))
     trainer = TorchTrainer(
         lambda _: None,
@@ -53,6 +53,6 @@ def test_ranks_that_die_at_their_start_fail_the_student_and_say_why(tmp_path: Pa
     assert "ended without a Python error" in reason and "lower the student's micro_batch" in reason
     assert "GB are in use there now" in reason
     assert reason.endswith("; it last wrote: this node has no luck today")
-    _, phases, _ = ray.get(board.since.remote(0))
+    phases = ray.get(board.since.remote(0)).phases
     assert phases["small"].startswith("starting again (1 of 1): process ")
     assert has_no_rank(phases["small"])
