@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,12 @@ UNIT_FREE = {Path(__file__).parent / name for name in ("integration", "chaos")}
 # A collection of as many takes a tenth of a second.
 MANY_OBJECTS = 100_000
 KINDS = ("unit", "integration", "chaos", "nightly", "slow", "gpu")
+
+
+def pytest_configure() -> None:
+    # A shell ignores SIGINT for what it runs in the background, and every process that a test starts would, too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
