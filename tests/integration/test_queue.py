@@ -100,14 +100,17 @@ def test_families_wait_for_each_other_and_a_killed_one_gives_its_place_back(
     first = start("run", str(paths["first"]), env=env["first"])
     said = read_until(first, r"queued: ")
     assert re.search(
-        r"^\[\d+:\d\d\] queued: place 1 of 1, for 0:\d\d; needs 0.6 CPU, beside 1 family running$", said, re.M
+        r"^\[\d+:\d\d\] queued: place 1 of 1, for 0:\d\d; needs 0.6 CPU and \d\.\d GiB, beside 1 family running$",
+        said,
+        re.M,
     )
     second = start("run", str(paths["second"]), env=env["second"])
     # These come and go, and change nothing for those who wait.
     left = start("run", str(paths["left"]), "--set", "limits.priority=-1", env=env["left"])
     refused = stillhouse("run", str(paths["refused"]), "--set", "limits.wait=false", env=env["refused"])
     assert refused.returncode == 1, refused.stdout + refused.stderr
-    assert "the cluster is full: needs 0.6 CPU, beside 1 family running, and limits.wait is false" in refused.stderr
+    full = r"the cluster is full: needs 0.6 CPU and \d\.\d GiB, beside 1 family running, and limits.wait is false"
+    assert re.search(full, refused.stderr)
     assert len(refused.stderr.strip().splitlines()) == 1
     read_until(second, r"queued: place 2 of ")
     read_until(left, r"queued: place 3 of 3")
