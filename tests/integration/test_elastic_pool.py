@@ -192,7 +192,7 @@ def test_a_family_s_pool_grows_and_its_metrics_show_it(tiny: Path, tmp_path: Pat
         tiny,
         # One token at a time makes the teacher slower than its student.
         teacher={"replicas": {"min": 1, "max": 2}, "tokens_per_chunk": 1},
-        corpus={"max_batches": 150, "epochs": 30, "sequence_length": 128, "batch_sequences": 8, "held_out": 0.2},
+        corpus={"max_batches": 450, "epochs": 90, "sequence_length": 128, "batch_sequences": 8, "held_out": 0.2},
         students={"small": {"init": {"source": "teacher", "layers": 1}, "precision": "float32", "micro_batch": 8}},
         evaluation={"batches": 1, "angle_every": None},
     )
