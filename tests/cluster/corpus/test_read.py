@@ -240,7 +240,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4914\nsize 261136
         ("a.parquet", b"PAR1", "is cut short"),
         ("a.parquet", b"a,b,c,d\n", "is not parquet; download it again, or rename it"),
         *((name, LFS, "is a Git LFS pointer") for name in ("a.jsonl", "a.txt", "a.txt", "a.parquet")),
-        ("a.jsonl", gzip.compress(LINES), "holds gzip data; rename it to end in .gz"),
+        ("a.jsonl", gzip.compress(LINES, mtime=0), "holds gzip data; rename it to end in .gz"),
         ("a.txt", zstandard.compress(LINES), "holds zstd data; rename it to end in .zst"),
         ("a.json", b"PAR1\0\0\0\0", "holds parquet data; rename it to end in .parquet"),
         ("a.jsonl", b"PK\x03\x04rest", "holds zip data; unpack it"),
