@@ -19,7 +19,7 @@ from rich.text import Text
 from cluster.stream.figures import StreamStats
 from cluster.teacher.figures import PoolStats
 from cluster.watch import Status
-from jobs.tables import PIPE_WIDTH
+from jobs.tables import PIPE_WIDTH, plain_console
 
 PLAIN_INTERVAL_S = 10.0
 
@@ -39,7 +39,7 @@ def quiet(log: Path) -> Iterator[Console]:
     try:
         with os.fdopen(os.dup(saved[0]), "w", encoding="utf-8") as terminal:
             # A pipe has no width of its own; the result table needs this much.
-            yield Console(file=terminal, soft_wrap=True, width=None if terminal.isatty() else PIPE_WIDTH)
+            yield plain_console(file=terminal, soft_wrap=True, width=None if terminal.isatty() else PIPE_WIDTH)
     finally:
         # What the log's disk has no room for must not hide how the run ended.
         with contextlib.suppress(OSError):
@@ -91,7 +91,7 @@ class Display:
         return f"{minutes:d}:{seconds:02d}"
 
     def _line(self, status: Status) -> str:
-        parts = [f"[{self._elapsed()}] {_doing(status)}".replace("[", "\\[")]
+        parts = [f"[{self._elapsed()}] {_doing(status)}"]
         if status.stats is not None:
             kept = f" ({len(status.stats.read)} from the store)" if status.stats.read else ""
             parts.append(f"labels {_labelled(status.stats)}/{status.stats.total}{kept}")

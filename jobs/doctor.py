@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cluster.specfile import home
 from jobs.contexts import Context
+from jobs.tables import plain_console
 
 # What each command needs beyond the light base.
 NEEDS = {
@@ -44,9 +44,9 @@ def doctor(context: Context | None) -> int:
     findings = _cluster(context) if context else _machine()
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in findings:
-        mark = "[green]ok[/]" if finding.good else "[red]--[/]"
-        table.add_row(mark, finding.what, escape(finding.found), escape(finding.missing))
-    Console().print(table)
+        mark = Text("ok", style="green") if finding.good else Text("--", style="red")
+        table.add_row(mark, finding.what, finding.found, finding.missing)
+    plain_console().print(table)
     return 0 if all(f.good for f in findings) else 1
 
 

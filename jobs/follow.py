@@ -8,13 +8,13 @@ import time
 from typing import Any
 
 import tenacity
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from cluster.errors import RunError, UserError
 from jobs.client import job_of, state_of
 from jobs.lines import PROGRESS
+from jobs.tables import plain_console
 
 ENDED = ("succeeded", "failed", "stopped")
 # Seconds without a sign of the cluster after which it is given up; the job may well continue.
@@ -67,7 +67,7 @@ class _Screen:
     """Where a log goes: a pipe gets it as it is; on a terminal the lines of progress take each other's place."""
 
     def __init__(self) -> None:
-        console = Console()
+        console = plain_console()
         self._live = Live(console=console, transient=True) if console.is_terminal else None
         self._begun = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -12,6 +13,11 @@ from rich.table import Table
 PIPE_WIDTH = 150
 
 
+def plain_console(**options: Any) -> Console:
+    """A console that prints text as it is: errors may hold what rich takes for markup, such as ``[/tmp/a]``."""
+    return Console(markup=False, emoji=False, **options)
+
+
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
     """A table on a terminal; in a pipe a line of column names and one for each row, their cells parted by tabs.
 
@@ -19,7 +25,7 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Seq
         columns: their names; all empty for facts, which have a name in each row.
         right: columns of numbers.
     """
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:
         for row in [columns, *rows] if any(columns) else rows:
             typer.echo("\t".join(row))
@@ -31,4 +37,4 @@ def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Seq
         table.add_row(*row)
     # A narrow terminal breaks its lines rather than lose half of every address.
     console.width = max(console.width, PIPE_WIDTH)
-    console.print(table, markup=False)
+    console.print(table)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jobs.cli.options import AsJson
+from jobs.tables import plain_console
 
 endpoints = typer.Typer()
 ab = typer.Typer(help="Compare arms on live traffic, and let declared rules decide.", no_args_is_help=True)
@@ -37,8 +38,6 @@ def traffic(
     as_json: AsJson = False,
 ) -> None:
     """Show how an endpoint splits its traffic, or change it without a dropped request."""
-    from rich.console import Console
-
     from jobs.endpoints import Administration, show_traffic, weights_of
 
     change = {"weights": weights_of(weights or []), "shadow": weights_of(shadow or [])}
@@ -47,7 +46,7 @@ def traffic(
     if as_json:
         typer.echo(json.dumps(shown, indent=2))
     else:
-        show_traffic(Console(), shown)
+        show_traffic(plain_console(), shown)
 
 
 @endpoints.command()
@@ -105,15 +104,13 @@ def ab_start(
 @ab.command("status")
 def ab_status(url: Url, api_key: AdminKey = None, as_json: AsJson = False) -> None:
     """Show how the experiment stands. Looking as often as you like does not make its answer less certain."""
-    from rich.console import Console
-
     from jobs.endpoints import Administration, show_experiment
 
     shown = Administration(url, api_key).ask("GET", "experiment")
     if as_json:
         typer.echo(json.dumps(shown, indent=2))
     else:
-        show_experiment(Console(), shown)
+        show_experiment(plain_console(), shown)
 
 
 @ab.command("report")
@@ -160,7 +157,6 @@ def keys_add(
 @keys.command("ls")
 def keys_ls(file: KeyFile) -> None:
     """Show whose keys there are."""
-    from rich.console import Console
     from rich.table import Table
 
     from serving.keys import read_keys
@@ -171,7 +167,7 @@ def keys_ls(file: KeyFile) -> None:
     for key in read_keys(file):
         arms = "all" if key.arms is None else ", ".join(key.arms)
         table.add_row(key.name, str(key.requests_per_minute or "any"), arms, "yes" if key.admin else "")
-    Console().print(table)
+    plain_console().print(table)
 
 
 @keys.command("rm")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from jobs.cli.options import AsJson, TrackingUri
+from jobs.tables import plain_console
 
 serving = typer.Typer()
 # What does not fit into a column of help.
@@ -86,8 +87,6 @@ def bench(
 ) -> None:
     import asyncio
 
-    from rich.console import Console
-
     from cluster.errors import UserError
     from serving.bench import Settings, measure
     from serving.bench.lengths import parse_length
@@ -120,4 +119,4 @@ def bench(
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
-        Console().print(render(result), highlight=False)
+        plain_console().print(render(result), highlight=False)

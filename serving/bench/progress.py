@@ -15,7 +15,7 @@ class ProgressLine:
     """Shows :class:`~serving.bench.run.Progress`; on a terminal nothing of it is left at the end."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = Console(stderr=True) if console is None else console
+        self._console = Console(stderr=True, markup=False, emoji=False) if console is None else console
         self._live: Live | None = None
         self._shown_s = 0.0
 

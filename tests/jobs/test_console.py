@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from cluster.stream.figures import StreamStats
 from cluster.teacher.figures import PoolStats
 from cluster.watch import Status, StudentStatus
 from jobs.console import Display, quiet
+from jobs.tables import plain_console
 
 STATS = StreamStats(
     total=10,
@@ -62,14 +63,14 @@ def test_an_elastic_pool_shows_that_it_grows_and_shrinks() -> None:
     shown = "2 replicas ready, one more starting (3 added, 1 let go, 1 lost)"
     for terminal in (False, True):
         out = io.StringIO()
-        with Display(Console(file=out, width=200, force_terminal=terminal)) as display:
+        with Display(plain_console(file=out, width=200, force_terminal=terminal)) as display:
             display.show(replace(RUNNING, stats=replace(STATS, pool=pool)))
         assert shown in out.getvalue()
 
 
 def test_a_pipe_gets_plain_lines_and_not_one_per_look() -> None:
     out = io.StringIO()
-    with Display(Console(file=out, width=200)) as display:
+    with Display(plain_console(file=out, width=200)) as display:
         display.show(Status("reading the corpus"))
         for _ in range(5):
             display.show(RUNNING)
@@ -82,7 +83,7 @@ def test_a_pipe_gets_plain_lines_and_not_one_per_look() -> None:
 
 def test_what_changes_within_a_phase_is_shown_with_it_and_is_no_new_line() -> None:
     out = io.StringIO()
-    with Display(Console(file=out, width=200)) as display:
+    with Display(plain_console(file=out, width=200)) as display:
         for seconds in range(3):
             display.show(Status("queued: place 2 of 3", more=f"for 0:0{seconds}; needs 2 CPU"))
         display.show(Status("queued: place 1 of 2", more="for 0:03; needs 2 CPU"))
@@ -91,14 +92,14 @@ def test_what_changes_within_a_phase_is_shown_with_it_and_is_no_new_line() -> No
         "[0:00] queued: place 1 of 2, for 0:03; needs 2 CPU",
     ]
     live = io.StringIO()
-    with Display(Console(file=live, width=200, force_terminal=True)) as display:
+    with Display(plain_console(file=live, width=200, force_terminal=True)) as display:
         display.show(Status("queued: place 2 of 3", more="for 0:00; needs 2 CPU"))
     assert "queued: place 2 of 3, for 0:00; needs 2 CPU" in live.getvalue()
 
 
 def test_what_came_from_the_store_is_said() -> None:
     out = io.StringIO()
-    with Display(Console(file=out, width=200)) as display:
+    with Display(plain_console(file=out, width=200)) as display:
         display.show(replace(RUNNING, stats=replace(STATS, read={3: 1, 4: 2}, unsaved=9)))
     assert "labels 5/10 (2 from the store) |" in out.getvalue()
     assert "9 batches wait for the label store to take them" in out.getvalue()
@@ -106,14 +107,35 @@ def test_what_came_from_the_store_is_said() -> None:
 
 def test_a_pass_that_came_whole_from_the_store_looks_finished() -> None:
     out = io.StringIO()
-    with Display(Console(file=out, width=200)) as display:
+    with Display(plain_console(file=out, width=200)) as display:
         display.show(replace(RUNNING, stats=replace(STATS, scored={}, read=dict.fromkeys(range(10), 1))))
     assert "labels 10/10 (10 from the store) |" in out.getvalue()
 
 
+def test_an_error_that_looks_like_markup_is_shown_as_it_is() -> None:
+    error = "waits to start again: [/__w/gloo/transport/tcp/pair.cc:553] Connection closed by peer [bold] :warning:"
+    stats = replace(STATS, pool=PoolStats(restarts=1, last_error=error))
+    status = Status("distilling", {"small": StudentStatus(error, 2, METRICS, 0.0)}, stats)
+    for terminal in (False, True):
+        out = io.StringIO()
+        with Display(plain_console(file=out, width=400, force_terminal=terminal)) as display:
+            display.show(status)
+        assert out.getvalue().count(error) >= 2
+
+
+@pytest.mark.parametrize("room", ["cluster", "jobs", "serving"])
+def test_every_console_prints_text_as_it_is(room: str) -> None:
+    made = [
+        (path.name, call)
+        for path in (Path(__file__).parents[2] / room).rglob("*.py")
+        for call in re.findall(r"\bConsole\(.*", path.read_text())
+    ]
+    assert [each for each in made if "markup=False, emoji=False" not in each[1]] == []
+
+
 def test_a_terminal_gets_one_live_table() -> None:
     out = io.StringIO()
-    with Display(Console(file=out, width=120, force_terminal=True)) as display:
+    with Display(plain_console(file=out, width=120, force_terminal=True)) as display:
         display.show(RUNNING)
     shown = out.getvalue()
     assert all(part in shown for part in ("teacher", "small", "3/10", "2/10", "1.25", "321", "2 replicas ready"))

@@ -68,7 +68,7 @@ def test_on_a_terminal_progress_takes_its_own_place(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("tests.jobs.test_follow.LOG", lines)
     out = io.StringIO()
     terminal = Console(file=out, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr(module, "Console", lambda: terminal)
+    monkeypatch.setattr(module, "plain_console", lambda: terminal)
     assert follow(Cluster([]), "job") == 0
     shown = out.getvalue()
     # Printed once each, for good; what is between them is drawn and taken away again.
