@@ -60,7 +60,14 @@ def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
             :class:`~cluster.corpus.read.TextReader` refuses; no text at all; or too many rows that cannot be used, see
             :meth:`~cluster.corpus.unusable.Unusable.refuse`.
     """
-    found = select_files(spec.paths)
+    try:
+        found = select_files(spec.paths)
+    except UserError as error:
+        if spec.upload:
+            raise
+        raise UserError(
+            f"{error}; with corpus.upload: false these are paths on the cluster, so check them there"
+        ) from None
     filesystems = filesystems_of(found.files)
     limits = [max(LEAST, size // len(found.files)) for size in (SAMPLE, SEARCH)]
 

@@ -52,6 +52,12 @@ def test_a_row_without_the_field_or_without_text_is_no_unusable_one(tmp_path: Pa
     assert check_files(spec_of(path, max_bad_share=0.0))[1] == ["3 of 4 rows without text"]
 
 
+def test_a_path_on_the_cluster_that_is_not_here_is_refused_with_where_to_check_it(tmp_path: Path) -> None:
+    hint = "with corpus.upload: false these are paths on the cluster, so check them there"
+    assert refusal(tmp_path / "a.txt", upload=False).endswith(hint)
+    assert hint not in refusal(tmp_path / "a.txt")
+
+
 def test_rows_without_any_text_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": null}\n{"text": " "}\n')
     assert "a.jsonl has no text in any of 2 rows" in refusal(path)
