@@ -192,7 +192,7 @@ class TextReader:
             if not line.endswith(b"\n") and stream.peek(1):  # it is longer
                 return
             self._read += len(line)
-            if line.strip():
+            if line.removeprefix(codecs.BOM_UTF8).strip():
                 yield f"{self._path}:{number}", *_parsed(line)
             if not stream.peek(1):
                 break

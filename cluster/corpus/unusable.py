@@ -72,7 +72,7 @@ class Unusable:
         elif most == "array instead of text" and text_field in CHAT_FIELDS:
             todo = NO_CHATS
         reasons = unusable_reasons(self.counts, self.first)
-        rows = f"sampled rows, about {100 * all_bad / all_rows:.2g} % of all," if parts else "rows"
+        rows = f"sampled rows, about {100 * all_bad / all_rows:.3g} % of all," if parts else "rows"
         raise UserError(
             f"corpus.paths: {bad:,} of {self.rows:,} {rows} cannot be used ({reasons}), "
             f"more than corpus.max_bad_share {max_share:g}; {todo}"

@@ -250,6 +250,11 @@ def test_a_row_that_is_too_long_for_a_sample_ends_it(tmp_path: Path, monkeypatch
     assert len(texts_of(write(tmp_path / "a.jsonl", short + long + short))) == 3
 
 
+def test_a_file_that_holds_only_a_byte_order_mark_is_empty(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.json", "a.txt"):
+        assert unusable(write(tmp_path / name, b"\xef\xbb\xbf")) == [("empty", name)]
+
+
 def test_zero_bytes_alone_are_no_encoding(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + bytes(4096) + b'\n{"text": "b"}\n')
     assert unusable(path) == [("not JSON", "a.jsonl:2")]

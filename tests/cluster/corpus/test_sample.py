@@ -139,7 +139,9 @@ def test_a_small_bad_file_does_not_stand_for_a_large_good_one(tmp_path: Path, mo
     # And the other way round.
     write(small, GOOD * 100)
     write(large, ('{"text": 1}\n' + GOOD) * 4000)
-    assert "of 230 sampled rows, about 49 % of all, cannot be used" in refusal(small, large)
+    assert "of 230 sampled rows, about 49.4 % of all, cannot be used" in refusal(small, large)
+    write(large, '{"text": 1}\n' * 4000)
+    assert "about 100 % of all" in refusal(large)
 
 
 def test_a_row_too_long_for_the_sample_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
