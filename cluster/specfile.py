@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -84,7 +85,11 @@ def _anchor(path: str, folder: Path) -> str:
     """An absolute path for a local one (relative to the spec's own folder); a remote one as it is."""
     if path.startswith(REMOTE_SCHEMES):
         return path
-    return os.path.normpath(folder / Path(os.path.expandvars(path)).expanduser())
+    local = Path(os.path.expandvars(path))
+    # Where there is no such user, the name of a file may begin like that.
+    with contextlib.suppress(RuntimeError):
+        local = local.expanduser()
+    return os.path.normpath(folder / local)
 
 
 def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:

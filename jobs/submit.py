@@ -18,7 +18,7 @@ from typing import Any
 import typer
 import yaml
 
-from cluster.corpus.files import S3, select_each, skipped_line
+from cluster.corpus.files import S3, error_reason, select_each, skipped_line
 from cluster.dates import date_of, has_macros, rendered
 from cluster.errors import RunError, UserError
 from cluster.limits import DRIVER, DRIVER_SHARE, MAX_CPUS, MAX_GPUS
@@ -261,7 +261,8 @@ def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
         context: says where the cluster keeps runs and labels, unless the spec does.
 
     Raises:
-        UserError: a file is not there or of an unknown kind, or more corpus than may travel with a job.
+        UserError: a file is not there, of an unknown kind or cannot be copied, or more corpus than may travel with a
+            job.
     """
     # Each path once: of one that is given again all files are known by then.
     travels = set(uploaded(spec))
@@ -291,7 +292,10 @@ def pack(spec: FamilySpec, folder: Path, context: Context) -> int:
             target = folder / CORPUS_FOLDER / f"{number}-{name}"
             for file, place in zip(found, _places(source, found, target), strict=True):
                 place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, place)
+                try:
+                    shutil.copyfile(file, place)
+                except OSError as error:
+                    raise UserError(f"corpus.paths: cannot copy {file}: {error_reason(error)}") from None
             shipped.append(str(target.relative_to(folder)))
     tree["corpus"]["paths"] = shipped
     if context.tracking_uri is not None:

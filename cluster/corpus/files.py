@@ -111,7 +111,8 @@ class _Local:
         while pending:
             with os.scandir(pending.pop()) as entries:
                 for entry in entries:
-                    if not entry.is_dir():
+                    # Not entry.is_dir(), which raises an error for a link to itself.
+                    if not Path(entry.path).is_dir():
                         yield entry.path, entry.stat().st_size if Path(entry.path).exists() else None
                     elif recursive and (real := os.path.realpath(entry.path)) not in seen:
                         seen.add(real)
@@ -197,7 +198,8 @@ def _of_folder(tree: _Local | _Bucket, path: str, pattern: list[str] | None) -> 
         raise UserError(
             f"corpus.paths: {path} holds no file that ends in {ALLOWED}; there are {there}"
             if pattern is None
-            else f"corpus.paths: {base}{'/'.join(pattern)} matches no file that ends in {ALLOWED}; {path} holds {there}"
+            else f"corpus.paths: {base}{'/'.join(pattern)} matches no file that ends in {ALLOWED}; "
+            f"{path} holds {there}; a glob of folders ends in a slash"
         )
     return CorpusFiles([name for _, name in sorted(found)], dict(skipped))
 
@@ -220,7 +222,7 @@ def _select(path: str, trees: dict[bool, _Local | _Bucket]) -> CorpusFiles:
         if tree.kind(folder) == "folder":
             return _of_folder(tree, folder, pattern)
         raise UserError(f"corpus.paths: {path} matches nothing: {folder} is no folder")
-    raise UserError(f"corpus.paths: {path} is not there; give files, folders or globs of {ALLOWED}")
+    raise UserError(f"corpus.paths: {path} is not there; give files, folders or globs of {ALLOWED}, local or {S3}...")
 
 
 def select_each(paths: Iterable[str]) -> Iterator[tuple[str, CorpusFiles]]:
@@ -236,6 +238,10 @@ def select_each(paths: Iterable[str]) -> Iterator[tuple[str, CorpusFiles]]:
             found = _select(path, trees)
         except _read_errors(path) as error:
             raise UserError(f"corpus.paths: cannot read {path}: {error_reason(error)}") from None
+        for name in found.files:
+            if name.encode(errors="replace") != name.encode(errors="surrogateescape"):
+                shown = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+                raise UserError(f"corpus.paths: the name of {shown} is not UTF-8; rename it, or leave it out by a glob")
         fresh = [name for name in found.files if name not in seen]
         seen.update(fresh)
         repeated = len(found.files) - len(fresh)

@@ -33,6 +33,8 @@ JSON_TYPES = {float: "number", bool: "boolean", list: "array", dict: "object", s
 CHAT_FIELDS = ("messages", "conversations", "conversation", "prompt", "completion", "chosen", "instruction")
 NO_CHATS = "chats are not supported yet; render each into one text and name its field in corpus.text_field"
 NAMED_FIELDS = 12
+# Bytes of the longest row, and of an array, that a sample holds in memory.
+LONGEST = 32 * 1024**2
 # In Arrow's messages on a compressed stream and on a parquet file without its end.
 SIGNS_OF_THE_CUT = ("Truncated compressed stream", "magic bytes not found in footer", "smaller than the minimum file")
 # First bytes that identify a format. A Git LFS pointer is smaller than HEAD, by its specification.
@@ -52,10 +54,13 @@ class TextReader:
     Args:
         path: as the user named it, a file of ``filesystem``.
         field: that holds a row's text; a .txt file is one text.
-        limit: bytes of uncompressed content after which to stop at the end of a row; none reads all.
+        limit: bytes of uncompressed content after which to stop at the end of a row; none reads all. What is longer
+            than ``LONGEST`` is not read either.
 
     Attributes:
         whole: the end of the file was reached.
+        share: of the file's rows that were read, about; a .txt file is one row.
+        doubt: why the file will be refused unless a row that was not read is different; None if nothing speaks for it.
     """
 
     def __init__(self, path: str, filesystem: Any, field: str, limit: int | None = None) -> None:
@@ -63,7 +68,9 @@ class TextReader:
         assert known is not None
         self._suffix, self._codec = known
         self._path, self._filesystem, self._field, self._limit = path, filesystem, field, limit
-        self.whole = False
+        self._read = 0
+        self.whole, self.share = False, 1.0
+        self.doubt: UserError | None = None
 
     def __iter__(self) -> Iterator[pa.Table]:
         """Read the file from its beginning.
@@ -82,7 +89,7 @@ class TextReader:
             if any(sign in reason for sign in SIGNS_OF_THE_CUT):
                 raise self._refusal("is cut short; copy or download it again") from None
             raise UserError(f"corpus.paths: cannot read {self._path}: {reason}") from None
-        if not rows:
+        if not rows and self.whole:
             yield _table([(None, EMPTY, self._path)])
 
     def _refusal(self, what: str) -> UserError:
@@ -100,7 +107,7 @@ class TextReader:
             return
         # Without Arrow's own decompression, to see the first bytes of the file itself.
         with (
-            self._filesystem.open_input_stream(inner, compression=None) as raw,
+            self._filesystem.open_input_file(inner) as raw,
             io.BufferedReader(raw, 1 << 16) as file,
         ):
             head = file.peek(HEAD)[:HEAD]
@@ -113,6 +120,10 @@ class TextReader:
             with stream, io.BufferedReader(stream, 1 << 16) as text:
                 self._check_encoding(text.peek(HEAD)[:HEAD])
                 yield from self._texts(text)
+                if not self.whole and self._suffix != ".txt":
+                    # In the stored bytes, as nobody knows how many there are when they are unpacked.
+                    read = raw.tell() if self._codec else self._read
+                    self.share = read / max(read, raw.size())
 
     def _check_head(self, head: bytes) -> None:
         """Refuse a file of another kind than its name promises."""
@@ -132,7 +143,8 @@ class TextReader:
     def _check_encoding(self, head: bytes) -> None:
         """Refuse UTF-16 and UTF-32, in which every character of ASCII has bytes that are zero."""
         encoding = next((name for bom, name in BOMS.items() if head.startswith(bom)), None)
-        if encoding is None and head.count(0) > len(head) // 5:
+        # Four of them in a row are no character in either.
+        if encoding is None and head.count(0) > len(head) // 5 and bytes(4) not in head:
             order = "LE" if head[1::2].count(0) > head[::2].count(0) else "BE"
             encoding = "UTF-32" if head.count(0) > 0.6 * len(head) else f"UTF-16{order}"
         if encoding:
@@ -148,8 +160,8 @@ class TextReader:
 
     def _content(self, stream: io.BufferedReader) -> str:
         """All of a file, or what of it is whole within the limit."""
-        content = stream.read(-1 if self._limit is None else self._limit)
-        self.whole = not stream.peek(1)
+        content = stream.read(-1 if self._limit is None else min(self._limit, LONGEST))
+        self.whole, self._read = not stream.peek(1), len(content)
         return codecs.getincrementaldecoder("utf-8-sig")().decode(content, final=self.whole)
 
     def _document(self, stream: io.BufferedReader) -> Iterator[pa.Table]:
@@ -174,12 +186,17 @@ class TextReader:
             yield f"{self._path}: row {number}", row, None
 
     def _lines(self, stream: io.BufferedReader) -> Iterator[_Row]:
-        read = 0
-        for number, line in enumerate(stream, 1):
-            read += len(line)
-            if line.strip():
+        longest = -1 if self._limit is None else LONGEST
+        for number in itertools.count(1):
+            line = stream.readline(longest)
+            if not line.endswith(b"\n") and stream.peek(1):  # it is longer
+                return
+            self._read += len(line)
+            if line.removeprefix(codecs.BOM_UTF8).strip():
                 yield f"{self._path}:{number}", *_parsed(line)
-            if self._limit is not None and read >= self._limit and stream.peek(1):
+            if not stream.peek(1):
+                break
+            if self._limit is not None and self._read >= self._limit:
                 return
         self.whole = True
 
@@ -205,15 +222,20 @@ class TextReader:
                 found.append((text, reason, place))
             yield _table(found)
         if others and not objects:
-            raise self._refusal("holds JSON, but no row of it is an object; leave it out by a glob, such as *.jsonl")
-        if names and not there:
-            raise no_field(self._path, self._field, names)
+            todo = "give a JSON object per line, or one array of them in a .json file, or leave it out by a glob"
+            self.doubt = self._refusal(f"holds JSON, but no row of it is an object; {todo}")
+        elif names and not there:
+            self.doubt = no_field(self._path, self._field, names)
+        if self.doubt and self.whole:
+            raise self.doubt
 
     def _parquet(self, file: Any) -> Iterator[pa.Table]:
         parquet = pq.ParquetFile(file)
         schema = parquet.schema_arrow
         if self._field not in schema.names:
             raise no_field(self._path, self._field, schema.names)
+        if schema.names.count(self._field) > 1:
+            raise self._refusal(f"has several columns named {self._field!r}; rename all but one")
         kind = schema.field(self._field).type
         values = kind.value_type if pa.types.is_dictionary(kind) else kind
         known = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
@@ -226,6 +248,7 @@ class TextReader:
             yield _valid(texts, [f"{self._path}: row {row + n}" for n in range(1, len(texts) + 1)])
             row, read = row + len(texts), read + texts.nbytes
             if self._limit is not None and read >= self._limit and row < parquet.metadata.num_rows:
+                self.share = row / parquet.metadata.num_rows
                 return
         self.whole = True
 

@@ -15,7 +15,7 @@ from cluster.corpus.files import (
     skipped_line,
     unusable_reasons,
 )
-from cluster.corpus.read import TEXT, TextReader
+from cluster.corpus.read import LONGEST, TEXT, TextReader
 from cluster.corpus.tokens import begin_token
 from cluster.corpus.unusable import Unusable
 from cluster.errors import UserError
@@ -23,6 +23,8 @@ from cluster.spec import CorpusSpec
 
 # Bytes to read from all files together, and at least from each. A smaller file is read whole.
 SAMPLE, LEAST = 32 * 1024**2, 64 * 1024
+# Bytes to read from all files together before one is left in doubt.
+SEARCH = 256 * 1024**2
 # Files that are read at a time: in a bucket each takes a round trip.
 READS = 16
 
@@ -58,25 +60,46 @@ def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
             :class:`~cluster.corpus.read.TextReader` refuses; no text at all; or too many rows that cannot be used, see
             :meth:`~cluster.corpus.unusable.Unusable.refuse`.
     """
-    found = select_files(spec.paths)
+    try:
+        found = select_files(spec.paths)
+    except UserError as error:
+        if spec.upload:
+            raise
+        raise UserError(
+            f"{error}; with corpus.upload: false these are paths on the cluster, so check them there"
+        ) from None
     filesystems = filesystems_of(found.files)
-    limit = max(LEAST, SAMPLE // len(found.files))
+    limits = [max(LEAST, size // len(found.files)) for size in (SAMPLE, SEARCH)]
 
-    def read(path: str) -> tuple[Unusable, bool, int]:
-        reader = TextReader(path, filesystems[path.startswith(S3)], spec.text_field, limit)
-        counted, texts = Unusable(), 0
-        for table in reader:
-            counted.add(table)
-            texts += sum(bool(text and not text.isspace()) for text in table.column(TEXT).to_pylist())
-        return counted, reader.whole, texts
+    def read(path: str) -> tuple[TextReader, Unusable, int]:
+        for limit in limits:
+            reader = TextReader(path, filesystems[path.startswith(S3)], spec.text_field, limit)
+            counted, texts = Unusable(), 0
+            for table in reader:
+                counted.add(table)
+                texts += sum(bool(text and not text.isspace()) for text in table.column(TEXT).to_pylist())
+            if not reader.doubt:
+                break
+        return reader, counted, texts
 
     total, whole, texts = Unusable(), True, 0
+    parts: list[tuple[Unusable, float]] = []
+    doubts: list[str] = []
     with ThreadPoolExecutor(READS) as threads:
         # In order, so that the first file that cannot be used is the one that is named.
-        for counted, all_of_it, of_file in threads.map(read, found.files):
+        for path, (reader, counted, of_file) in zip(found.files, threads.map(read, found.files), strict=True):
             total.merge(counted)
-            whole, texts = whole and all_of_it, texts + of_file
-    total.refuse(spec.max_bad_share, spec.text_field, whole)
+            whole, texts = whole and reader.whole, texts + of_file
+            if counted.rows and reader.share < 1:
+                parts.append((counted, reader.share))
+            if reader.doubt:
+                doubts.append(
+                    f"{path}: a run will refuse it unless a row after the first {counted.rows:,}, which were read, "
+                    f"is different: {reader.doubt}"
+                )
+            elif not (reader.whole or counted.rows):
+                doubts.append(f"{path}: not checked, its first row is longer than {LONGEST / 1024**2:g} MiB")
+    total.refuse(spec.max_bad_share, spec.text_field, parts)
     if whole and not texts:
         what = f"has no text in any of {total.rows:,} rows" if total.rows else "is empty"
         raise UserError(f"corpus.paths: {', '.join(spec.paths)} {what}; give files with text")
@@ -88,4 +111,4 @@ def check_files(spec: CorpusSpec) -> tuple[CorpusFiles, list[str]]:
     if bad:
         reasons = unusable_reasons(total.counts, total.first)
         lines.append(f"{bad:,} of {rows} cannot be used, left out ({reasons})")
-    return CorpusFiles(found.files, dict(skipped)), lines
+    return CorpusFiles(found.files, dict(skipped)), lines + doubts

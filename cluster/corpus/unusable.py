@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -45,19 +46,22 @@ class Unusable:
         self.counts.update(other.counts)
         self.first = other.first | self.first
 
-    def refuse(self, max_share: float, text_field: str, whole: bool = True) -> None:
+    def refuse(self, max_share: float, text_field: str, parts: Sequence[tuple[Unusable, float]] = ()) -> None:
         """Refuse more unusable rows than a share.
 
         Args:
-            whole: all rows were counted. Otherwise they are a sample, and the share is refused only if it is too large
-                by three standard deviations (Poisson).
+            parts: those among the counted files of which only a sample was read, each with the share of its rows that
+                was. The corpus is refused only if their estimate is too large by three standard deviations (Poisson).
 
         Raises:
             UserError: there are more.
         """
         bad = self.counts.total()
-        sure = bad - (0 if whole else 3 * bad**0.5)
-        if sure <= max_share * self.rows:
+        # Each sampled row stands for those of its own file that were not read.
+        all_rows = self.rows + sum(part.rows * (1 / share - 1) for part, share in parts)
+        all_bad = bad + sum(part.counts.total() * (1 / share - 1) for part, share in parts)
+        deviation = sum(part.counts.total() / share**2 for part, share in parts) ** 0.5
+        if all_bad - 3 * deviation <= max_share * all_rows:
             return
         most = self.counts.most_common(1)[0][0]
         todo = "repair or remove them, or raise corpus.max_bad_share"
@@ -67,8 +71,9 @@ class Unusable:
             todo = ENCODING_HINT
         elif most == "array instead of text" and text_field in CHAT_FIELDS:
             todo = NO_CHATS
-        reasons, part = unusable_reasons(self.counts, self.first), "" if whole else "sampled "
+        reasons = unusable_reasons(self.counts, self.first)
+        rows = f"sampled rows, about {100 * all_bad / all_rows:.3g} % of all," if parts else "rows"
         raise UserError(
-            f"corpus.paths: {bad:,} of {self.rows:,} {part}rows cannot be used ({reasons}), "
+            f"corpus.paths: {bad:,} of {self.rows:,} {rows} cannot be used ({reasons}), "
             f"more than corpus.max_bad_share {max_share:g}; {todo}"
         )

@@ -277,3 +277,7 @@ def test_the_home_is_where_the_environment_says_else_under_the_user_s(monkeypatc
     monkeypatch.setenv("STILLHOUSE_HOME", "")
     monkeypatch.setenv("HOME", "/home/me")
     assert home() == Path("/home/me/.stillhouse")
+
+
+def test_a_path_that_begins_like_the_home_of_nobody_is_the_name_of_a_file(file: Path) -> None:
+    assert load_spec(file, ["corpus.paths=[~nobody.txt]"]).corpus.paths == [str(file.parent / "~nobody.txt")]

@@ -160,6 +160,16 @@ def test_a_file_of_an_unknown_kind_does_not_travel(spec_path: Path, tmp_path: Pa
         submit.pack(load_spec(spec_path, ["corpus.paths=[a.csv]"]), tmp_path, HERE)
 
 
+def test_a_file_that_cannot_be_copied_is_refused_by_name(spec_path: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    # Its number in front makes the name too long for a file system.
+    name = "a" * 250 + ".txt"
+    (tmp_path / name).write_text("a")
+    with pytest.raises(UserError, match=r"corpus\.paths: cannot copy .*/a{250}\.txt: File name too long"):
+        submit.pack(load_spec(spec_path, [f"corpus.paths=[{name}]"]), packed, HERE)
+
+
 def test_too_much_text_is_refused_with_what_to_do(
     spec_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

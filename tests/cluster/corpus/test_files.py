@@ -177,6 +177,26 @@ def test_a_link_that_leads_back_into_its_folder_is_followed_once(tmp_path: Path)
     ]
 
 
+def test_a_link_to_itself_is_a_broken_one(tmp_path: Path) -> None:
+    text = write(tmp_path / "a.txt")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "b.txt")
+    found = select_files([str(tmp_path)])
+    assert (found.files, found.skipped) == ([text], {"broken link": 1})
+
+
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    message = refusal(tmp_path)
+    assert r"the name of " in message
+    assert r"caf\xe9.txt is not UTF-8; rename it" in message
+    message.encode()
+
+
+def test_a_glob_that_matches_a_folder_says_how_to_name_its_files(tmp_path: Path) -> None:
+    write(tmp_path / "dt=1" / "a.txt")
+    assert "holds no files; a glob of folders ends in a slash" in refusal(tmp_path / "dt=*")
+
+
 def test_a_path_that_is_not_there_is_named_with_what_is_allowed(tmp_path: Path) -> None:
     message = refusal(tmp_path / "no.txt")
     assert f"{tmp_path}/no.txt is not there; give files, folders or globs of .jsonl, .json, .txt" in message

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,52 @@ def test_a_limit_reads_the_beginning_in_whole_rows(tmp_path: Path, name: str) ->
             assert len(found) == 1000 if whole else 50 < len(found) < 300
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
+def test_a_sample_says_what_share_of_the_rows_it_has(tmp_path: Path, name: str) -> None:
+    rows, path = [{"text": random.Random(n).randbytes(2000).hex()} for n in range(1000)], tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        write(
+            path, (json.dumps(rows) if name == "a.json" else "".join(json.dumps(row) + "\n" for row in rows)).encode()
+        )
+    for limit in (1_000_000, 5_000_000):
+        reader = TextReader(str(path), fs.LocalFileSystem(), "text", limit)
+        read = sum(map(len, reader))
+        assert reader.share == pytest.approx(read / 1000, abs=0.12)
+
+
+def test_a_row_that_is_too_long_for_a_sample_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "LONGEST", 1000)
+    short, long = b'{"text": "a"}\n', b'{"text": "%s"}\n' % (b"b" * 2000)
+    for name, content, before in (
+        ("a.jsonl", short + long + short, ["a"]),
+        ("a.jsonl", long + short, []),
+        ("a.json", b'[{"text": "%s"}]' % (b"b" * 2000), []),
+    ):
+        reader = TextReader(str(write(tmp_path / name, content)), fs.LocalFileSystem(), "text", 10_000)
+        assert [text for table in reader for text in table.column("text").to_pylist()] == before
+        assert not reader.whole
+    assert len(texts_of(write(tmp_path / "a.jsonl", short + long + short))) == 3
+
+
+def test_a_file_that_holds_only_a_byte_order_mark_is_empty(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.json", "a.txt"):
+        assert unusable(write(tmp_path / name, b"\xef\xbb\xbf")) == [("empty", name)]
+
+
+def test_zero_bytes_alone_are_no_encoding(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'{"text": "a"}\n' + bytes(4096) + b'\n{"text": "b"}\n')
+    assert unusable(path) == [("not JSON", "a.jsonl:2")]
+
+
+def test_a_parquet_file_with_two_columns_of_the_field_s_name_is_refused(tmp_path: Path) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has several columns named 'text'; rename all but one"):
+        texts_of(tmp_path / "a.parquet")
+
+
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4914\nsize 261136\n"
 
 
@@ -231,8 +278,8 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4914\nsize 261136
         ("a.jsonl", b'{"messages": []}\n', "chats are not supported yet; render each into one text"),
         ("a.jsonl", b'{"%s": 1, "\\ud83d": 2}\n' % b'": 1, "'.join(b"%d" % n for n in range(20)), "10, 11, ... ("),
         ("a.jsonl", b'{"\\ud83d": 2}\n', "the rows have \\ud83d"),
-        ("a.jsonl", b'["a"]\n', "no row of it is an object; leave it out by a glob"),
-        ("a.json", b'["a", "b"]', "no row of it is an object; leave it out by a glob"),
+        ("a.jsonl", b'["a"]\n', "no row of it is an object; give a JSON object per line, or one array of them"),
+        ("a.json", b'["a", "b"]', "or leave it out by a glob"),
         ("a.json", b'[{"text": "a"},\n {]', "an array of JSON: line 2"),
         ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b'[{"text": "\xe9"}]', "is not UTF-8 (byte 11); convert it to UTF-8"),

@@ -52,6 +52,12 @@ def test_a_row_without_the_field_or_without_text_is_no_unusable_one(tmp_path: Pa
     assert check_files(spec_of(path, max_bad_share=0.0))[1] == ["3 of 4 rows without text"]
 
 
+def test_a_path_on_the_cluster_that_is_not_here_is_refused_with_where_to_check_it(tmp_path: Path) -> None:
+    hint = "with corpus.upload: false these are paths on the cluster, so check them there"
+    assert refusal(tmp_path / "a.txt", upload=False).endswith(hint)
+    assert hint not in refusal(tmp_path / "a.txt")
+
+
 def test_rows_without_any_text_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": null}\n{"text": " "}\n')
     assert "a.jsonl has no text in any of 2 rows" in refusal(path)
@@ -104,6 +110,53 @@ def test_a_large_file_is_read_in_part_and_refused_where_the_part_is_enough_to_kn
     assert check_files(spec_of(write(tmp_path / "c.jsonl", GOOD * 1000 + '{"text": 1}\n' * 1000)))[1] == []
     monkeypatch.setattr(sample, "SAMPLE", 10**6)
     assert "1 of 1,001 rows" in refusal(path, max_bad_share=0.0001)
+
+
+def test_a_field_that_only_later_rows_have_is_looked_for_and_then_left_to_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("SAMPLE", 4000), ("LEAST", 1000), ("SEARCH", 40_000)):
+        monkeypatch.setattr(sample, name, size)
+    other = '{"body": "a text"}\n'
+    for name, rows in (("a.jsonl", "{}" + GOOD), ("a.json", "[{}" + GOOD[:-1] + "]")):
+        join = other if name == "a.jsonl" else other.replace("\n", ",\n")
+        near, far = (write(tmp_path / f"{number}{name}", rows.replace("{}", join * number)) for number in (1000, 4000))
+        assert check_files(spec_of(near))[1] == ["1,000 of 1,001 rows without text"]
+        blank, doubt = check_files(spec_of(far))[1]
+        assert "sampled rows without text" in blank
+        assert f"{far}: a run will refuse it unless a row after the first " in doubt
+        assert "'text' is not there; the rows have body" in doubt
+    never = write(tmp_path / "b.jsonl", other * 1000)
+    assert "'text' is not there; the rows have body" in refusal(never)
+
+
+def test_a_small_bad_file_does_not_stand_for_a_large_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "SAMPLE", 4000)
+    monkeypatch.setattr(sample, "LEAST", 1000)
+    small, large = write(tmp_path / "a.jsonl", '{"text": 1}\n' * 20), write(tmp_path / "b.jsonl", GOOD * 4000)
+    (line,) = check_files(spec_of(small, large))[1]
+    assert line.startswith("20 of 126 sampled rows cannot be used, left out")
+    # And the other way round.
+    write(small, GOOD * 100)
+    write(large, ('{"text": 1}\n' + GOOD) * 4000)
+    assert "of 230 sampled rows, about 49.4 % of all, cannot be used" in refusal(small, large)
+    write(large, '{"text": 1}\n' * 4000)
+    assert "about 100 % of all" in refusal(large)
+
+
+def test_a_row_too_long_for_the_sample_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.corpus.read.LONGEST", 1000)
+    path = write(tmp_path / "a.jsonl", '{"text": "' + "a" * 2000 + '"}\n' + GOOD)
+    assert check_files(spec_of(path))[1] == [f"{path}: not checked, its first row is longer than 32 MiB"]
+
+
+def test_a_large_text_that_is_not_utf8_is_refused_by_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "SAMPLE", 1000)
+    monkeypatch.setattr(sample, "LEAST", 1000)
+    (tmp_path / "a.txt").write_bytes("caf\u00e9 ".encode("latin-1") * 1000)
+    assert "iconv -f WINDOWS-1252 -t UTF-8" in refusal(tmp_path / "a.txt")
 
 
 def test_what_is_counted_of_files_adds_up() -> None:
