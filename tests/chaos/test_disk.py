@@ -89,8 +89,8 @@ def wait_until_noticed(process: subprocess.Popen[str], disk: Path) -> None:
 def assert_posted_once(disk: Path) -> None:
     """The run's journal has every loss of a student's every life once, in order.
 
-    A disk that fills up after the look at its room, while a checkpoint is copied, ends a life; the next one begins at the
-    last commit, and posts again what it learns again.
+    A disk that fills up while a checkpoint is copied ends a life. The next one begins at the last commit, and posts
+    again what it learns again.
     """
     (run,) = (disk / "stillhouse" / "runs" / "tiny").iterdir()
     points = [json.loads(line) for line in (run / POINTS_FILE).read_text().splitlines()]
