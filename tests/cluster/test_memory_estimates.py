@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from cluster.spec import CorpusSpec, FamilySpec, StudentSpec, TeacherSpec, TopKL
 from cluster.students.job import StudentJob
 from cluster.students.module import Inputs, Student
 from cluster.students.trainer import StoppedError, _fit
-from cluster.teacher.replica import Replica
+from cluster.teacher.replica import Replica, ReplicaLostError
 from tests.tiny import tiny_family
 
 SEQUENCES, LENGTH = 2, 128
@@ -229,6 +230,19 @@ def test_a_replica_asks_ray_for_its_memory() -> None:
     assert Replica(0, spec, TopKLabels(), model, 1).bundle == {"CPU": 1.0, "memory": 3 * GIB}
     without = TeacherSpec(model="teacher")
     assert Replica(0, without, TopKLabels(), model, 1).bundle == {"CPU": 1.0}
+
+
+def test_a_replica_without_a_place_names_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = TeacherSpec.model_validate(
+        {"model": "teacher", "shards": 2, "replicas": 3, "memory_per_shard": "3GiB", "start_timeout_s": 0.01}
+    )
+    never: Any = SimpleNamespace(ready=lambda: asyncio.sleep(60))
+    monkeypatch.setattr("cluster.teacher.replica.placement_group", lambda *_, **__: never)
+    replica = Replica(0, spec, TopKLabels(), TeacherModel("teacher", 300, "aa" * 8, "bb" * 8), 1)
+    with pytest.raises(
+        ReplicaLostError, match=r"no place within .* 0.01 s: the teacher needs 2 x \(1 CPU and 3.0 GiB\)"
+    ):
+        asyncio.run(replica.start())
 
 
 def test_a_rank_asks_ray_for_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
