@@ -30,7 +30,7 @@ from cluster.memory import (
     with_memory,
 )
 from cluster.models import TeacherModel
-from cluster.spec import CorpusSpec, FamilySpec, StudentSpec, TeacherSpec, TopKLabels
+from cluster.spec import CorpusSpec, DenseLabels, FamilySpec, StudentSpec, TeacherSpec, TopKLabels
 from cluster.students.job import StudentJob
 from cluster.students.module import Inputs, Student
 from cluster.students.trainer import StoppedError, _fit
@@ -138,6 +138,18 @@ def test_shards_share_the_teacher_s_layers() -> None:
     )
     assert whole == 2 * TEACHER.parameters
     assert whole / 2 < half < 0.7 * whole
+
+
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_dense_labels_of_a_whole_batch_count_in_host_memory(gpus: float) -> None:
+    spec = TeacherSpec(model="m", gpus_per_shard=gpus)
+    few, many = (
+        teacher_estimate(TEACHER, spec, CORPUS, labels) for labels in (TopKLabels(), DenseLabels(kind="dense"))
+    )
+    tokens = CORPUS.batch_sequences * LENGTH
+    # Every logit in bfloat16, as columns and as blocks.
+    assert many.host - few.host == 2 * 2 * tokens * TEACHER.vocabulary
+    assert many.device == few.device
 
 
 def newcomer(**sections: Any) -> tuple[FamilySpec, dict[str, Estimate]]:
