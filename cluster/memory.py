@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ByteSize
 
-from cluster.spec import CorpusSpec, FamilySpec, HiddenLabels, StudentSpec, TeacherLayers, TeacherSpec
+from cluster.spec import CorpusSpec, FamilySpec, HiddenLabels, LabelsSpec, StudentSpec, TeacherLayers, TeacherSpec
 
 # glibc's names for what is set, from its malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -238,10 +238,15 @@ def student_estimate(
     return _on(gpu, RANK_BYTES, max(phases, key=lambda parts: sum(parts.values())), loading)
 
 
-def teacher_estimate(shape: Shape, teacher: TeacherSpec, corpus: CorpusSpec) -> Estimate:
-    """The peak of one shard of the teacher: its weights, and of a batch one layer and one chunk of logits.
+def teacher_estimate(
+    shape: Shape, teacher: TeacherSpec, corpus: CorpusSpec, labels: LabelsSpec | None = None
+) -> Estimate:
+    """The peak of one shard of the teacher: its weights, and of a batch one layer, one chunk of logits and the labels.
 
     Under tensor parallelism the layers and the head are shared out and the embedding is not.
+
+    Args:
+        labels: the kind; those that are no hidden states or logits weigh little.
     """
     item, tokens = ITEM[teacher.dtype], corpus.batch_sequences * corpus.sequence_length
     embedding = shape.vocabulary * shape.hidden
@@ -252,7 +257,11 @@ def teacher_estimate(shape: Shape, teacher: TeacherSpec, corpus: CorpusSpec) -> 
         "activations": tokens * (3 * item * shape.hidden + widest),
         "logits": min(tokens, teacher.tokens_per_chunk) * shape.vocabulary * (item + 4),
     }
-    return _on(teacher.gpus_per_shard > 0, SHARD_BYTES, parts, 0)
+    width = {"hidden": shape.hidden, "dense": shape.vocabulary}.get(labels.kind, 0) if labels else 0
+    # In host memory: the columns of the whole batch, and the blocks that they are encoded into.
+    columns = 2 * item * tokens * width
+    gpu = teacher.gpus_per_shard > 0
+    return _on(gpu, SHARD_BYTES, parts if gpu else {**parts, "labels": columns}, columns)
 
 
 def arm_estimate(
@@ -293,7 +302,7 @@ def family_estimates(
     spec: FamilySpec, teacher: Shape, students: Mapping[str, Shape], packed: bool
 ) -> dict[str, Estimate]:
     """The peak of one process of each role of a family, by the names of :class:`cluster.capacity.Need`."""
-    found = {"the teacher": teacher_estimate(teacher, spec.teacher, spec.corpus)}
+    found = {"the teacher": teacher_estimate(teacher, spec.teacher, spec.corpus, spec.labels)}
     head, keeps = ITEM[spec.teacher.dtype] * teacher.vocabulary * teacher.hidden, isinstance(spec.labels, HiddenLabels)
     for name, student in spec.students.items():
         source = teacher if isinstance(student.init, TeacherLayers) else None

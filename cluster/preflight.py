@@ -111,9 +111,9 @@ class Checked:
         """The parameters of each model, one line each."""
         return size_lines(self.parameters)
 
-    def memory_report(self) -> list[str]:
-        """See :func:`cluster.footprint.memory_report`; for this machine, unless ``RAY_ADDRESS`` names a cluster."""
-        return memory_report(self.sized, self.estimates, machine(), elsewhere=bool(os.environ.get("RAY_ADDRESS")))
+    def memory_report(self, elsewhere: bool) -> list[str]:
+        """See :func:`cluster.footprint.memory_report`; of this machine."""
+        return memory_report(self.sized, self.estimates, machine(), elsewhere)
 
     def warm_starts(self) -> list[str]:
         """What each student with a warm start starts from, one line each."""

@@ -125,7 +125,12 @@ def ray_session() -> Iterator[None]:
 
 def alive_nodes() -> list[dict[str, float]]:
     """Resources of every node that is alive; Ray leaves out what a node has none of."""
-    return [{"memory": 0.0, **node["Resources"]} for node in ray.nodes() if node["Alive"]]
+    return list(nodes_by_id().values())
+
+
+def nodes_by_id() -> dict[str, dict[str, float]]:
+    """:func:`alive_nodes`, by the ids of the nodes."""
+    return {node["NodeID"]: {"memory": 0.0, **node["Resources"]} for node in ray.nodes() if node["Alive"]}
 
 
 def places_pending() -> bool:
@@ -139,7 +144,7 @@ def give_back_places() -> None:
     Ray keeps them for as long as the job lives: those of a teacher whose stream was killed, and of a student whose
     controller was. Its table names the maker, but no public function does.
     """
-    job = ray.get_runtime_context().get_job_id()
+    job = job_id()
     for entry in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
         group = PlacementGroupTableData.FromString(entry)
         # Ray says of one that no actor has made that its actor is dead, too.
@@ -147,6 +152,11 @@ def give_back_places() -> None:
         orphaned = by_actor and group.creator_actor_dead and not group.is_detached and group.creator_job_id.hex() == job
         if orphaned and group.state != PlacementGroupTableData.REMOVED:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+
+
+def job_id() -> str:
+    """Id of the Ray job that this process belongs to, as hex."""
+    return str(ray.get_runtime_context().get_job_id())
 
 
 def here() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from cluster.errors import RunError, UserError
 from cluster.limits import DRIVER
+from cluster.queue.held import RESOURCES, Held
 from jobs.contexts import Context
 
 # As many as Ray lists at most.
@@ -108,11 +110,11 @@ def has_nodes_for_drivers(client: Any) -> bool:
     Raises:
         ConnectionError: as :func:`alive_nodes_of`.
     """
-    return any(DRIVER in resources for resources in alive_nodes_of(client))
+    return any(DRIVER in resources for resources in alive_nodes_of(client).values())
 
 
-def alive_nodes_of(client: Any) -> list[Mapping[str, Any]]:
-    """Resources of every node of a cluster that is alive, as Ray names them.
+def alive_nodes_of(client: Any) -> dict[str, Mapping[str, Any]]:
+    """Resources of every node of a cluster that is alive, as Ray names them, by the nodes' ids.
 
     Raises:
         ConnectionError: nobody answers, such as while a head is started again; submitting a job would raise it too.
@@ -124,7 +126,31 @@ def alive_nodes_of(client: Any) -> list[Mapping[str, Any]]:
         nodes = list_nodes(address=client.get_address(), filters=[("state", "=", "ALIVE")], limit=MOST_NODES)
     except RayStateApiException as error:
         raise ConnectionError(f"{client.get_address()}: {str(error).splitlines()[0]}") from error
-    return [node.resources_total for node in nodes]
+    return {node.node_id: node.resources_total for node in nodes}
+
+
+def held_on(client: Any) -> list[Held]:
+    """What actors and placement groups hold of a cluster, as :func:`cluster.queue.held.held` finds it on the cluster.
+
+    Raises:
+        ConnectionError: as :func:`alive_nodes_of`.
+    """
+    from ray.util.state import list_actors, list_placement_groups
+    from ray.util.state.exception import RayStateApiException
+
+    options: dict[str, Any] = {"address": client.get_address(), "limit": MOST_NODES, "detail": True}
+    try:
+        actors = list_actors(filters=[("state", "=", "ALIVE")], raise_on_missing_output=False, **options)
+        groups = list_placement_groups(filters=[("state", "!=", "REMOVED")], raise_on_missing_output=False, **options)
+    except RayStateApiException as error:
+        raise ConnectionError(f"{client.get_address()}: {str(error).splitlines()[0]}") from error
+    found = [Held(a.node_id or "", a.name or "", a.job_id or "", a.required_resources or {}) for a in actors]
+    found += [
+        Held(bundle.get("node_id") or "", group.name or "", group.creator_job_id, bundle.get("unit_resources") or {})
+        for group in groups
+        for bundle in group.bundles or ()
+    ]
+    return [replace(each, resources={k: each.resources[k] for k in RESOURCES if k in each.resources}) for each in found]
 
 
 def state_of(info: Any) -> str:

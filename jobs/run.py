@@ -193,6 +193,7 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     Returns:
         One row per arm, see :meth:`serving.bench.BenchResult.rows`.
     """
+    from cluster.queue.held import COMPARED
     from serving.arms import Arm
     from serving.bench import run_bench
     from serving.deploy import deploy, endpoint_of
@@ -205,8 +206,9 @@ def compare(checked: Checked, result: FamilyResult) -> list[dict[str, Any]]:
     arms += [Arm(name, source, 0.0) for name, source in champion_arms(spec, result).items()]
     if options.include_teacher:
         arms.append(Arm("teacher", checked.teacher.folder, 0.0))
+    # Not the family's name, which an endpoint that is running on the cluster may have.
     per_arm = {"cpus": options.cpus_per_arm, "gpus": options.gpus_per_arm, "memory": options.memory_per_arm}
-    endpoint_spec = endpoint_of(arms, name=spec.name, port=0, **per_arm)
+    endpoint_spec = endpoint_of(arms, name=COMPARED + result.run.name, port=0, **per_arm)
     with deploy(endpoint_spec, checked.tracking_uri) as endpoint:
         bench = run_bench(
             endpoint.url,

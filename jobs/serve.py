@@ -47,9 +47,9 @@ def serve(spec: EndpointSpec, tracking_uri: str | None) -> None:
         if ended.is_set():
             return
         console.print(f"starting {len(spec.arms)} arms, log {log}", highlight=False)
+        watch = ArmWatch(spec.name, lambda: endpoint.ask("traffic", timeout_s=WATCH_S)["out"])
         with deploy(spec, uri, models=models) as endpoint:
             _tell(console, endpoint.url, spec)
-            watch = ArmWatch(spec.name, lambda: endpoint.ask("traffic", timeout_s=WATCH_S)["out"])
             while not ended.wait(WATCH_S):
                 for line in watch.look():
                     console.print(line, highlight=False, markup=False)

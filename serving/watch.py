@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def dead_actors() -> dict[str, dict[str, Any]]:
 
 
 class ArmWatch:
-    """Reports each change once.
+    """Reports each change once. To be made before the endpoint is deployed: earlier deaths are not its own.
 
     Args:
         endpoint: its name.
@@ -38,7 +39,9 @@ class ArmWatch:
         dead: Callable[[], Mapping[str, Mapping[str, Any]]] = dead_actors,
     ) -> None:
         self._endpoint, self._outages, self._dead = endpoint, outages, dead
-        self._seen: set[str] = set()
+        # One of the same name may have run on the cluster before.
+        self._seen = set(self._dead())
+        self._deaths: Counter[str] = Counter()
         self._out: dict[str, str] = {}
         self._trouble = ""
 
@@ -53,8 +56,9 @@ class ArmWatch:
             self._trouble = trouble
             return
         self._trouble = ""
-        for key in [key for key in dead if key not in self._seen]:
-            self._seen.add(key)
+        new = [key for key in dead if key not in self._seen]
+        self._seen = set(dead)
+        for key in new:
             if line := self._killed(dead[key]):
                 yield line
         yield from (f"arm {arm} is out: {reason}" for arm, reason in out.items() if self._out.get(arm) != reason)
@@ -74,5 +78,8 @@ class ArmWatch:
             text = str(ActorDiedError(cause.actor_died_error_context))
         else:
             return ""
-        death = death_of(text, LESS_MEMORY)
-        return f"arm {which[0]}: {death}; Serve starts it again" if death else ""
+        if not (death := death_of(text, LESS_MEMORY)):
+            return ""
+        self._deaths[which[0]] += 1
+        often = "" if (times := self._deaths[which[0]]) == 1 else f", {times} times so far"
+        return f"arm {which[0]}: {death}; Serve starts it again{often}"

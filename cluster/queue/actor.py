@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from cluster.limits import DRIVER, QUEUE_SHARE
+from cluster.queue.held import held, holders, left
 from cluster.queue.order import SETTLE_S, Entry, Order, Place
-from cluster.session import alive_nodes
+from cluster.session import alive_nodes, nodes_by_id
 
 NAME, NAMESPACE = "queue", "stillhouse"
 
@@ -29,7 +31,11 @@ class FamilyQueue:
 
     def renew(self, entry: Entry) -> Place:
         """Enter, or say that the driver is still there; see :meth:`Order.renew`."""
-        return self._order.renew(entry, time.monotonic(), time.time(), alive_nodes())
+        jobs = self._order.jobs | {entry.job}
+        by_others = [each for each in held() if not each.is_of(jobs)]
+        nodes = left(nodes_by_id(), by_others)
+        place = self._order.renew(entry, time.monotonic(), time.time(), nodes)
+        return replace(place, held=holders(by_others))
 
     def leave(self, key: str) -> None:
         """See :meth:`Order.leave`."""

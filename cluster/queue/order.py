@@ -7,13 +7,14 @@ came first.
 
 While the first does not fit, others that do may go before it, but only ``MOST_PASSED`` times: then it goes before all
 of its priority, and nobody behind it is admitted until it is. One that would not fit on the nodes even alone holds
-nobody up. An entry whose driver has not been heard of for ``SILENT_S`` is dropped.
+nobody up. What others than families hold of a node, such as the arms of an endpoint, counts as
+not there. An entry whose driver has not been heard of for ``SILENT_S`` is dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cluster.capacity import Need, first_without_room, most_of, totals
@@ -36,6 +37,7 @@ class Entry:
         since: when it came, in seconds since 1970; 0 before it has been told.
         admitted: whether it has its place.
         passed: how often another went before it while it was the first.
+        job: id of its driver's Ray job, as hex.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Entry:
     since: float = 0.0
     admitted: bool = False
     passed: int = 0
+    job: str = ""
 
     @cached_property
     def needs(self) -> list[Need]:
@@ -61,7 +64,8 @@ class Place:
         number: its place among the ``waiting``, counted from 1; 0 once it is admitted.
         others: needs of the other families that have been admitted; ``running`` is their number.
         settled: false while families that had a place may still be coming back, and nobody is admitted.
-        fits: whether it would fit on the nodes that are alive if it were alone there.
+        fits: whether it would fit on the nodes if no other family were there.
+        held: what others than families hold of the nodes.
     """
 
     entry: Entry
@@ -71,6 +75,7 @@ class Place:
     others: list[Need]
     settled: bool
     fits: bool
+    held: list[Need] = field(default_factory=list)
 
 
 class Order:
@@ -91,7 +96,7 @@ class Order:
         Args:
             entry: as the driver was told last. What the queue knows of it counts, if it knows it.
             at: seconds since 1970.
-            nodes: resources of each node that is alive, as Ray names them.
+            nodes: resources of each node that is alive, as Ray names them, without what others than families hold.
         """
         known = self._entries.get(entry.key, entry)
         self._entries[entry.key] = known if known.since else replace(known, since=at)
@@ -127,6 +132,11 @@ class Order:
             held.setdefault(first.user, []).extend(first.needs)
             order.append(first)
         return order
+
+    @property
+    def jobs(self) -> set[str]:
+        """The jobs of all that are in the queue."""
+        return {entry.job for entry in self._entries.values()}
 
     def admitted(self) -> list[Entry]:
         """All that have their place."""

@@ -18,9 +18,10 @@ from cluster.errors import NoPlaceError, RunError, first_line
 from cluster.footprint import check_devices, stages_of
 from cluster.memory import Estimate
 from cluster.queue.actor import queue_actor
+from cluster.queue.held import in_words
 from cluster.queue.order import Entry, Place
 from cluster.queue.user import user
-from cluster.session import alive_nodes
+from cluster.session import alive_nodes, job_id
 from cluster.spec import FamilySpec
 from cluster.watch import Status
 
@@ -54,7 +55,7 @@ def place_for(
     for needs in stages:
         check_capacity(needs, alive_nodes())
     check_devices(spec, estimates or {}, alive_nodes())
-    entry = Entry(uuid.uuid4().hex, user(), tuple(map(tuple, stages)), spec.limits.priority)
+    entry = Entry(uuid.uuid4().hex, user(), tuple(map(tuple, stages)), spec.limits.priority, job=job_id())
     holder = _Holder(entry)
     try:
         _wait(holder, spec.limits.wait, report)
@@ -94,9 +95,12 @@ def _waited(place: Place, seconds: float) -> str:
 def _needed(place: Place) -> str:
     cpus, gpus, memory = totals(place.entry.needs)
     needed = f"needs {cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "") + (f" and {gib(memory)}" if memory else "")
+    if not place.fits and place.held:
+        return f"{needed}, for which there is no room beside {in_words(place.held)}: end that, or add nodes"
     if not place.fits:
         return f"{needed}, for which the cluster has too few nodes now"
-    return f"{needed}, beside {place.running} famil{'y' if place.running == 1 else 'ies'} running"
+    others = f", and {in_words(place.held)}" if place.held else ""
+    return f"{needed}, beside {place.running} famil{'y' if place.running == 1 else 'ies'} running{others}"
 
 
 class _Holder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster import tracing
+from cluster.capacity import teacher_needs
 from cluster.errors import LabelError, UserError, first_line
 from cluster.heads import OutputHead
 from cluster.models import TeacherModel
@@ -82,8 +84,13 @@ class Replica:
             async with asyncio.timeout(limit):
                 yield
         except TimeoutError as error:
+            within = f"within teacher.start_timeout_s {limit:g} s"
+            if self._shards:
+                raise ReplicaLostError(f"it was placed, and not loaded {within}") from error
+            need = replace(teacher_needs(self._spec), count=self._spec.shards)
             raise ReplicaLostError(
-                f"it was not placed and loaded within teacher.start_timeout_s {limit:g} s"
+                f"it found no place {within}: {need}, and no node has that free; end what else runs there, such as an "
+                f"endpoint, or add nodes"
             ) from error
 
     def _reserve(self) -> PlacementGroup:

@@ -85,21 +85,22 @@ def check(
     """Validate a spec, its models, its corpus files, and its size where a cluster answers; start nothing."""
     from cluster.dates import date_of, rendered
     from cluster.specfile import load_spec
-    from jobs.capacity import check_size
+    from jobs.capacity import check_size, find_cluster
 
     day = date_of(ds) if ds is not None else date.today()
     family = rendered(load_spec(spec, overrides or []), day)
     # First, because a context's token has to be set before Ray is imported, which the preflight does.
-    unknown = check_size(family, context, address)
+    cluster = find_cluster(context, address)
     from cluster.preflight import preflight
 
     checked = preflight(family)
-    memory = checked.memory_report()
+    notice = check_size(checked.sized, checked.estimates, cluster)
+    memory = checked.memory_report(elsewhere=cluster.named)
     names = ", ".join(checked.spec.students)
     typer.echo(
         f"{spec}: good; teacher {checked.teacher.folder}, students {names}, vocabulary {checked.teacher.vocabulary}"
     )
-    for line in [*checked.sizes(), *checked.notices(), *memory, *([unknown] if unknown else [])]:
+    for line in [*checked.sizes(), *checked.notices(), *memory, *([notice] if notice else [])]:
         typer.echo(line)
 
 

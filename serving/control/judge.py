@@ -7,15 +7,18 @@ arm's likeliest token, among the teacher's K, is the teacher's likeliest.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+from pydantic import ByteSize
 from ray import serve
 
 from cluster.corpus.batches import Batch, content_address
 from cluster.labels.kinds import TopK, joined
 from cluster.labels.wire import decode
-from cluster.memory import served_estimate
+from cluster.memory import SERVED_TOKENS, shape_of, teacher_estimate
 from cluster.models import TeacherModel, load_config, local_model
-from cluster.spec import TeacherSpec, TopKLabels
+from cluster.spec import CorpusSpec, TeacherSpec, TopKLabels
 from cluster.teacher.pool import TeacherPool
 from serving.experiment import Quality
 from serving.launch import ARM_DEPLOYMENT
@@ -54,8 +57,7 @@ class Judge:
         config = load_config(folder, "teacher.model", spec.trust_remote_code).get_text_config()
         model = TeacherModel(str(folder), config.vocab_size, "0" * 16, "0" * 16)
         if spec.memory_per_shard is None:
-            host = served_estimate(folder, spec.dtype, 1, spec.gpus_per_shard > 0, "transformers").host
-            spec = spec.model_copy(update={"memory_per_shard": host})
+            spec = spec.model_copy(update={"memory_per_shard": _shard_bytes(spec, folder)})
         pool = TeacherPool(spec, TopKLabels(k=min(_K, config.vocab_size)), model, blocks=1)
         pool.start()
         self._pool = pool
@@ -87,6 +89,14 @@ class Judge:
         labels = joined([decode(block)[0] for block in blocks])
         assert isinstance(labels, TopK)
         return labels
+
+
+def _shard_bytes(spec: TeacherSpec, folder: Path) -> ByteSize:
+    """Host memory of a shard that labels one answer at a time."""
+    code = spec.trust_remote_code
+    shape = shape_of(load_config(folder, "teacher.model", code), "teacher.model", code)
+    one = CorpusSpec(paths=["-"], batch_sequences=1, sequence_length=SERVED_TOKENS)
+    return ByteSize(teacher_estimate(shape, spec, one).host)
 
 
 def compared(teacher_TK: np.ndarray, tail_T: np.ndarray, student_TK: np.ndarray) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,11 +30,11 @@ from cluster.memory import (
     with_memory,
 )
 from cluster.models import TeacherModel
-from cluster.spec import CorpusSpec, FamilySpec, StudentSpec, TeacherSpec, TopKLabels
+from cluster.spec import CorpusSpec, DenseLabels, FamilySpec, StudentSpec, TeacherSpec, TopKLabels
 from cluster.students.job import StudentJob
 from cluster.students.module import Inputs, Student
 from cluster.students.trainer import StoppedError, _fit
-from cluster.teacher.replica import Replica
+from cluster.teacher.replica import Replica, ReplicaLostError
 from tests.tiny import tiny_family
 
 SEQUENCES, LENGTH = 2, 128
@@ -139,6 +140,18 @@ def test_shards_share_the_teacher_s_layers() -> None:
     assert whole / 2 < half < 0.7 * whole
 
 
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_dense_labels_of_a_whole_batch_count_in_host_memory(gpus: float) -> None:
+    spec = TeacherSpec(model="m", gpus_per_shard=gpus)
+    few, many = (
+        teacher_estimate(TEACHER, spec, CORPUS, labels) for labels in (TopKLabels(), DenseLabels(kind="dense"))
+    )
+    tokens = CORPUS.batch_sequences * LENGTH
+    # Every logit in bfloat16, as columns and as blocks.
+    assert many.host - few.host == 2 * 2 * tokens * TEACHER.vocabulary
+    assert many.device == few.device
+
+
 def newcomer(**sections: Any) -> tuple[FamilySpec, dict[str, Estimate]]:
     """The newcomer's family with the memory that it asks for, and its estimates."""
     small = {"init": {"source": "pretrained", "model": "0.5b"}, "precision": "bfloat16"}
@@ -229,6 +242,19 @@ def test_a_replica_asks_ray_for_its_memory() -> None:
     assert Replica(0, spec, TopKLabels(), model, 1).bundle == {"CPU": 1.0, "memory": 3 * GIB}
     without = TeacherSpec(model="teacher")
     assert Replica(0, without, TopKLabels(), model, 1).bundle == {"CPU": 1.0}
+
+
+def test_a_replica_without_a_place_names_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = TeacherSpec.model_validate(
+        {"model": "teacher", "shards": 2, "replicas": 3, "memory_per_shard": "3GiB", "start_timeout_s": 0.01}
+    )
+    never: Any = SimpleNamespace(ready=lambda: asyncio.sleep(60))
+    monkeypatch.setattr("cluster.teacher.replica.placement_group", lambda *_, **__: never)
+    replica = Replica(0, spec, TopKLabels(), TeacherModel("teacher", 300, "aa" * 8, "bb" * 8), 1)
+    with pytest.raises(
+        ReplicaLostError, match=r"no place within .* 0.01 s: the teacher needs 2 x \(1 CPU and 3.0 GiB\)"
+    ):
+        asyncio.run(replica.start())
 
 
 def test_a_rank_asks_ray_for_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -141,10 +141,10 @@ def test_a_request_that_fails_never_shows_the_token(tmp_path: Path, capfd: pytes
 
 def test_nodes_for_drivers_are_those_that_offer_the_resource(monkeypatch: pytest.MonkeyPatch) -> None:
     client = SimpleNamespace(get_address=lambda: "http://127.0.0.1:8265")
-    nodes = [SimpleNamespace(resources_total={"CPU": 4.0})]
+    nodes = [SimpleNamespace(node_id="a", resources_total={"CPU": 4.0})]
     monkeypatch.setattr(ray.util.state, "list_nodes", lambda **_: nodes)
     assert not has_nodes_for_drivers(client)
-    nodes.append(SimpleNamespace(resources_total={"driver": 8.0}))
+    nodes.append(SimpleNamespace(node_id="b", resources_total={"driver": 8.0}))
     assert has_nodes_for_drivers(client)
 
     def away(**_: Any) -> None:

@@ -170,3 +170,22 @@ def test_a_champion_that_mlflow_did_not_name_leaves_the_promotion_to_the_resumed
     again.champions, again.undecided = {"small": None}, {}
     settle(checked, again, [])
     assert nights.champion() == 1 and again.trouble == []
+
+
+def test_the_comparison_takes_no_name_that_a_running_endpoint_of_the_family_may_have(
+    nights: Nights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import serving.deploy
+    from cluster.queue.held import COMPARED
+
+    class DeployedError(Exception):
+        pass
+
+    def deploy(spec: Any, *_: object) -> Any:
+        raise DeployedError(spec.name)
+
+    checked, result = nights.night(FIDELITY, None, nights.checked(serving={}))
+    result.run.name = f"{'a' * 40}-20261124-093000-1"
+    monkeypatch.setattr(serving.deploy, "deploy", deploy)
+    with pytest.raises(DeployedError, match=f"^{COMPARED}{result.run.name}$"):
+        module.compare(checked, result)

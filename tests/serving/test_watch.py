@@ -29,17 +29,20 @@ def ended(message: str) -> ActorDeathCause:
 
 
 def test_an_arm_that_ray_kills_for_its_memory_is_reported_once_with_the_cause() -> None:
-    dead = {"1": actor("team", "small", out_of_memory())}
+    dead = {"0": actor("team", "small", out_of_memory())}
     watch = ArmWatch("team", dict, lambda: dead)
+    assert list(watch.look()) == []  # of an earlier endpoint of this name
+    dead["1"] = actor("team", "small", out_of_memory())
     (line,) = watch.look()
     assert line.startswith(
         "arm small: Ray killed student:A.__init__ (process 14036, 0.04GB) because node 192.0.2.2 ran"
     )
-    assert LESS_MEMORY in line and "\n" not in line
+    assert LESS_MEMORY in line and "\n" not in line and line.endswith("; Serve starts it again")
     assert list(watch.look()) == []
     dead["2"] = actor("team", "small", ended("Worker exit type: SYSTEM_ERROR Worker exit detail: connection error 2."))
     (line,) = watch.look()
     assert line.startswith("arm small: process 77 on node 192.0.2.2 ended without a Python error")
+    assert line.endswith("; Serve starts it again, 2 times so far")
 
 
 @pytest.mark.parametrize(
@@ -53,7 +56,10 @@ def test_an_arm_that_ray_kills_for_its_memory_is_reported_once_with_the_cause() 
     ids=["another endpoint's", "no replica", "ended by Serve", "without a cause"],
 )
 def test_what_is_no_arm_of_the_endpoint_or_was_ended_on_purpose_is_not_reported(one: dict[str, Any]) -> None:
-    assert list(ArmWatch("team", dict, lambda: {"1": one}).look()) == []
+    dead: dict[str, dict[str, Any]] = {}
+    watch = ArmWatch("team", dict, lambda: dead)
+    dead["1"] = one
+    assert list(watch.look()) == []
 
 
 def test_an_arm_that_is_out_and_comes_back_is_reported_at_each_change() -> None:

@@ -18,14 +18,22 @@ from cluster.watch import Status
 ENTRY = Entry("a", "ann", ((Need("the teacher", 2, 1.5, 1.0), Need("student small", 1, 1.0, 0.0)),))
 
 
-def told(number: int, admitted: bool = False, settled: bool = True, fits: bool = True, running: int = 1) -> Place:
+def told(
+    number: int,
+    admitted: bool = False,
+    settled: bool = True,
+    fits: bool = True,
+    running: int = 1,
+    held: tuple[Need, ...] = (),
+) -> Place:
     entry = Entry(ENTRY.key, ENTRY.user, ENTRY.stages, admitted=admitted)
-    return Place(entry, number, 3, running, [], settled, fits)
+    return Place(entry, number, 3, running, [], settled, fits, list(held))
 
 
 def wait(monkeypatch: pytest.MonkeyPatch, answers: Iterable[Place | None], patient: bool = True) -> list[Status]:
     """What a driver shows that is told this, once in 10 s."""
-    now, seen, left = [0.0], [], iter(answers)
+    now, left = [0.0], iter(answers)
+    seen: list[Status] = []
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda _: now.__setitem__(0, now[0] + 10.0))
     monkeypatch.setattr(module, "time", clock)
     holder: Any = SimpleNamespace(renew=lambda: next(left), trouble="ActorDiedError: it is gone")
@@ -46,6 +54,21 @@ def test_one_that_waits_shows_its_place_for_how_long_and_for_what(monkeypatch: p
     assert seen[6].more.startswith("for 1:00; ")
     assert seen[7].more.endswith("needs 4 CPU and 2 GPU, for which the cluster has too few nodes now")
     assert seen[8].more.endswith("beside 2 families running")
+
+
+ENDPOINT = Need("endpoint team", 1, 1.5, 0.0, 3 * 2**30)
+
+
+def test_who_else_holds_the_cluster_is_named_to_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [told(1, fits=False, held=(ENDPOINT,)), told(1, held=(ENDPOINT,)), told(0, admitted=True)]
+    beside, too = wait(monkeypatch, answers)
+    assert beside.more.endswith(
+        "needs 4 CPU and 2 GPU, for which there is no room beside endpoint team (1.5 CPU and 3.0 GiB): end that, or "
+        "add nodes"
+    )
+    assert too.more.endswith("beside 1 family running, and endpoint team (1.5 CPU and 3.0 GiB)")
+    with pytest.raises(NoPlaceError, match=r"no room beside endpoint team .*limits\.wait is false"):
+        wait(monkeypatch, answers, patient=False)
 
 
 def test_one_that_would_not_wait_is_refused_and_not_before_the_queue_knows(monkeypatch: pytest.MonkeyPatch) -> None:
