@@ -79,6 +79,8 @@ class Records:
 
     def _lost(self, name: str, reason: str) -> None:
         self._logging.discard(name)
+        if name in self._not_logged:
+            return  # it was said already
         self._not_logged.add(name)
         who = "the family" if name == FAMILY else f"student {name}"
         self._warn(

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
 import logging
-import os
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import IO, Any
 
 from cluster.corpus.batches import CORPUS_FOLDER, FACTS_FILE
-from cluster.errors import RunError, UserError
+from cluster.errors import RunError, UserError, first_line
 from cluster.spec import FamilySpec
 from cluster.specfile import home, training_hash, training_part
 
@@ -33,9 +29,7 @@ _held: dict[Path, IO[bytes]] = {}
 # What such a lock raises where another process has it.
 _TAKEN = (errno.EACCES, errno.EAGAIN)
 
-RUNNING, FINISHED, UNFINISHED, UNKNOWN = "running", "finished", "unfinished", "unknown"
-# A folder without a state that is younger may belong to a run that is only just starting.
-SETTLED_S = 3600.0
+RUNNING, UNKNOWN = "running", "unknown"
 
 
 @dataclass
@@ -91,7 +85,8 @@ class Run:
         return self.folder / "report.html"
 
 
-def _runs_folder() -> Path:
+def runs_folder() -> Path:
+    """Below it each family has a folder with its runs' folders."""
     return home() / "runs"
 
 
@@ -101,10 +96,10 @@ def last_run(family: str) -> Run:
     Raises:
         UserError: the family has none.
     """
-    states = sorted((_runs_folder() / family).glob(f"*/{STATE_FILE}"))
+    states = sorted((runs_folder() / family).glob(f"*/{STATE_FILE}"))
     if not states:
-        raise UserError(f"--resume: family {family!r} has no run under {_runs_folder()}; start one without --resume")
-    return _saved(states[-1].parent)
+        raise UserError(f"--resume: family {family!r} has no run under {runs_folder()}; start one without --resume")
+    return saved(states[-1].parent)
 
 
 def run_of(name: str) -> Run:
@@ -115,12 +110,23 @@ def run_of(name: str) -> Run:
     """
     folder = find_run(name)
     # One that was ended before it had read all of its text has to read it again.
-    return _saved(folder, text_is_kept=(folder / CORPUS_FOLDER / FACTS_FILE).exists())
+    return saved(folder, text_is_kept=(folder / CORPUS_FOLDER / FACTS_FILE).exists())
 
 
-def _saved(folder: Path, text_is_kept: bool = False) -> Run:
-    state = json.loads((folder / STATE_FILE).read_text())
-    return Run(folder=folder, resumed=True, text_is_kept=text_is_kept, **state)
+def saved(folder: Path, text_is_kept: bool = False) -> Run:
+    """A run as it was saved.
+
+    Raises:
+        RunError: its state cannot be read.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+        return Run(folder=folder, resumed=True, text_is_kept=text_is_kept, **state)
+    except (ValueError, TypeError) as error:
+        raise RunError(
+            f"{folder / STATE_FILE} is damaged, or a later version of Stillhouse wrote it: {first_line(error)}; use "
+            f"that version, or start a new run without --resume"
+        ) from None
 
 
 def open_run(
@@ -139,14 +145,14 @@ def open_run(
     """
     if not resume:
         name = f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = _unused(_runs_folder() / spec.name, name)
-        _hold(folder)
+        folder = _unused(runs_folder() / spec.name, name)
+        hold(folder)
         run = Run(folder, folder.name, training_hash(spec), ds=(ds or date.today()).isoformat(), teacher=teacher)
         (folder / SPEC_FILE).write_text(spec.model_dump_json(indent=1))
         run.save()
         return run
     run = begun or last_run(spec.name)
-    _hold(run.folder)
+    hold(run.folder)
     before = FamilySpec.model_validate_json((run.folder / SPEC_FILE).read_text())
     if changed := _differences(training_part(before), training_part(spec)):
         raise UserError(
@@ -172,24 +178,28 @@ def find_run(run: str) -> Path:
     Raises:
         UserError: there is none.
     """
-    for folder in (Path(run), *_runs_folder().glob(f"*/{run}")):
+    for folder in (Path(run), *runs_folder().glob(f"*/{run}")):
         if (folder / STATE_FILE).is_file():
             return folder
-    raise UserError(f"{run}: neither a run's folder nor the name of a run under {_runs_folder()}")
+    raise UserError(f"{run}: neither a run's folder nor the name of a run under {runs_folder()}")
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------------
+# -- locks -------------------------------------------------------------------------------------------------------------
 
 
-def _hold(folder: Path) -> None:
+def hold(folder: Path) -> None:
     """Lock a run's folder until this process ends, however it ends.
 
     Raises:
-        RunError: another process runs it. No mistake, so that a scheduled run is tried again.
+        RunError: another process runs it, which is no mistake, so that a scheduled run is tried again; or another one
+            has removed it.
     """
     if folder in _held:
         return
-    file = (folder / LOCK_FILE).open("ab")
+    try:
+        file = (folder / LOCK_FILE).open("ab")
+    except FileNotFoundError:
+        raise RunError(f"{folder.name} has just been removed") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -198,141 +208,32 @@ def _hold(folder: Path) -> None:
             raise RunError(f"{folder.name} is running; wait for its end, or stop it first") from None
         log.warning("%s: no lock on its file system, so `stillhouse runs` cannot tell that it runs: %s", folder, error)
         return
+    if not (folder / LOCK_FILE).exists():
+        file.close()
+        raise RunError(f"{folder.name} has just been removed")
     _held[folder] = file
 
 
-def _release(folder: Path) -> None:
+def release(folder: Path) -> None:
+    """Give back the lock that :func:`hold` took."""
     if (file := _held.pop(folder, None)) is not None:
         file.close()
 
 
-def _lock_state(folder: Path) -> str | None:
+def lock_state(folder: Path) -> str | None:
     """Whether a process runs it; None where none does, or where it is of before there were locks."""
-    lock = folder / LOCK_FILE
-    if folder in _held or not lock.exists():
-        return RUNNING if folder in _held else None
-    with lock.open("rb") as file:
+    if folder in _held:
+        return RUNNING
+    try:
+        file = (folder / LOCK_FILE).open("rb")
+    except FileNotFoundError:
+        return None
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             return RUNNING if error.errno in _TAKEN else UNKNOWN
     return None
-
-
-@dataclass(frozen=True)
-class KeptRun:
-    """A run's folder and what it takes on the disk.
-
-    Attributes:
-        state: ``running``, ``finished``, ``unfinished`` (``--resume`` would go on with it), or ``unknown`` where its
-            file system has no locks.
-        used: when it was last written to, seconds since 1970.
-        size: bytes of its files; ``frees`` are those that are nowhere else, such as in MLflow's artifacts.
-        registered: versions of its students.
-        last: whether it is the last run of its family, which ``--resume`` goes on with.
-        only_copies: finished students whose model is nowhere else.
-        named_by: unfinished runs whose spec names a file or a model in its folder.
-    """
-
-    folder: Path
-    family: str
-    state: str
-    used: float
-    size: int
-    frees: int
-    registered: dict[str, int]
-    last: bool
-    only_copies: tuple[str, ...]
-    named_by: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.folder.name
-
-    @property
-    def in_use(self) -> str:
-        """Why it must not be removed; empty where it may."""
-        if self.state in (RUNNING, UNKNOWN):
-            return "it is running" if self.state == RUNNING else "its file system has no locks, so it may be running"
-        return f"unfinished runs use it: {', '.join(self.named_by)}" if self.named_by else ""
-
-    @property
-    def needed(self) -> str:
-        """Why a clean-up must leave it alone; empty where it need not."""
-        if self.in_use:
-            return self.in_use
-        if self.only_copies:
-            return f"it has the only copy of {', '.join(self.only_copies)}; --resume registers them"
-        return "its family can be resumed from it" if self.last and self.state == UNFINISHED else ""
-
-
-def kept_runs() -> list[KeptRun]:
-    """All runs under the Stillhouse home, the longest unused first."""
-    folders = sorted(path.parent for path in _runs_folder().glob(f"*/*/{STATE_FILE}"))
-    specs = {folder: (folder / SPEC_FILE).read_text() for folder in folders}
-    last = {folder.parent: folder for folder in folders}
-    states = {folder: _saved(folder) for folder in folders}
-    unfinished = {folder: _unfinished(json.loads(specs[folder]), states[folder]) for folder in folders}
-    found = []
-    for folder in folders:
-        infos = list(_infos(folder))
-        models = {path.parents[1].name for path in folder.glob("students/*/checkpoint_*/model")}
-        others = (other for other in folders if unfinished[other] and other != folder)
-        found.append(
-            KeptRun(
-                folder=folder,
-                family=folder.parent.name,
-                state=_lock_state(folder) or (UNFINISHED if unfinished[folder] else FINISHED),
-                used=max((info.st_mtime for info in infos), default=0.0),
-                size=sum(info.st_size for info in infos),
-                frees=sum(info.st_size for info in infos if info.st_nlink == 1),
-                registered=states[folder].versions,
-                last=last[folder.parent] == folder,
-                only_copies=tuple(sorted(models - states[folder].versions.keys())),
-                named_by=tuple(other.name for other in others if f'"{folder}/' in specs[other]),
-            )
-        )
-    return sorted(found, key=lambda run: run.used)
-
-
-def _unfinished(spec: dict[str, Any], run: Run) -> bool:
-    """Whether a resumed run has a student to train or to register, or a promotion to decide."""
-    decided = run.versions.keys() & run.promotions.keys() if spec.get("promotion") else run.versions.keys()
-    return not spec["students"].keys() <= decided
-
-
-def _infos(folder: Path) -> Iterator[os.stat_result]:
-    """Of all files in a folder; those that a running process removes meanwhile are left out."""
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                yield Path(root, name).lstat()
-
-
-def remove_run(folder: Path) -> None:
-    """Remove a run's folder. Its registered models and its runs in MLflow stay.
-
-    Raises:
-        RunError: it is running.
-    """
-    _hold(folder)
-    try:
-        # First, so that what a kill leaves behind is not taken for a run.
-        (folder / STATE_FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-    finally:
-        _release(folder)
-    with contextlib.suppress(OSError):  # it has other runs
-        folder.parent.rmdir()
-
-
-def leftovers() -> Iterator[Path]:
-    """Folders that a killed removal, or a run that never started, has left; none that was written to within an hour."""
-    for folder in _runs_folder().glob("*/*"):
-        settled = time.time() - folder.stat().st_mtime > SETTLED_S
-        if folder.is_dir() and not (folder / STATE_FILE).exists() and settled:
-            yield folder
 
 
 def _unused(parent: Path, name: str) -> Path:

@@ -58,7 +58,8 @@ def settle(checked: Checked, result: FamilyResult, serving: Sequence[Mapping[str
     if checked.spec.promotion is None:
         return
     models, away = None, ""
-    latencies = {row["arm"]: row["latency_ms"].get("p50") for row in serving}
+    # The median of those requests alone that were answered may be any.
+    latencies = {row["arm"]: None if row["errors"] else row["latency_ms"].get("p50") for row in serving}
     for name in result.students:
         if name not in result.versions or name in result.undecided:
             continue

@@ -248,6 +248,8 @@ def _print_result(
         row = by_arm.get(arm)
         if row is None:
             return ["", ""] if serving else []
+        if not row["latency_ms"]:
+            return ["no answer", "no answer"]
         return [
             f"{row['first_token_ms']['p50']:.0f}",
             f"{row['latency_ms']['p50']:.0f}/{row['latency_ms']['p95']:.0f}",

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 
 import typer
 
-from cluster.errors import UserError
-from cluster.runs import KeptRun, find_run, kept_runs, leftovers, remove_run
-from cluster.space import size_of
+from cluster.errors import RunError, UserError
+from cluster.kept_runs import KeptRun, kept_runs, leftovers, remove_run, strings_in
+from cluster.runs import find_run
+from cluster.specfile import home
 from jobs.labels import parse_age, parse_size, show_size
 from jobs.tables import show_table
 
 
 def list_runs(as_json: bool) -> None:
     """Print the runs under the Stillhouse home, the longest unused first."""
-    found = kept_runs()
+    found = kept_runs(_needed_by_schedules())
     if as_json:
         typer.echo(json.dumps([{**asdict(run), "folder": str(run.folder), "name": run.name} for run in found]))
         return
@@ -38,10 +42,10 @@ def remove_runs(names: Sequence[str]) -> None:
     """Remove runs by name or folder; none of them where one must stay.
 
     Raises:
-        UserError: one is not there, is running, or is named by the spec of an unfinished run.
+        UserError: one is not there, is running, or is needed by an unfinished run or a schedule.
     """
     wanted = {find_run(name).resolve() for name in names}
-    going = [run for run in kept_runs() if run.folder.resolve() in wanted]
+    going = [run for run in kept_runs(_needed_by_schedules()) if run.folder.resolve() in wanted]
     if len(going) < len(wanted):
         raise UserError(f"{', '.join(names)}: give runs under the Stillhouse home, see `stillhouse runs ls`")
     for run in going:
@@ -63,25 +67,58 @@ def collect(older_than: str | None, max_size: str | None, dry_run: bool) -> None
         raise UserError("runs gc: give --older-than AGE, --max-size SIZE or both")
     age_s = parse_age(older_than).total_seconds() if older_than is not None else None
     at_most = parse_size(max_size) if max_size is not None else None
-    runs, removed = kept_runs(), 0
+    runs, removed = kept_runs(_needed_by_schedules()), 0
     total = sum(run.frees for run in runs)
     did = "would remove" if dry_run else "removed"
     for run in runs:
         too_old = age_s is not None and time.time() - run.used > age_s
         if not too_old and (at_most is None or total <= at_most):
             continue
-        if run.needed:
-            typer.echo(f"left {run.name}, {show_size(run.frees)}: {run.needed}")
+        if reason := run.needed or ("" if dry_run else _not_removed(run.folder)):
+            typer.echo(f"left {run.name}, {show_size(run.frees)}: {reason}")
             continue
-        if not dry_run:
-            remove_run(run.folder)
         total, removed = total - run.frees, removed + 1
         typer.echo(f"{did} {run.name}, {show_size(run.frees)}")
-    for folder in leftovers():
-        typer.echo(f"{did} {folder}, {show_size(size_of(folder))}, which is no run")
-        if not dry_run:
-            remove_run(folder)
+    for folder, size in leftovers():
+        if reason := "" if dry_run else _not_removed(folder):
+            typer.echo(f"left {folder}, {show_size(size)}: {reason}")
+        else:
+            typer.echo(f"{did} {folder}, {show_size(size)}, which is no run")
     typer.echo(f"{did} {removed} of {len(runs)} runs; {show_size(total)} left")
+
+
+def _not_removed(folder: Path) -> str:
+    """Remove a folder; why that could not be done, such as a run that has just been resumed."""
+    try:
+        remove_run(folder)
+    except RunError as error:
+        return str(error)
+    except OSError as error:
+        return f"it could not be removed: {error}"
+    return ""
+
+
+def _needed_by_schedules() -> dict[str, list[str]]:
+    """What the schedules of this home need: the strings of their specs, and the runs that their nights go on with.
+
+    Raises:
+        RunError: their database cannot be read.
+    """
+    if not os.environ.get("STILLHOUSE_DATABASE") and not (home() / "schedules.db").exists():
+        return {}
+    from jobs.schedules.ledger import Ledger
+    from jobs.schedules.plan import OPEN
+    from jobs.schedules.scheduler import spec_in
+
+    ledger = Ledger()
+    needed = {f"the schedule {each.schedule.name}": strings_in(spec_in(each.package)) for each in ledger.entries()}
+    for night in ledger.nights(states=OPEN):
+        if night.run is not None:
+            with contextlib.suppress(UserError):  # it is gone, or on another machine
+                needed[f"the night of {night.due.isoformat()} of {night.schedule}"] = [
+                    str(find_run(night.run).resolve())
+                ]
+    return needed
 
 
 def _age(run: KeptRun) -> str:

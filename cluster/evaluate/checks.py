@@ -111,7 +111,8 @@ class Check:
     def words(self) -> str:
         """The figures in words, with as many digits as it takes to see that a limit is not kept."""
         if self.new is None or self.allowed is None:
-            return f"{self.metric.name} was not measured" + (f" of {self.against}" if self.new is not None else "")
+            missing = f"{self.metric.name} was not measured" + (f" of {self.against}" if self.new is not None else "")
+            return missing + (": not every request was answered" if self.metric is LATENCY else "")
         if self.bound is None and self.metric is not LATENCY:
             return f"{self._figures(DIGITS)}, and not measured on the same blocks of text"
         digits = DIGITS
@@ -146,11 +147,11 @@ class Check:
         bound = f", {100 * self.confidence:g} % bound {self.metric.number(self._limit, digits)}"
         if self.passed:
             return bound
+        too_close = f"{bound}: too close to call on {self.bound.tokens:,} held-out tokens"
         needed = self.bound.tokens_for(-self.bound.mean)
-        return (
-            f"{bound}: too close to call on {self.bound.tokens:,} held-out tokens, about {float(f'{needed:.2g}'):,.0f} "
-            f"are needed for such a difference"
-        )
+        if math.isinf(needed):
+            return f"{too_close}, and on any number of them: it is exactly as bad as allowed"
+        return f"{too_close}, about {float(f'{needed:.2g}'):,.0f} are needed for such a difference"
 
 
 def compared(

@@ -23,7 +23,7 @@ class Measured:
 
     Attributes:
         fidelity: on held-out text.
-        latency_ms: median time of a whole answer; None where it was not measured.
+        latency_ms: median time of a whole answer; None where it was not measured, or not of every request.
     """
 
     fidelity: Fidelity
@@ -75,8 +75,8 @@ def decide(
 
     It does where each condition is shown at ``margins.confidence``: it is better than its own initial weights, worse
     than the champion by no more than the margins, and within the absolute limits. All must hold, so that one that
-    breaks any of them is promoted with a probability of at most ``1 - confidence``, however many there are (Berger,
-    1982, "Multiparameter hypothesis testing and acceptance sampling"). Latency is compared as it was measured.
+    breaks any of them is promoted no more often than if there were no others (Berger, 1982, "Multiparameter hypothesis
+    testing and acceptance sampling"). The median latencies are compared as they were measured, without an interval.
 
     Args:
         new, initial, champion: measured on the same held-out batches and, where latency counts, served side by side.

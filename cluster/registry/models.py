@@ -206,7 +206,9 @@ class Models:
     def _record(self, name: str, version: int, verdict: Verdict) -> None:
         run_id = self._do(self._client.get_model_version, name, str(version)).run_id
         tags = {REASON: verdict.reason, PROMOTION: verdict.outcome}
-        if run_id and self._if_there(self._client.get_run, run_id) is not None:
+        run = self._if_there(self._client.get_run, run_id) if run_id else None
+        # MLflow refuses tags on one that is deleted and can be restored.
+        if run is not None and run.info.lifecycle_stage == "active":
             for key, value in tags.items():
                 self._do(self._client.set_tag, run_id, key, value)
         for key, value in tags.items():

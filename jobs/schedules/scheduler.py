@@ -20,6 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import yaml
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.errors import RunError, StillhouseError, UserError
@@ -229,3 +230,9 @@ def unpack(package: bytes, folder: Path) -> None:
     """The files of an archive that :func:`packed` made."""
     with zipfile.ZipFile(BytesIO(package)) as archive:
         archive.extractall(folder)
+
+
+def spec_in(package: bytes) -> Any:
+    """The family's spec in such an archive, as it was shipped."""
+    with zipfile.ZipFile(BytesIO(package)) as archive:
+        return yaml.safe_load(archive.read(SPEC_FILE))

@@ -218,6 +218,19 @@ def test_a_refused_student_is_reported_and_the_others_are_registered(tmp_path: P
     assert service.finished == [["small"]]
 
 
+def test_a_family_s_run_that_is_gone_is_said_once(tmp_path: Path, service: Service) -> None:
+    records, _ = records_of(tmp_path, service)
+    service.refuses = {"run"}
+    for name in ("small", "large"):
+        records.register(student(name), {})
+    of_family = {FAMILY: [Point(FAMILY, 1, {"replicas": 1.0}, 1.0)]}
+    records.log(of_family)
+    records.close(of_family, [], lambda _: None)
+    (warning,) = records.warnings
+    assert "metrics of the family are not in MLflow: " in warning
+    assert records.unregistered == {}
+
+
 def test_mlflow_is_waited_for_as_long_as_anything_else_goes_on(tmp_path: Path, service: Service) -> None:
     records, run = records_of(tmp_path, service)
     service.away = True

@@ -275,6 +275,20 @@ def test_a_version_whose_run_was_deleted_for_good_can_be_promoted(registry: Regi
     assert registry.models.verdict(NAME, version) == Verdict(PROMOTED, "by hand")
 
 
+def test_versions_whose_runs_are_deleted_in_mlflow_are_promoted_kept_and_rolled_back(registry: Registry) -> None:
+    experiment = registry.client.create_experiment("tidied")
+    for _ in range(2):
+        run_id = registry.client.create_run(experiment).info.run_id
+        registry.client.create_model_version(NAME, str(registry.folder), run_id)
+        registry.client.delete_run(run_id)
+    registry.models.promote(NAME, 1, "by hand", None)
+    registry.models.promote(NAME, 2, "by hand", 1)
+    assert registry.models.rollback(NAME) == (2, 1)
+    registry.models.keep(NAME, 2, "why not")
+    assert registry.models.verdict(NAME, 2) == Verdict(KEPT, "why not")
+    assert registry.models.verdict(NAME, 1) == Verdict(PROMOTED, "by hand")
+
+
 def test_a_registry_that_does_not_answer_is_named_in_one_line(registry: Registry, monkeypatch: Any) -> None:
     def refuse(*_: object) -> None:
         raise ConnectionError("connection refused\nand much more")

@@ -1,35 +1,16 @@
 """A run's folder: always a new one, never half written, resumed only from a spec that trains the same weights."""
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster import runs
 from cluster.errors import RunError, UserError
-from cluster.runs import KeptRun, Run, kept_runs, last_run, leftovers, open_run, remove_run
+from cluster.runs import last_run, open_run
 from cluster.spec import FamilySpec
 from tests.tiny import tiny_family
-
-DAY = 86_400.0
-# Runs a run's lock as another process does, without what it takes to import ours.
-HOLD = """
-import fcntl, sys
-file = open(sys.argv[1], "ab")
-fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-print("held", flush=True)
-sys.stdin.read()
-"""
 
 
 def spec(**fields: Any) -> FamilySpec:
@@ -138,102 +119,11 @@ def test_saving_leaves_the_whole_state_and_nothing_beside_it(stillhouse_home: Pa
     assert json.loads((run.folder / "spec.json").read_text()) == spec().model_dump(mode="json")
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def run_elsewhere(run: Run) -> Iterator[subprocess.Popen[str]]:
-    """Another process that runs a run; it is killed at the end, if not before."""
-    lock = str(run.folder / "run.lock")
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", HOLD, lock], **pipes) as process:
-        try:
-            assert process.stdout is not None and process.stdout.readline() == "held\n"
-            yield process
-        finally:
-            process.kill()
-
-
-def begun(age_days: float = 0.0, versions: dict[str, int] | None = None, **fields: Any) -> Run:
-    """A run that no process runs any more, with a model of 1,000 bytes where it has come so far."""
-    run = open_run(spec(**fields), resume=False)
-    runs._release(run.folder)
-    if versions is not None:
-        model = run.folder / "students/small/checkpoint_7/model/model.safetensors"
-        model.parent.mkdir(parents=True)
-        model.write_bytes(b"w" * 1000)
-        run.versions = versions
-        run.save()
-    then = time.time() - age_days * DAY
-    for path in run.folder.rglob("*"):
-        os.utime(path, (then, then))
-    return run
-
-
-def kept(run: Run) -> KeptRun:
-    return next(each for each in kept_runs() if each.folder == run.folder)
-
-
-def test_a_run_is_running_as_long_as_its_process_lives(stillhouse_home: Path) -> None:
-    run = begun(versions={})
-    assert kept(run).state == "unfinished"
-    with run_elsewhere(run) as process:
-        assert (kept(run).state, kept(run).in_use) == ("running", "it is running")
-        for refused in (lambda: remove_run(run.folder), lambda: open_run(spec(), resume=True)):
-            with pytest.raises(RunError, match=f"{run.name} is running; wait for its end, or stop it first"):
-                refused()
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert kept(run).state == "unfinished"
-    assert open_run(spec(), resume=True).name == run.name
-    assert kept(run).state == "running"  # by us
-
-
-def test_a_run_is_finished_when_a_resumed_one_would_have_nothing_to_do(stillhouse_home: Path) -> None:
-    assert kept(begun(versions={"small": 3})).state == "finished"
-    undecided = begun(versions={"small": 4}, promotion={})
-    assert kept(undecided).state == "unfinished"
-    undecided.promotions = {"small": {"outcome": "kept"}}
-    undecided.save()
-    assert kept(undecided).state == "finished"
-
-
-def test_what_is_linked_elsewhere_takes_room_and_frees_none(stillhouse_home: Path) -> None:
-    run = begun(versions={"small": 1})
-    before = kept(run)
-    assert before.size == before.frees > 1000
-    os.link(run.folder / "students/small/checkpoint_7/model/model.safetensors", stillhouse_home / "artifact")
-    after = kept(run)
-    assert (after.size, before.frees - after.frees) == (before.size, 1000)
-
-
-def test_a_clean_up_leaves_what_is_needed(stillhouse_home: Path) -> None:
-    trained = begun(versions={})
-    old, last = begun(), begun()
-    assert kept(trained).needed == "it has the only copy of small; --resume registers them"
-    assert (kept(old).needed, kept(last).needed) == ("", "its family can be resumed from it")
-    finished = begun(versions={"small": 1})
-    assert (kept(last).needed, kept(finished).needed) == ("", "")
-    # An unfinished run needs what its spec names, whoever made it; a finished one does not any more.
-    for versions, named in (({}, True), ({"small": 1}, False)):
-        teacher = {"model": f"{finished.folder}/students/small/checkpoint_7/model"}
-        user = begun(versions=versions, teacher=teacher)
-        assert kept(finished).in_use == (f"unfinished runs use it: {user.name}" if named else "")
-        remove_run(user.folder)
-
-
-def test_a_removed_run_leaves_nothing_and_a_killed_removal_is_no_run(
-    stillhouse_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, second = begun(versions={"small": 1}), begun()
-    remove_run(first.folder)
-    assert not first.folder.exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda _: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            remove_run(second.folder)
-    assert kept_runs() == [] and list(leftovers()) == []
-    os.utime(second.folder, (time.time() - DAY,) * 2)
-    assert list(leftovers()) == [second.folder]
-    remove_run(second.folder)
-    assert list((stillhouse_home / "runs").iterdir()) == []
+@pytest.mark.parametrize("state", ['{"na', '{"name": "x", "spec_hash": "", "of_a_later_version": 1}', "[]"])
+def test_a_state_that_cannot_be_read_is_said_in_one_line(stillhouse_home: Path, state: str) -> None:
+    run = open_run(spec(), resume=False)
+    (run.folder / "run.json").write_text(state)
+    with pytest.raises(
+        RunError, match=f"{run.folder}/run.json is damaged, or a later version of Stillhouse wrote it: "
+    ):
+        last_run("tiny")

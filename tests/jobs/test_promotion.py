@@ -201,18 +201,30 @@ def test_latency_is_taken_of_the_arms_of_both_and_the_champion_is_served_for_it(
         _, result = nights.night(BETTER, Champion(1, FIDELITY), checked)
         assert champion_arms(checked.spec, result) == {"tiny-small.champion": "models:/tiny-small/1"}
         rows = [
-            {"arm": "tiny-small", "latency_ms": {"p50": new_ms}},
-            {"arm": "tiny-small.champion", "latency_ms": {"p50": 100.0}},
-            {"arm": "teacher", "latency_ms": {}},
+            {"arm": "tiny-small", "errors": 0, "latency_ms": {"p50": new_ms}},
+            {"arm": "tiny-small.champion", "errors": 0, "latency_ms": {"p50": 100.0}},
+            {"arm": "teacher", "errors": 24, "latency_ms": {}},
         ]
         settle(checked, result, rows)
         assert result.verdicts["small"].outcome == outcome
         reasons.append(result.verdicts["small"].reason)
     assert reasons[0] == "answer p50 111 ms against 100 ms of champion v1, allowed 110"
     assert "; answer p50 109 ms against 100 ms of champion v1, allowed 110; " in reasons[1]
+
+
+@pytest.mark.parametrize(
+    ("failed", "says"), [("tiny-small", "answer p50 was not measured"), ("tiny-small.champion", " of champion v3")]
+)
+def test_a_median_of_some_of_the_requests_decides_nothing(nights: Nights, failed: str, says: str) -> None:
+    checked = nights.checked(promotion={"latency": 0.1}, serving={})
     _, result = nights.night(BETTER, Champion(3, FIDELITY), checked)
-    settle(checked, result, [{"arm": "teacher", "latency_ms": {}}])
-    assert result.verdicts["small"] == Verdict(KEPT, "answer p50 was not measured", 3)
+    arms = {"tiny-small": 5.0, "tiny-small.champion": 100.0}
+    settle(
+        checked, result, [{"arm": a, "errors": int(a == failed), "latency_ms": {"p50": ms}} for a, ms in arms.items()]
+    )
+    verdict = result.verdicts["small"]
+    assert (verdict.outcome, says in verdict.reason) == (KEPT, True)
+    assert verdict.reason.endswith(": not every request was answered")
 
 
 @pytest.mark.parametrize(

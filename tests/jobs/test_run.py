@@ -189,3 +189,16 @@ def test_the_comparison_takes_no_name_that_a_running_endpoint_of_the_family_may_
     monkeypatch.setattr(serving.deploy, "deploy", deploy)
     with pytest.raises(DeployedError, match=f"^{COMPARED}{result.run.name}$"):
         module.compare(checked, result)
+
+
+def test_an_arm_that_never_answered_is_shown_as_such(nights: Nights, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, rest = ended(monkeypatch, nights, serving={})
+    none: dict[str, float] = {}
+    times = {"p50": 20.0, "p95": 30.0, "p99": 40.0}
+    rows = [
+        {"arm": "tiny-small", "count": 0, "errors": 3, "tokens_per_s": 0.0, "first_token_ms": none, "latency_ms": none},
+        {"arm": "teacher", "count": 3, "errors": 0, "tokens_per_s": 9.0, "first_token_ms": times, "latency_ms": times},
+    ]
+    monkeypatch.setattr(module, "compare", lambda *_: rows)
+    _, printed = rest()
+    assert "no answer" in printed and "20/30" in printed

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import yaml
 
+from cluster.kept_runs import kept_runs
 from jobs.cli.main import main
-from tests.cluster.test_runs import begun, run_elsewhere
+from jobs.schedules.ledger import Entry, Ledger
+from jobs.schedules.plan import schedule_of
+from jobs.schedules.scheduler import packed
+from tests.cluster.test_kept_runs import begun, run_elsewhere
 
 Typed = Callable[..., tuple[int, str, str]]
 
@@ -79,6 +85,43 @@ def test_gc_removes_the_longest_unused_until_the_rest_fits(typed: Typed) -> None
     assert typed("gc", "--max-size", str(4 * size))[1].startswith("removed 0 of 3 runs")
     assert typed("gc", "--max-size", str(2 * size + 10))[1].startswith(f"removed {oldest.name}, ")
     assert (middle.folder.exists(), newest.folder.exists()) == (True, True)
+
+
+def test_gc_goes_on_when_a_run_begins_meanwhile(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    resumed, other = begun(50, {"small": 1}), begun(40, {"small": 2})
+    listed = kept_runs()
+    monkeypatch.setattr("jobs.runs.kept_runs", lambda _: listed)
+    with run_elsewhere(resumed):
+        code, out, _ = typed("gc", "--older-than", "30d")
+    assert code == 0 and f"left {resumed.name}, " in out and f"{resumed.name} is running" in out
+    assert (resumed.folder.exists(), other.folder.exists()) == (True, False)
+
+
+def test_what_only_a_schedule_needs_is_kept(typed: Typed, tmp_path: Path) -> None:
+    teacher, retried, free = (begun(50, {"small": n}) for n in (1, 2, 3))
+    package = tmp_path / "package"
+    package.mkdir()
+    spec = {"name": "student", "teacher": {"model": f"{teacher.folder}/students/small/checkpoint_7/model"}}
+    (package / "family.yaml").write_text(yaml.safe_dump(spec))
+    ledger, now = Ledger(), datetime.now(UTC)
+    ledger.add(Entry(schedule_of(name="nightly", cron="0 2 * * *"), "student", packed(package), {}, "ada", True, now))
+    ledger.update(ledger.run_now("nightly", now), run=retried.name)
+    code, _, err = typed("rm", teacher.name)
+    assert (code, err) == (2, f"error: {teacher.name} cannot be removed: it is needed by the schedule nightly\n")
+    out = typed("gc", "--older-than", "30d")[1].splitlines()
+    assert out[0].startswith(f"left {teacher.name}, ") and out[0].endswith(": it is needed by the schedule nightly")
+    assert out[1].startswith(f"left {retried.name}, ") and out[1].endswith(" of nightly")
+    assert out[2].startswith(f"removed {free.name}, ")
+    ledger.remove("nightly")
+    assert typed("gc", "--older-than", "30d")[1].count("removed tiny-") == 2
+
+
+def test_gc_removes_nothing_when_the_schedules_cannot_be_read(typed: Typed, stillhouse_home: Path) -> None:
+    run = begun(50, {"small": 1})
+    (stillhouse_home / "schedules.db").write_text("no database at all, but long enough to be taken for one" * 20)
+    code, out, err = typed("gc", "--older-than", "30d")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "the schedules' database cannot be opened" in err
+    assert run.folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ LABELS, HEADS, MANIFESTS, LEASES, TEACHERS = "labels/", "heads/", "manifests/", 
 Head = OutputHead[npt.NDArray[Any]]
 
 _HEX16 = "([0-9a-f]{16})"
+_TEACHER_KEY = re.compile(rf"(?:{HEADS}{_HEX16}|{TEACHERS}{_HEX16}\.json)")
 _LABEL_KEY = re.compile(rf"{LABELS}{_HEX16}/{_HEX16}/{_HEX16}/([0-9a-f]{{2}})/(\4[0-9a-f]{{30}})")
 # Labels are mostly bits of chance, which a compressor only copies; it must pay for the time it takes to read.
 _LEVEL, _WORTH = 1, 0.95
@@ -56,6 +57,12 @@ def stamp_of(key: str) -> Stamp | None:
     """Undo :func:`label_key`; None for a key that it does not give."""
     match = _LABEL_KEY.fullmatch(key)
     return Stamp(match[1], match[2], match[3], match[5]) if match else None
+
+
+def teacher_of(key: str) -> str | None:
+    """The teacher whose head or name has this key; None for any other key."""
+    match = _TEACHER_KEY.fullmatch(key)
+    return (match[1] or match[2]) if match else None
 
 
 def head_key(teacher: str) -> str:

@@ -24,6 +24,7 @@ from cluster.labels.store.objects import (
     label_key,
     labels_prefix,
     stamp_of,
+    teacher_of,
     unpack,
     unpack_head,
 )
@@ -105,8 +106,7 @@ def stat(store: LabelStore) -> list[Holding]:
         kind = _kind(store.bucket, newest)
         about = (teacher, models.get(teacher, "?"), tokenizer, labels, kind)
         holdings.append(Holding(*about, len(entries), size, oldest, newest.modified))
-    for head in sorted(store.bucket.list(HEADS), key=lambda entry: entry.key):
-        teacher = _teacher_of(head)
+    for head, teacher in sorted(_of_teachers(store.bucket, HEADS).items(), key=lambda each: each[1]):
         about = (teacher, models.get(teacher, "?"), "", "", "head")
         holdings.append(Holding(*about, 1, head.size, head.modified, head.modified))
     return holdings
@@ -115,9 +115,9 @@ def stat(store: LabelStore) -> list[Holding]:
 def teacher_models(bucket: Bucket) -> dict[str, str]:
     """What specs call the teachers, by fingerprint: as runs have noted it, or as the manifest of a pass has it."""
     models = {each.teacher: str(each.facts["teacher"]) for _, each in _manifests(bucket) if "teacher" in each.facts}
-    for entry in bucket.list(TEACHERS):
+    for entry, teacher in _of_teachers(bucket, TEACHERS).items():
         try:
-            models[_teacher_of(entry)] = str(json.loads(bucket.get(entry.key) or b""))
+            models[teacher] = str(json.loads(bucket.get(entry.key) or b""))
         except ValueError:
             log.warning("%s cannot be read", entry.key)
     return models
@@ -158,8 +158,8 @@ def gc(store: LabelStore, older_than: float | None, at_most_bytes: int | None, d
         dry_run: remove nothing, only say what would go.
     """
     bucket = store.bucket
-    labels, heads, manifests = list(_labels(bucket)), list(bucket.list(HEADS)), list(_manifests(bucket))
-    models, names = teacher_models(bucket), list(bucket.list(TEACHERS))
+    labels, heads, manifests = list(_labels(bucket)), list(_of_teachers(bucket, HEADS)), list(_manifests(bucket))
+    models, names = teacher_models(bucket), list(_of_teachers(bucket, TEACHERS))
     # Last, so that a lease that was taken while the rest was listed counts too.
     now = bucket.now()
     leased = live_prefixes(bucket, now)
@@ -244,7 +244,14 @@ def _is_unused(name: Entry, teachers: Collection[str], leased: tuple[str, ...], 
 
 def _teacher_of(entry: Entry) -> str:
     """The teacher whose head or name an object is."""
-    return entry.key.rpartition("/")[2].removesuffix(".json")
+    teacher = teacher_of(entry.key)
+    assert teacher is not None
+    return teacher
+
+
+def _of_teachers(bucket: Bucket, folder: str) -> dict[Entry, str]:
+    """The heads or names with their teachers; what somebody else put among them is left alone."""
+    return {entry: teacher for entry in bucket.list(folder) if (teacher := teacher_of(entry.key)) is not None}
 
 
 def _settled(entry: Entry, now: float) -> bool:
@@ -285,7 +292,7 @@ def _damage(bucket: Bucket, key: str, remove: bool) -> str | None:
     if data is None:
         return None  # removed since it was listed
     stamp = stamp_of(key)
-    if key.startswith(LABELS) and stamp is None:
+    if (key.startswith(LABELS) and stamp is None) or (key.startswith(HEADS) and teacher_of(key) is None):
         return "not an object of a label store"
     try:
         if stamp is not None:

@@ -161,6 +161,16 @@ def test_the_tokens_that_are_needed_are_always_more_than_there_are(kl: float) ->
     assert int(verdict.reason.split("about ")[1].split()[0].replace(",", "")) > 500
 
 
+def test_a_tie_names_no_number_of_tokens_for_none_would_do() -> None:
+    # As many agreements as the champion in all, in other documents.
+    one = fidelity(1.2, 0.6, 150.0)
+    blocks = tuple((n, kl, agreed + (-3 if k % 2 else 3), ce) for k, (n, kl, agreed, ce) in enumerate(one.blocks))
+    verdict = verdict_on(Measured(replace(one, blocks=blocks), 100.0))
+    assert verdict.unclear and verdict.reason.endswith(
+        "too close to call on 500 held-out tokens, and on any number of them: it is exactly as bad as allowed"
+    )
+
+
 def test_of_one_that_is_worse_it_does_not_matter_what_is_too_close_to_call() -> None:
     verdict = verdict_on(Measured(fidelity(1.40, 0.3, 200.0, spread=0.1)))
     assert verdict.reason == "agreement 30.0 % against 60.0 % of champion v3, allowed 60.0" and not verdict.unclear
@@ -218,12 +228,14 @@ def test_a_latency_that_counts_must_have_been_measured_of_both(
     new: float | None, champion: float | None, says: str
 ) -> None:
     both = replace(CHAMPION, latency_ms=new), replace(CHAMPION, latency_ms=champion)
-    assert verdict_on(*both, latency=9.0) == Verdict(KEPT, says, 3)
+    assert verdict_on(*both, latency=9.0) == Verdict(KEPT, f"{says}: not every request was answered", 3)
     assert verdict_on(*both).outcome == PROMOTED
 
 
 def test_without_a_champion_a_latency_that_counts_must_have_been_measured_too() -> None:
-    assert verdict_on(measured(None), None, latency=1.0) == Verdict(KEPT, "answer p50 was not measured")
+    assert verdict_on(measured(None), None, latency=1.0) == Verdict(
+        KEPT, "answer p50 was not measured: not every request was answered"
+    )
     assert verdict_on(measured(70.0), None, latency=1.0).reason.endswith("agreement 60.0 %; answer p50 70.0 ms")
 
 

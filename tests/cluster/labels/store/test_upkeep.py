@@ -95,6 +95,18 @@ def test_verify_names_what_is_damaged_and_removes_it_when_told(store: LabelStore
     assert set(found) - left == (set(damaged) if remove else set())
 
 
+def test_gc_leaves_what_somebody_else_put_among_heads_and_names(store: LabelStore, root: Path) -> None:
+    foreign = {"heads/README", "heads/0123456789abcdef.bak", "teachers/README.json", "labels/README"}
+    for key in (*foreign, head_key(OTHER), f"teachers/{OTHER}.json"):
+        store.bucket.replace(key, b"somebody's")
+        age(root, key, DAY)
+    assert [holding.teacher for holding in stat(store)] == [OTHER]
+    wrong = {entry.key: reason for entry, reason in verify(store)}
+    assert wrong["heads/README"] == wrong["labels/README"] == "not an object of a label store"
+    assert sorted(keys(gc(store, older_than=0, at_most_bytes=0))) == [head_key(OTHER), f"teachers/{OTHER}.json"]
+    assert {entry.key for entry in store.bucket.list()} == foreign
+
+
 def test_gc_removes_what_is_older_and_nothing_else(store: LabelStore, root: Path) -> None:
     stamps = fill(store, 4)
     age_labels(root, stamps, [31, 1, 40, 29])
