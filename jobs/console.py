@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from cluster.space import DISK_FULL
 from cluster.stream.figures import StreamStats
 from cluster.teacher.figures import PoolStats
 from cluster.watch import Status
@@ -24,30 +26,72 @@ from jobs.tables import PIPE_WIDTH, plain_console
 PLAIN_INTERVAL_S = 10.0
 
 
+class _LogStream(io.TextIOWrapper):
+    """What ``sys.stdout`` and ``sys.stderr`` are while their descriptors lead into a log.
+
+    A disk without room for the log costs lines of it and does not end the process: the run waits for room elsewhere.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        raw = open(descriptor, "wb", buffering=0, closefd=False)  # noqa: SIM115  it is closed with this stream
+        super().__init__(cast(IO[bytes], raw), encoding="utf-8", errors="backslashreplace", write_through=True)
+
+    def write(self, text: str) -> int:
+        """Write it, as far as there is room."""
+        with _room_or_not():
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+        with _room_or_not():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _room_or_not() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+
+
 @contextlib.contextmanager
 def quiet(log: Path) -> Iterator[Console]:
     """A console on the real terminal, while file descriptors 1 and 2 lead into ``log``.
 
     At the level of descriptors, because C++ code and child processes write to them directly.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        stream.flush()
     saved = os.dup(1), os.dup(2)
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = _LogStream(1), _LogStream(2)
     try:
         with os.fdopen(os.dup(saved[0]), "w", encoding="utf-8") as terminal:
             # A pipe has no width of its own; the result table needs this much.
             yield plain_console(file=terminal, soft_wrap=True, width=None if terminal.isatty() else PIPE_WIDTH)
     finally:
-        # What the log's disk has no room for must not hide how the run ended.
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            _empty(stream)
         for descriptor, original in zip((1, 2), saved, strict=True):
             os.dup2(original, descriptor)
             os.close(original)
+
+
+def _empty(stream: TextIO) -> None:
+    """Write what a stream has kept back for the log; where that has no room, drop it, or the terminal would get it."""
+    try:
+        stream.flush()
+    except OSError:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        stream.flush()
 
 
 class Display:

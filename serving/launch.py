@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from cluster.errors import RunError, death_of
-from cluster.memory import ARM_BYTES, served_estimate
+from cluster.memory import ARM_BYTES, GIB, served_estimate
 from serving.arm_server import ArmServer
 from serving.arms import Arm, locate, pinned
 from serving.link.post import LEAVE_S, Post
@@ -127,7 +127,7 @@ def run_applications(targets: dict[str, Any], timeout_s: float) -> None:
         [serve.RunTarget(app, name=name, route_prefix=None, logging_config=QUIET) for name, app in targets.items()],
         wait_for_applications_running=False,
     )
-    wait("the arms to start", timeout_s, lambda: all(_runs(name) for name in targets))
+    wait("the arms to start", timeout_s, lambda: all(_runs(name) for name in targets), _free_now)
 
 
 def _runs(name: str) -> bool:
@@ -141,8 +141,19 @@ def _runs(name: str) -> bool:
     return bool(app.status == "RUNNING")
 
 
-def wait(what: str, timeout_s: float, done: Callable[[], bool]) -> None:
+def _free_now() -> str:
+    """What the cluster has free of what arms ask for; families and other endpoints hold the rest."""
+    there, free = ray.cluster_resources(), ray.available_resources()
+    gpus = f", {free.get('GPU', 0.0):g} of {there['GPU']:g} GPU" if "GPU" in there else ""
+    memory = f"{free.get('memory', 0.0) / GIB:.1f} of {there.get('memory', 0.0) / GIB:.1f} GiB"
+    return f"free on the cluster: {free.get('CPU', 0.0):g} of {there.get('CPU', 0.0):g} CPU{gpus}, {memory}"
+
+
+def wait(what: str, timeout_s: float, done: Callable[[], bool], more: Callable[[], str] = str) -> None:
     """Return as soon as something is so.
+
+    Args:
+        more: what to add to the error.
 
     Raises:
         RunError: it was not within the time.
@@ -150,7 +161,8 @@ def wait(what: str, timeout_s: float, done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
         if time.monotonic() > deadline:
-            raise RunError(f"waited {timeout_s:g} s for {what}; the Ray logs say what held it up.")
+            reason = "; ".join(filter(None, [more(), "the Ray logs have the reason."]))
+            raise RunError(f"waited {timeout_s:g} s for {what}; {reason}")
         time.sleep(_POLL_S)
 
 

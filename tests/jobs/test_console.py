@@ -58,6 +58,20 @@ def test_descriptors_are_put_back_after_an_error(tmp_path: Path) -> None:
     assert (os.fstat(1), os.fstat(2)) == before
 
 
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]], ids=["buffered", "unbuffered"])
+def test_a_log_without_room_ends_nothing_and_spills_nothing(unbuffered: list[str]) -> None:
+    script = (
+        "import logging, os, sys; from pathlib import Path; from jobs.console import quiet\n"
+        "logging.basicConfig()\n"
+        "with quiet(Path('/dev/full')) as console:\n"
+        "    print('from python'); print('an error', file=sys.stderr)\n"
+        "    logging.warning('a warning'); console.print('for the person')\n"
+        "print('afterwards')\n"
+    )
+    done = subprocess.run([sys.executable, *unbuffered, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == ("for the person\nafterwards\n", "", 0)
+
+
 def test_an_elastic_pool_shows_that_it_grows_and_shrinks() -> None:
     pool = PoolStats(elastic=True, ready=2, growing=True, grown=3, shrunk=1, lost=1)
     shown = "2 replicas ready, one more starting (3 added, 1 let go, 1 lost)"
