@@ -92,8 +92,10 @@ def check(
     # First, because a context's token has to be set before Ray is imported, which the preflight does.
     unknown = check_size(family, context, address)
     from cluster.preflight import preflight
+    from cluster.registry import few_retries
 
-    checked = preflight(family)
+    with few_retries():  # a run waits for an MLflow that is away, a check need not
+        checked = preflight(family)
     memory = checked.memory_report()
     names = ", ".join(checked.spec.students)
     typer.echo(
