@@ -270,12 +270,12 @@ def test_a_broken_model_is_refused_by_check(
     folder = spec.parent
     shutil.copytree(tiny_teacher, folder / "model")
     overrides = make(folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     processes = {process.pid for process in psutil.Process().children(recursive=True)}
     code, out, err = run("check", str(spec), *(part for each in overrides for part in ("--set", each)))
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1
     assert [part for part in wanted if part not in err] == [], err
     assert not stillhouse_home.exists()
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= processes
