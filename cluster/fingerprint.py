@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import UserError
+from cluster.loading import indexed_files
 from cluster.spec import TeacherSpec
 from cluster.specfile import home
 
@@ -125,17 +126,9 @@ def _files_of(folder: Path, code: bool) -> dict[str, Path]:
     # Two fields by which a configuration names other files for transformers to read.
     names |= {*(config.get("configuration_files") or ()), config.get("transformers_weights") or "config.json"}
     for index in [name for name in names if name.endswith(".safetensors.index.json")]:
-        names |= _named_in(folder / index)
+        names |= set(indexed_files(folder / index, "teacher.model"))
     # The loader reports a file that is named and missing, if it needs it: beside model.safetensors an index is unused.
     return {name: folder / name for name in sorted(names) if (folder / name).is_file()}
-
-
-def _named_in(index: Path) -> set[str]:
-    """The weight files that an index names."""
-    try:
-        return set(json.loads(index.read_bytes())["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"teacher.model: cannot read {index} as an index of weight files: {error!r}") from None
 
 
 # -- digests of single files, cached ---------------------------------------------------------------------------------

@@ -104,13 +104,29 @@ def weight_files(folder: str | Path, config: Any, field: str) -> list[Path]:
         raise UserError(f"{field}: {folder} holds no {' or '.join(names)}; save the model with save_pretrained")
     if found.suffix == ".safetensors":
         return [found]
-    try:
-        files = sorted(set(json.loads(found.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{field}: {found} is not an index of safetensors files ({type(error).__name__})") from None
+    files = indexed_files(found, field)
     if absent := [file for file in files if not (folder / file).is_file()]:
         raise UserError(f"{field}: {found.name} in {folder} names files that are not there: {_listed(absent)}")
     return [folder / file for file in files]
+
+
+def indexed_files(index: Path, field: str) -> list[str]:
+    """Names of the weight files in an index of safetensors files.
+
+    Raises:
+        UserError: it cannot be read, or is no such index.
+    """
+    refuse_pointer(index, field)
+    try:
+        files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not all(isinstance(file, str) for file in files):
+            raise TypeError
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{field}: {index} is not an index of safetensors files ({type(error).__name__}); copy or save the model "
+            f"again"
+        ) from None
+    return files
 
 
 def refuse_pointer(path: Path, field: str) -> None:
@@ -157,14 +173,28 @@ def check_weights(folder: str | Path, config: Any, field: str, trust_remote_code
         field: the spec's field that named the model, for the error.
 
     Raises:
-        UserError: names what is missing, unexpected or of another shape, or the file that is absent or damaged.
+        UserError: names what is missing, unexpected, there twice, quantized or of another shape, or the file that is
+            absent or damaged.
     """
     state: dict[str, Any] = {}
     for path in weight_files(folder, config, field):
-        state.update(_header(path, field))
+        tensors = _header(path, field)
+        if twice := state.keys() & tensors.keys():
+            raise UserError(
+                f"{field}: {path} holds weights that another file of its index holds too: {_listed(twice)}; which of "
+                f"them counts cannot be told, so copy or save the model again"
+            )
+        state.update(tensors)
     if getattr(config, "quantization_config", None) is not None:
         return
     skeleton = meta_model(config, field, trust_remote_code)
+    floats = {name for name, tensor in skeleton.state_dict().items() if tensor.is_floating_point()}
+    # from_pretrained would take the integers for the weights themselves, without their scales.
+    if integers := [name for name in floats & state.keys() if not state[name].is_floating_point()]:
+        raise UserError(
+            f"{field}: the weights in {folder} are integers, as quantized ones are, but its config.json has no "
+            f"quantization_config: {_listed(integers)}; give the model without quantization, or its config.json"
+        )
     with quiet():
         try:
             _, info = type(skeleton).from_pretrained(

@@ -51,6 +51,20 @@ def local_model(name: str, *, revision: str | None, tracking_uri: str, field: st
     if name.startswith("models:/"):
         return fetch_model(name, tracking_uri)
     path = _from_hub(name.removeprefix("hf://"), revision, field, code) if name.startswith("hf://") else Path(name)
+    try:
+        _check_files(path, name, field)
+    except OSError as error:
+        raise UserError(f"{field}: cannot read {name}: {error.strerror}; give another path, or its rights") from None
+    return path
+
+
+def _check_files(path: Path, name: str, field: str) -> None:
+    """Whether a local path is a directory with a model in a format that is loaded.
+
+    Raises:
+        UserError: it is not; says what it is and what to do.
+        OSError: it cannot be looked at, such as for want of permissions.
+    """
     if name.endswith(_GGUF) and path.is_file():
         raise UserError(f"{field}: {name} is a GGUF file; {_CONVERT_GGUF.format(folder=path.parent, file=path.name)}")
     weights = _weights_in(path)
@@ -58,6 +72,11 @@ def local_model(name: str, *, revision: str | None, tracking_uri: str, field: st
         raise UserError(f"{field}: {name} holds GGUF files; {_CONVERT_GGUF.format(folder=path, file=gguf[0])}")
     if (path / _ADAPTER).is_file():
         _refuse_adapter(path, field)
+    needed = ("config.json", "*.safetensors", INDEX, *_VOCABULARIES)
+    for file in sorted(path.glob("*")):
+        # What is left in a cache of a hub whose blobs have been removed.
+        if not file.exists() and any(map(file.match, needed)):
+            raise UserError(f"{field}: {file} links to {file.readlink()}, which is not there; fetch the model again")
     if not (path / "config.json").is_file():
         what = "is not there" if not path.exists() else "holds no config.json"
         raise UserError(
@@ -70,10 +89,12 @@ def local_model(name: str, *, revision: str | None, tracking_uri: str, field: st
             f"{field}: {name} holds no .safetensors{found}; other weight formats can run code when loaded. Load it "
             f"where you trust it and save it with save_pretrained"
         )
-    return path
 
 
 _GGUF, _ADAPTER = ".gguf", "adapter_config.json"
+# Files that hold a vocabulary, by the names that tokenizers of transformers give them.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _CONVERT_GGUF = (
     "convert it to safetensors: load it with AutoModelForCausalLM and AutoTokenizer.from_pretrained('{folder}', "
     "gguf_file='{file}'), set model.hf_quantizer = None, delete model.config.quantization_config, and save_pretrained"
@@ -129,6 +150,8 @@ def load_config(
     if (folder / _ADAPTER).is_file():
         _refuse_adapter(folder, field)
     tree = _read_object(folder / "config.json", field)
+    if not isinstance(tree.get("auto_map") or {}, Mapping):
+        raise UserError(f"{field}: auto_map in {folder}/config.json is not a JSON object; correct it, or take it out")
     kind, code = str(tree.get("model_type")), _own_code(tree)
     if trust_remote_code:
         _check_code(code, folder, field)
@@ -143,7 +166,8 @@ def load_config(
             f"not know; upgrade transformers if the model is newer, or give another model"
         )
     try:
-        config = read_config(folder, trust_remote_code)
+        with quiet():
+            config = read_config(folder, trust_remote_code)
     except Exception as error:  # whatever goes wrong here is wrong with the file that was given
         raise UserError(f"{field}: cannot use {folder}/config.json: {_one_line(error)}") from None
     kind = config.model_type
@@ -158,12 +182,19 @@ def _read_object(path: Path, field: str) -> dict[str, Any]:
     """The JSON object in a file."""
     refuse_pointer(path, field)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        tree = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{field}: cannot read {path} as JSON: {_one_line(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{field}: {path} is not a JSON object but a {type(tree).__name__}")
     return tree
+
+
+def _constant(text: str) -> float:
+    """What Python adds to JSON. An Infinity is meant, such as in Mamba 2's time_step_limit."""
+    if text == "NaN":
+        raise ValueError("a value is NaN")
+    return float(text)
 
 
 def _own_code(tree: Mapping[str, Any]) -> dict[str, str]:
@@ -247,10 +278,6 @@ def check_quantization(config: Any, folder: Path, field: str, on_gpu: bool) -> N
         ) from None
 
 
-# Files that hold a vocabulary, by the names that tokenizers of transformers give them.
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
-
-
 def load_tokenizer(folder: Path, field: str) -> Any:
     """The model's tokenizer. Python that comes with it is never run.
 
@@ -258,6 +285,8 @@ def load_tokenizer(folder: Path, field: str) -> Any:
         UserError: the directory holds none that transformers can load.
     """
     from transformers import AutoTokenizer
+
+    from cluster.corpus.tokens import UNKNOWN
 
     files = [path for pattern in _VOCABULARIES for path in sorted(folder.glob(pattern))]
     for path in files:
@@ -267,9 +296,16 @@ def load_tokenizer(folder: Path, field: str) -> Any:
     try:
         with quiet():
             # None would ask the terminal whether to run the tokenizer's own Python.
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer(UNKNOWN)  # some fail at the first text that they do not know
+            return tokenizer
     except Exception as error:  # tokenizers raises bare Exception on a broken file
+        for name in _TOKENIZER_FILES:
+            if (folder / name).is_file():
+                _read_object(folder / name, field)  # one that is no JSON is named
         reason = _one_line(error)
+        if not (folder / "tokenizer.json").is_file():
+            reason += "; where it loads, save_pretrained of AutoTokenizer writes a tokenizer.json, which always does"
         if "trust_remote_code" in str(error):
             reason = "it needs Python of its own, which is not run; give a model with a tokenizer.json"
         raise UserError(f"{field}: {folder} has no usable tokenizer: {reason}") from None

@@ -63,7 +63,8 @@ def _explain(error: ValidationError) -> str:
         path, message = _spell(detail["loc"]), detail["msg"].removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
             of = f" of {detail['loc'][1]} labels" if detail["loc"][0] == "labels" else ""
-            section = path.rpartition(".")[0]
+            # A student's fields are those of all students.
+            section = "students" if detail["loc"][:-2] == ("students",) else path.rpartition(".")[0]
             problem = f"{path}: no such field{of}; see `stillhouse explain{' ' + section if section else ''}`"
         elif detail["type"].startswith("union_tag"):
             key, names = UNIONS[path.rpartition(".")[2]]
@@ -81,7 +82,7 @@ def _explain(error: ValidationError) -> str:
     return "; ".join(problems.values())
 
 
-def _anchor(path: str, folder: Path) -> str:
+def anchored(path: str, folder: Path) -> str:
     """An absolute path for a local one (relative to the spec's own folder); a remote one as it is."""
     if path.startswith(REMOTE_SCHEMES):
         return path
@@ -97,17 +98,17 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
     if isinstance(corpus, dict) and isinstance(corpus.get("paths"), list):
         # A glob that ends in a slash names folders.
         corpus["paths"] = [
-            _anchor(p, folder) + "/" * (is_glob(p) and p.endswith("/") and not p.startswith(REMOTE_SCHEMES))
+            anchored(p, folder) + "/" * (is_glob(p) and p.endswith("/") and not p.startswith(REMOTE_SCHEMES))
             if isinstance(p, str)
             else p
             for p in corpus["paths"]
         ]
     inits = [s.get("init") for s in students.values() if isinstance(s, dict)] if isinstance(students, dict) else []
     if isinstance(store := tree.get("store"), dict) and isinstance(store.get("uri"), str):
-        store["uri"] = _anchor(store["uri"], folder)
+        store["uri"] = anchored(store["uri"], folder)
     for holder in (teacher, *inits):
         if isinstance(holder, dict) and isinstance(holder.get("model"), str):
-            holder["model"] = _anchor(holder["model"], folder)
+            holder["model"] = anchored(holder["model"], folder)
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> FamilySpec:

@@ -100,7 +100,10 @@ def _type(schema: Schema) -> str:
         return f"one of {', '.join(map(str, schema['enum']))}"
     if schema.get("type") == "array":
         parts = schema.get("prefixItems")
-        return f"[{', '.join(map(type_of, parts))}]" if parts else f"list of {type_of(schema['items'])}s"
+        if parts:
+            return f"[{', '.join(map(type_of, parts))}]"
+        # "list of strings", but "list of one of a, b".
+        return f"list of {type_of(schema['items'])}" + "s" * ("one of" not in type_of(schema["items"]))
     bounds = [f"{sign} {schema[key]:g}" for key, sign in BOUNDS.items() if key in schema]
     return f"{schema.get('type', 'any value')} {' and '.join(bounds)}".strip()
 

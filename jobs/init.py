@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 from cluster.errors import UserError
 from cluster.spec import NAME_PATTERN, CorpusSpec
-from cluster.specfile import REMOTE_SCHEMES, load_spec
+from cluster.specfile import REMOTE_SCHEMES, anchored, load_spec
+from cluster.yaml_file import parse_yaml
 from jobs.explain import Field, fields_of, find
 
 TEACHER, CORPUS = "/path/to/teacher", "/path/to/corpus.jsonl"
@@ -85,7 +85,7 @@ def _student(given: str) -> tuple[str, dict[str, Any]]:
             f"--student: got {given!r}; give NAME=LAYERS for some of the teacher's layers, such as small=6, or "
             f"NAME=MODEL for a directory, models:/name@alias or hf://org/name"
         )
-    if what.isdigit():
+    if what.isdecimal():
         return name, {"source": "teacher", "layers": int(what)}
     return name, {"source": "pretrained", "model": _anchored(what)}
 
@@ -104,7 +104,7 @@ def _anchored(path: str) -> str:
     if path.startswith(REMOTE_SCHEMES):
         return path
     # A glob that ends in a slash names folders.
-    return os.path.normpath(Path.cwd() / Path(path).expanduser()) + "/" * path.endswith("/")
+    return anchored(path, Path.cwd()) + "/" * path.endswith("/")
 
 
 def _section(of: Field, given: dict[str, Any], indent: str) -> Iterator[str]:
@@ -121,11 +121,17 @@ def _section(of: Field, given: dict[str, Any], indent: str) -> Iterator[str]:
         elif field.name == "students":
             yield "students:"
             for student, own in value.items():
-                yield f"  {student}:"
+                yield f"  {_key(student)}:"
                 yield from _section(field, own, "    ")
         else:
             yield f"{field.name}:"
             yield from _section(field, value, "  ")
+
+
+def _key(name: str) -> str:
+    """A student's name as YAML reads it back: some are no text without quotes, such as on, 1 and 2026-11-24."""
+    plain = re.match(NAME_PATTERN, name) and isinstance(parse_yaml(name, "--student"), str)
+    return name if plain else json.dumps(name)
 
 
 def _without_nulls(default: Any) -> Any:

@@ -9,6 +9,7 @@ from cluster.registry.client import (
     RefusedError,
     check_experiment,
     default_tracking_uri,
+    few_retries,
     shown,
     tracking_uri_of_environment,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "code_version",
     "default_tracking_uri",
     "fetch_model",
+    "few_retries",
     "log_figures",
     "on_this_node",
     "shown",

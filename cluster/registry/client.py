@@ -122,22 +122,30 @@ def check_experiment(tracking_uri: str, name: str) -> str | None:
         else:
             answers.put(None)
 
-    hurried = RETRIES not in os.environ
-    os.environ.setdefault(RETRIES, "1")
     try:
-        # From a thread, because a client of a database that is away tries for hours.
-        threading.Thread(target=ask, daemon=True).start()
-        error = answers.get(timeout=CHECK_S)
+        with few_retries():
+            # From a thread, because a client of a database that is away tries for hours.
+            threading.Thread(target=ask, daemon=True).start()
+            error = answers.get(timeout=CHECK_S)
     except Empty:
         return f"MLflow {shown(tracking_uri)} has not answered for {CHECK_S:g} s; a run waits for it"
-    finally:
-        if hurried:
-            del os.environ[RETRIES]
     if isinstance(error, AwayError):
         return f"{error}; a run waits for it"
     if error is not None:
         raise error
     return None
+
+
+@contextlib.contextmanager
+def few_retries() -> Iterator[None]:
+    """Have MLflow's HTTP client give up after seconds, unless the user has set how often it tries."""
+    hurried = RETRIES not in os.environ
+    os.environ.setdefault(RETRIES, "1")
+    try:
+        yield
+    finally:
+        if hurried:
+            del os.environ[RETRIES]
 
 
 def is_unmade(tracking_uri: str) -> bool:
@@ -200,9 +208,10 @@ def one_try(tracking_uri: str) -> Iterator[None]:
 
     Raises:
         AwayError: MLflow is away.
-        RefusedError: MLflow refuses. Both are one line, without credentials.
+        RefusedError: MLflow, or its database, refuses. Both are one line, without credentials.
     """
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import DatabaseError
 
     try:
         yield
@@ -213,7 +222,7 @@ def one_try(tracking_uri: str) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0].replace(tracking_uri, where)
         if is_away(error):
             raise AwayError(f"MLflow {where} does not answer: {reason}") from error
-        if isinstance(error, MlflowException):
+        if isinstance(error, MlflowException | DatabaseError):
             raise RefusedError(f"MLflow {where} refuses: {reason}") from error
         raise
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from cluster.errors import RunError, UserError
-from cluster.registry.client import client_of, patiently, shown
+from cluster.registry.client import client_of, is_unmade, one_try, patiently, shown
 from cluster.registry.models import WEIGHTS, Models, weights_digest
 from cluster.specfile import home
 
@@ -36,9 +36,13 @@ def fetch_model(uri: str, tracking_uri: str, put: Path | None = None, patience_s
 
     Raises:
         UserError: no such model, version or alias.
-        RunError: the registry knows it, but it holds no transformers model, or its files are gone.
+        RunError: the registry knows it, but it holds no transformers model, or its files are gone; or the registry
+            cannot be used.
     """
-    client = client_of(tracking_uri)
+    if is_unmade(tracking_uri):
+        raise UserError(f"{uri}: not in the registry {shown(tracking_uri)}, which holds nothing yet")
+    with one_try(tracking_uri):
+        client = client_of(tracking_uri)
     import mlflow
     from mlflow.exceptions import MlflowException
 

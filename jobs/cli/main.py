@@ -92,8 +92,10 @@ def check(
     # First, because a context's token has to be set before Ray is imported, which the preflight does.
     cluster = find_cluster(context, address)
     from cluster.preflight import preflight
+    from cluster.registry import few_retries
 
-    checked = preflight(family)
+    with few_retries():  # a run waits for an MLflow that is away, a check need not
+        checked = preflight(family)
     notice = check_size(checked.sized, checked.estimates, cluster)
     memory = checked.memory_report(elsewhere=cluster.named)
     names = ", ".join(checked.spec.students)

@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+import cluster.preflight as preflight_module
 from cluster.errors import UserError
 from cluster.fingerprint import teacher_fingerprint, tokenizer_fingerprint
 from cluster.heads import OutputHead
@@ -272,3 +274,9 @@ def test_an_end_token_behind_the_embedding_is_refused(check: Any, tmp_path: Path
     folder = with_token(tmp_path / "end", eos_token="<|the end|>")
     with pytest.raises(UserError, match=r"^teacher.model: .* gives '<\|the end\|>' the id 300; ids must be below 300"):
         check(teacher={"model": str(folder)})
+
+
+def test_a_model_without_a_longest_text_reads_any() -> None:
+    """XLNet's configuration gives -1."""
+    spec = FamilySpec.model_validate(tiny_family())
+    preflight_module._check_length(spec, SimpleNamespace(max_position_embeddings=-1), "the teacher")

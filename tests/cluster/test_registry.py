@@ -96,6 +96,14 @@ def test_an_mlflow_that_accepts_and_never_answers_holds_nobody_up(monkeypatch: p
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 
 
+def test_a_database_that_is_none_is_named_in_one_line(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    (tmp_path / "mlflow.db").write_text("this is text\n" * 100)
+    for ask in (lambda: check_experiment(uri, "demo"), lambda: fetch_model("models:/demo/1", uri)):
+        with pytest.raises(RunError, match=rf"^MLflow {uri} refuses: .*file is not a database$"):
+            ask()
+
+
 class Registry:
     """A registry with one model of some versions, each with a run of its own; the last is the challenger."""
 

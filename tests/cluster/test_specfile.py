@@ -9,6 +9,7 @@ import yaml
 from cluster.errors import UserError
 from cluster.spec import FamilySpec
 from cluster.specfile import home, load_spec, training_hash
+from jobs.explain import explain
 from tests.tiny import tiny_family
 
 YAML = """\
@@ -37,6 +38,12 @@ def refusal(path: Path, *overrides: str, text: str | None = None) -> str:
     assert "\n" not in message
     assert caught.value.exit_code == 2
     return message
+
+
+def test_the_section_that_a_refusal_points_to_can_be_explained(file: Path) -> None:
+    said = refusal(file, "students.small.depth=2")
+    assert "students.small.depth: no such field; see `stillhouse explain students`" in said
+    assert explain("students").startswith("students: ")
 
 
 @pytest.mark.parametrize(

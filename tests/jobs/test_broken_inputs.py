@@ -2,176 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from tests.tiny import SPECIAL, VOCABULARY, write_tiny_model, write_tiny_tokenizer
-from tests.tiny_types import tiny_model, write_own_code, write_tiny_type
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 60772936\n"
-SCRATCH = "{source: scratch, layers: 2, hidden_size: 32, heads: 4, intermediate_size: 64}"
-# Makes the input in a folder, where `model` is a copy of the tiny teacher; returns what --set is given.
-Make = Callable[[Path], list[str]]
-
-
-def teacher(folder: Path) -> list[str]:
-    return [f"teacher.model={folder / 'model'}"]
-
-
-def student(folder: Path) -> list[str]:
-    return [f"students.small.init={{source: pretrained, model: {folder / 'model'}}}"]
-
-
-def with_file(name: str, content: str | bytes, given: Make = teacher, *, lost: str = "") -> Make:
-    """The model with another file in it, and perhaps without one."""
-
-    def make(folder: Path) -> list[str]:
-        if lost:
-            (folder / "model" / lost).unlink()
-        data = content if isinstance(content, bytes) else content.encode()
-        (folder / "model" / name).write_bytes(data)
-        return given(folder)
-
-    return make
-
-
-def with_fields(file: str, given: Make = teacher, *more: str, **fields: Any) -> Make:
-    """The model with other fields in one of its JSON files; None takes one out."""
-
-    def make(folder: Path) -> list[str]:
-        path = folder / "model" / file
-        tree = {**json.loads(path.read_text()), **fields}
-        path.write_text(json.dumps({name: value for name, value in tree.items() if value is not None}))
-        return [*given(folder), *more]
-
-    return make
-
-
-def quantized(given: Make = teacher, *more: str, **settings: Any) -> Make:
-    return with_fields("config.json", given, *more, quantization_config=settings)
-
-
-def of_type(kind: str, *more: str, **fields: Any) -> Make:
-    """A model of which only the configuration's kind is looked at."""
-    return with_file("config.json", json.dumps({"model_type": kind, **fields}), lambda at: [*teacher(at), *more])
-
-
-def written(write: Callable[[Path], Any], *more: str, given: Make = teacher) -> Make:
-    """A model that is written instead of the copy."""
-
-    def make(folder: Path) -> list[str]:
-        shutil.rmtree(folder / "model")
-        (folder / "model").mkdir()
-        write(folder / "model")
-        return [*given(folder), *more]
-
-    return make
-
-
-def mamba(folder: Path) -> None:
-    from transformers import AutoConfig
-
-    write_tiny_tokenizer(folder)
-    tiny_model(
-        AutoConfig.for_model("mamba", vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4)
-    ).save_pretrained(folder)
-
-
-def encoder(folder: Path) -> None:
-    from transformers import BertConfig, BertForMaskedLM
-
-    write_tiny_tokenizer(folder)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    BertForMaskedLM(BertConfig(vocab_size=320, **sizes)).save_pretrained(folder)
-
-
-def classifier(folder: Path) -> None:
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    write_tiny_tokenizer(folder)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    LlamaForSequenceClassification(LlamaConfig(vocab_size=320, pad_token_id=0, **sizes)).save_pretrained(folder)
-
-
-def two_files(folder: Path) -> None:
-    """A model of whose shards one was not copied."""
-    write_tiny_tokenizer(folder)
-    write_tiny_type(folder, "llama", vocab_size=320, max_position_embeddings=512)
-    from safetensors.torch import load_file, save_file
-
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    save_file(state, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
-    parts = {name: f"model-0000{1 + ('norm' in name)}-of-00002.safetensors" for name in state}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
-
-
-def own_code(*lost: str, **auto_map: str) -> Callable[[Path], None]:
-    """A model with Python of its own, perhaps without some of it or from elsewhere."""
-
-    def write(folder: Path) -> None:
-        write_tiny_tokenizer(folder)
-        write_own_code(folder, vocab_size=320, max_position_embeddings=512)
-        for name in lost:
-            (folder / name).unlink()
-        tree = json.loads((folder / "config.json").read_text())
-        tree["auto_map"] |= auto_map
-        (folder / "config.json").write_text(json.dumps(tree))
-
-    return write
-
-
-def cut_off(folder: Path) -> list[str]:
-    file = folder / "model" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    return teacher(folder)
-
-
-def gguf_file(folder: Path) -> list[str]:
-    (folder / "q4.gguf").write_bytes(b"GGUF\x03\0\0\0")
-    return [f"teacher.model={folder / 'q4.gguf'}"]
-
-
-def gguf_folder(folder: Path) -> None:
-    (folder / "q4.gguf").write_bytes(b"GGUF\x03\0\0\0")
-    write_tiny_tokenizer(folder)
-
-
-def adapter(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "peft_type": "LORA"}')
-    (folder / "adapter_model.safetensors").write_bytes(b"")
-
-
-def added_word(folder: Path) -> list[str]:
-    """A token for the tokenizer, and none for the embedding."""
-    from transformers import AutoTokenizer
-
-    write_tiny_model(folder / "model", padded_to=VOCABULARY)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    tokenizer.add_tokens(["distillery"])
-    tokenizer.save_pretrained(folder / "model")
-    return teacher(folder)
-
-
-def other_merges(folder: Path) -> list[str]:
-    file = folder / "model" / "tokenizer.json"
-    tree = json.loads(file.read_text())
-    tree["model"]["merges"].pop()
-    file.write_text(json.dumps(tree))
-    return student(folder)
-
-
-def moved_special(folder: Path) -> list[str]:
-    file = folder / "model" / "tokenizer.json"
-    file.write_text(file.read_text().replace(SPECIAL[1], "<|human|>"))
-    return student(folder)
-
+from tests.jobs.broken_models import (
+    POINTER,
+    SCRATCH,
+    Make,
+    adapter,
+    added_word,
+    classifier,
+    cut_off,
+    dangling,
+    encoder,
+    gguf_file,
+    gguf_folder,
+    mamba,
+    mixed_shards,
+    moved_special,
+    of_type,
+    other_merges,
+    own_code,
+    quantized,
+    rewritten,
+    student,
+    teacher,
+    two_files,
+    with_fields,
+    with_file,
+    written,
+)
+from tests.tiny import SPECIAL, VOCABULARY
 
 TRUSTED = "teacher.trust_remote_code=true"
 BROKEN: dict[str, tuple[Make, list[str]]] = {
@@ -218,7 +83,34 @@ BROKEN: dict[str, tuple[Make, list[str]]] = {
         with_file("config.json", POINTER),
         ["config.json is a Git LFS pointer"],
     ),
+    "an index that Git LFS has not fetched": (
+        with_file("model.safetensors.index.json", POINTER, lost="model.safetensors"),
+        ["model.safetensors.index.json is a Git LFS pointer"],
+    ),
+    "an index of numbers": (
+        with_file("model.safetensors.index.json", '{"weight_map": {"a": 1}}', lost="model.safetensors"),
+        ["model.safetensors.index.json is not an index of safetensors files (TypeError)"],
+    ),
+    "an unused index of numbers": (
+        with_file("model.safetensors.index.json", '{"weight_map": {"a": 1, "b": "c"}}'),
+        ["model.safetensors.index.json is not an index of safetensors files (TypeError)"],
+    ),
+    "shards of two saves": (mixed_shards, ["model-2.safetensors holds weights that another", ": model.norm.weight; "]),
+    "weights whose blob is gone": (
+        dangling("model.safetensors"),
+        ["model.safetensors links to ../../blobs/4d7a21, which is not there; fetch the model again"],
+    ),
+    "a configuration whose blob is gone": (dangling("config.json"), ["config.json links to ../../blobs/4d7a21"]),
+    "a tokenizer whose blob is gone": (dangling("tokenizer.json"), ["tokenizer.json links to ../../blobs/4d7a21"]),
+    "a settings file of a tokenizer that was cut off": (
+        with_file("tokenizer_config.json", '{"eos_token":'),
+        ["cannot read", "tokenizer_config.json as JSON"],
+    ),
     # -- quantized weights
+    "integers without a quantization_config": (
+        rewritten(lambda tensor: tensor.char()),
+        ["are integers, as quantized ones are, but its config.json has no quantization_config: lm_head.weight, "],
+    ),
     # huggingface/lighteval #200, AIAnytime/Fine-Tune-DeepSeek #1
     "bitsandbytes, not installed": (
         quantized(quant_method="bitsandbytes", load_in_8bit=True),
@@ -279,6 +171,12 @@ BROKEN: dict[str, tuple[Make, list[str]]] = {
         with_fields("config.json", transformers_weights=3),
         ["holds no 3; save the model with save_pretrained"],
     ),
+    "a NaN": (with_fields("config.json", rms_norm_eps=float("nan")), ["config.json as JSON: a value is NaN"]),
+    "nested without end": (with_file("config.json", "[" * 100_000), ["config.json as JSON: maximum recursion depth"]),
+    "an auto_map that is none": (
+        with_fields("config.json", auto_map="AutoConfig"),
+        ["auto_map in", "is not a JSON object; correct it, or take it out"],
+    ),
     # -- Python that comes with a model
     "own code that is not allowed": (
         written(own_code()),
@@ -313,6 +211,26 @@ BROKEN: dict[str, tuple[Make, list[str]]] = {
         with_fields("tokenizer_config.json", lambda at: [(at / "model" / "tokenizer.json").unlink() or teacher(at)[0]]),
         ["has no usable tokenizer: it holds no tokenizer.json"],
     ),
+    "no token for unknown words": (
+        with_fields(
+            "tokenizer.json",
+            model={
+                "type": "WordLevel",
+                "vocab": {**dict(zip(SPECIAL, range(4), strict=True)), "a": 4},
+                "unk_token": "?",
+            },
+            decoder=None,
+        ),
+        ["has no usable tokenizer: WordLevel error: Missing [UNK] token from the vocabulary"],
+    ),
+    "a length that is no number": (
+        with_fields("tokenizer_config.json", model_max_length="long"),
+        ["has no usable tokenizer: '>' not supported between"],
+    ),
+    "a vocabulary for a library that is not installed": (
+        with_file("tokenizer.model", b"\n\5hello", lost="tokenizer.json"),
+        ["has no usable tokenizer: ", "save_pretrained of AutoTokenizer writes a tokenizer.json"],
+    ),
     # huggingface/tokenizers #1609, huggingface/transformers #12763
     "a word without an embedding": (added_word, ["gives 'distillery' the id 300; ids must be below 300"]),
     # fc2869/lo-fit #1: a tokenizer of 32001, an embedding of 32000
@@ -327,6 +245,11 @@ BROKEN: dict[str, tuple[Make, list[str]]] = {
         ["id 1 is '<|human|>' in it and '<|user|>' in the teacher's (300 and 300 tokens)"],
     ),
     # -- names
+    "a name that no file can have": (lambda _: [f"teacher.model=/{'a' * 300}"], ["cannot read /aaa", "too long; give"]),
+    "a registered model before there is any": (
+        lambda _: ["teacher.model=models:/demo-small@champion"],
+        ["models:/demo-small@champion: not in the registry sqlite:///", ", which holds nothing yet"],
+    ),
     "a hub that cannot be reached": (
         lambda _: ["teacher.model=hf://Qwen/Qwen2.5-0.5B"],
         ["teacher.model: cannot fetch hf://Qwen/Qwen2.5-0.5B (default revision)"],
@@ -347,12 +270,12 @@ def test_a_broken_model_is_refused_by_check(
     folder = spec.parent
     shutil.copytree(tiny_teacher, folder / "model")
     overrides = make(folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     processes = {process.pid for process in psutil.Process().children(recursive=True)}
     code, out, err = run("check", str(spec), *(part for each in overrides for part in ("--set", each)))
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1
     assert [part for part in wanted if part not in err] == [], err
     assert not stillhouse_home.exists()
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
     assert {process.pid for process in psutil.Process().children(recursive=True)} <= processes

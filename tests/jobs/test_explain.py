@@ -65,3 +65,8 @@ def test_a_path_that_is_none_names_the_nearest_in_one_line(path: str, near: str)
         explain.explain(path)
     said = str(refused.value)
     assert said.startswith(f"explain: there is no field {path!r}; nearest: {near}") and "\n" not in said
+
+
+def test_lists_of_choices_have_no_plural() -> None:
+    assert type_of(find("notify.events")[0].schema) == "list of one of succeeded, failed, stopped, promoted"
+    assert type_of(find("corpus.paths")[0].schema) == "list of strings"

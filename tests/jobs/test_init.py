@@ -53,6 +53,27 @@ def test_every_default_that_is_commented_out_is_the_default(tmp_path: Path) -> N
     assert load_spec(tmp_path / "b.yaml") == load_spec(tmp_path / "a.yaml")
 
 
+def test_names_that_yaml_takes_for_something_else_stay_names(tmp_path: Path) -> None:
+    names = ["on", "1", "null", "2026-11-24", "y", "small"]
+    write_family(tmp_path / "a.yaml", None, [], [f"{name}=2" for name in names], "a")
+    assert list(load_spec(tmp_path / "a.yaml").students) == names
+    assert "\n  small:" in (tmp_path / "a.yaml").read_text()
+
+
+def test_a_variable_in_a_path_is_expanded_before_the_path_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODELS", str(tmp_path))
+    write_family(tmp_path / "a.yaml", "$MODELS/teacher", ["$MODELS/*/"], [], "a")
+    spec = load_spec(tmp_path / "a.yaml")
+    assert (spec.teacher.model, spec.corpus.paths) == (f"{tmp_path}/teacher", [f"{tmp_path}/*/"])
+
+
+def test_a_number_that_python_cannot_read_is_a_models_name(tmp_path: Path) -> None:
+    write_family(tmp_path / "a.yaml", None, [], ["small=\N{SUPERSCRIPT TWO}"], "a")
+    assert load_spec(tmp_path / "a.yaml").students["small"].init.source == "pretrained"
+
+
 def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "family.yaml"
     path.write_text("mine")
