@@ -91,7 +91,7 @@ def check_capacity(
     if (need := first_without_room(needs, nodes)) is not None:
         raise UserError(
             f"{where}: {need} and does not fit; in all, {'; '.join(map(str, needs))}; "
-            f"there is {_shown(nodes)}. {_remedy(need, needs, nodes)}"
+            f"there is {_shown(nodes)}. {_remedy(needs, nodes)}"
         )
 
 
@@ -157,14 +157,18 @@ def _scarcest_first(needs: Iterable[Need]) -> tuple[float, float, float]:
     return gpus, cpus, memory
 
 
-def _remedy(need: Need, needs: Iterable[Need], nodes: Iterable[Mapping[str, float]]) -> str:
-    """What to do about needs of which this one does not fit: about memory where CPUs and GPUs alone would."""
-    if first_without_room([replace(each, memory=0.0) for each in needs], nodes) is None and need.memory:
-        return (
-            "Lower micro_batch, corpus.sequence_length, ranks or replicas, use gradient_checkpointing or smaller "
-            "models, end what else runs there, or add nodes"
+def _remedy(needs: Sequence[Need], nodes: Sequence[Mapping[str, float]]) -> str:
+    """What to do about needs that do not fit, for each resource of which there is too little."""
+    advice = []
+    if first_without_room([replace(each, memory=0.0) for each in needs], nodes) is not None:
+        advice.append("Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes")
+    if not advice or first_without_room([replace(each, cpus=0.0, gpus=0.0) for each in needs], nodes) is not None:
+        advice.append(
+            "For memory, use smaller students (weights, gradients and optimizer take about 18 bytes per parameter), "
+            "lower micro_batch, corpus.sequence_length or replicas, use gradient_checkpointing, end what else runs "
+            "there, or add nodes"
         )
-    return "Lower cpus_per_shard, _rank or _arm, ranks or shards, or add nodes"
+    return ". ".join(advice)
 
 
 def gib(size: float) -> str:

@@ -122,16 +122,30 @@ def memory_report(
             line += f" of host memory and {gib(estimate.device)} of a GPU"
         lines.append(line + (f" ({_parts(estimate)})" if estimate is not None else ""))
     most = max(totals(stage)[2] for stage in stages)
-    lines.append(f"  in all {gib(most)}; this machine has {gib(here['memory'])} beside Ray's object store")
-    without_memory = {**here, "memory": float("inf")}
-    if elsewhere or any(first_without_room(stage, [without_memory]) is not None for stage in stages):
-        # It lacks CPUs or GPUs that the family asks for, so it is not the one that the family is for.
-        lines[-1] += ", on which the family is not to run"
+    lines.append(f"  in all {gib(most)}")
+    if elsewhere:
         return lines
-    for stage in stages:
-        check_capacity(stage, [here], "this machine is too small (to check for a cluster, set RAY_ADDRESS)")
+    lines[-1] += f"; this machine has {gib(here['memory'])} beside Ray's object store"
+    lacking = [name for name in ("CPU", "GPU") if _lacks(stages, here, name)]
+    if "GPU" not in lacking and _lacks(stages, here, "memory"):
+        for stage in stages:
+            check_capacity(stage, [here], "this machine is too small (to check for a cluster, set RAY_ADDRESS)")
+    if lacking:
+        cpus, gpus, _ = (max(totals(stage)[i] for stage in stages) for i in range(3))
+        needed = f"{cpus:g} CPU" + (f" and {gpus:g} GPU" if gpus else "")
+        lines.append(
+            f"warning: `run` would refuse this family on this machine: it needs {needed} at a time, and there are "
+            f"{here['CPU']:g} CPU and {here['GPU']:g} GPU; to check for a cluster, set RAY_ADDRESS or use a context"
+        )
+        return lines
     check_devices(spec, estimates, [here])
     return lines
+
+
+def _lacks(stages: Iterable[Iterable[Need]], node: Mapping[str, float], name: str) -> bool:
+    """Whether a machine has too little of one resource, whatever it has of the others."""
+    alone = {each: node[each] if each == name else float("inf") for each in ("CPU", "GPU", "memory")}
+    return any(first_without_room(stage, [alone]) is not None for stage in stages)
 
 
 def _parts(estimate: Estimate) -> str:

@@ -15,19 +15,26 @@ from cluster.labels.store.objects import HEADS
 from cluster.labels.store.store import LabelStore
 from cluster.labels.store.upkeep import SETTLED_S, gc, passes, stat, verify
 from cluster.specfile import home
+from jobs.contexts import context_for
 from jobs.tables import show_table
 
 # A person waits for the answer.
 _PATIENCE_S = 20.0
 
 
-def open_store(uri: str | None) -> LabelStore:
-    """The store that a user names, by default the Stillhouse home's own.
+def open_store(uri: str | None, removes: bool = False) -> LabelStore:
+    """The store that a user names, by default that of the context in use, else the Stillhouse home's own.
+
+    Args:
+        removes: what is to be done takes labels away, so a store that may be others' has to be named.
 
     Raises:
-        UserError: it is not there or cannot be used.
+        UserError: it is not there or cannot be used, or has to be named.
     """
-    name = uri if uri is not None else str(home() / "labels")
+    own, shared = str(home() / "labels"), context_for(None, None).store
+    if removes and uri is None and shared is not None:
+        raise UserError(f"name the store to remove from: --store {shared} (of the context in use) or --store {own}")
+    name = uri or shared or own
     store = LabelStore.open(name, patience_s=_PATIENCE_S)
     if "://" not in name and not Path(store.bucket.uri).exists():
         raise UserError(f"label store {store.bucket.uri} is not there; name one with --store DIRECTORY or s3://...")
@@ -69,7 +76,7 @@ def show_holdings(uri: str | None, as_json: bool) -> None:
 def verify_store(uri: str | None, remove: bool) -> int:
     """Read everything and print what is wrong. Returns 0 when nothing is, else 1."""
     read, wrong = 0, 0
-    for entry, problem in verify(open_store(uri), remove):
+    for entry, problem in verify(open_store(uri, removes=remove), remove):
         read += 1
         if problem is not None:
             wrong += 1
@@ -86,7 +93,7 @@ def collect(uri: str | None, older_than: str | None, max_size: str | None, dry_r
     """
     age = parse_age(older_than).total_seconds() if older_than is not None else None
     at_most = parse_size(max_size) if max_size is not None else None
-    removed = gc(open_store(uri), age, at_most, dry_run)
+    removed = gc(open_store(uri, removes=not dry_run), age, at_most, dry_run)
     heads = {entry.key: removed.models.get(entry.key.removeprefix(HEADS), "?") for entry in removed.heads}
     for entry in (*removed.entries, *removed.leftovers):
         head = f" (head of {heads[entry.key]}, {show_size(entry.size)})" if entry.key in heads else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import shutil
@@ -32,6 +33,7 @@ from jobs.console import Display, quiet
 from jobs.lines import run_line
 from jobs.notify import facts_of, notify
 from jobs.promotion import champion_arms, promotion_lines, settle
+from jobs.submit import FAMILY
 
 
 def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = None) -> None:
@@ -63,7 +65,8 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
             result, serving = _run(checked, folder, console, line)
         except KeyboardInterrupt:
             # One that left the queue has no folder any more.
-            again = f" Resume it with: stillhouse run {path} --resume" if folder.folder.exists() else ""
+            command = f"jobs resume {job}" if (job := _job_name()) else f"run {path} --resume"
+            again = f" Resume it with: stillhouse {command}" if folder.folder.exists() else ""
             console.print(f"interrupted; nothing of it is left running.{again}", highlight=False)
             if folder.mlflow:  # a student may have started
                 _tell(console, checked, folder, "stopped")
@@ -90,6 +93,12 @@ def run(path: Path, overrides: Sequence[str], resume: bool, ds: date | None = No
             _tell(console, checked, folder, ended, result, wrong, event="promoted")
     if trouble:
         raise RunError("; ".join(trouble))
+
+
+def _job_name() -> str:
+    """Name of the submitted job that this process is the driver of, as Ray's job server has given it; else empty."""
+    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    return metadata.get("job_submission_id", "") if FAMILY in metadata else ""
 
 
 def _tell(

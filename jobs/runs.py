@@ -15,7 +15,7 @@ import typer
 
 from cluster.errors import RunError, UserError
 from cluster.kept_runs import KeptRun, kept_runs, leftovers, remove_run, strings_in
-from cluster.runs import find_run
+from cluster.runs import find_run, runs_folder
 from cluster.specfile import home
 from jobs.labels import parse_age, parse_size, show_size
 from jobs.tables import show_table
@@ -36,6 +36,12 @@ def list_runs(as_json: bool) -> None:
     ]
     columns = ("run", "family", "state", "age", "size", "frees", "registered")
     show_table(columns, rows, right=("age", "size", "frees"))
+    if not rows:
+        typer.echo(
+            f"no runs in {runs_folder()}; those of a cluster's jobs lie under the Stillhouse home of its head "
+            f"(`make up`: $STILLHOUSE_HOME/stack/home): set STILLHOUSE_HOME to it there",
+            err=True,
+        )
 
 
 def remove_runs(names: Sequence[str]) -> None:

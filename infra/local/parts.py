@@ -129,6 +129,11 @@ class Stack:
         return f"http://127.0.0.1:{self.ports['s3']}"
 
     @property
+    def s3_keys(self) -> Path:
+        """A shell script that exports what a client of the S3 server needs."""
+        return self.folder / "secrets" / "s3.sh"
+
+    @property
     def mlflow_url(self) -> str:
         """Of the MLflow server."""
         return f"http://127.0.0.1:{self.ports['mlflow']}"
@@ -226,6 +231,9 @@ class Stack:
         access, secret = self.environment["AWS_ACCESS_KEY_ID"], self.environment["AWS_SECRET_ACCESS_KEY"]
         identity = {"name": access, "credentials": [{"accessKey": access, "secretKey": secret}], "actions": ["Admin"]}
         _write_private(self.folder / "secrets" / "s3.json", json.dumps({"identities": [identity]}))
+        theirs = {name: value for name, value in self.environment.items() if name.startswith(("AWS_", "MLFLOW_S3_"))}
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in theirs.items())
+        _write_private(self.s3_keys, exports)
 
     def _make_database(self) -> None:
         password = self.secret("postgres")

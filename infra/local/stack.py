@@ -71,7 +71,10 @@ def up(stack: Stack, free_ports: bool) -> int:
         "\nuse it from anywhere:\n"
         f"  stillhouse context add local --address http://127.0.0.1:{stack.ports['ray']} --tracking-uri "
         f"{stack.mlflow_url} --store s3://labels --token-file {stack.folder / 'secrets/ray'}\n"
-        "  stillhouse context use local"
+        "  stillhouse context use local\n"
+        "and, in a shell that is to read its label store and its runs:\n"
+        f"  . {stack.s3_keys}\n"
+        f"  STILLHOUSE_HOME={stack.home} stillhouse runs ls"
     )
     return 0
 

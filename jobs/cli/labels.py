@@ -14,7 +14,11 @@ labels = typer.Typer(
     rich_markup_mode=None,
 )
 Store = Annotated[
-    str | None, typer.Option(help="A folder or s3://bucket/prefix. Default: $STILLHOUSE_HOME/labels.", metavar="URI")
+    str | None,
+    typer.Option(
+        help="A folder or s3://bucket/prefix. Default: that of the context in use, else $STILLHOUSE_HOME/labels.",
+        metavar="URI",
+    ),
 ]
 
 

@@ -164,7 +164,9 @@ def newcomer(**sections: Any) -> tuple[FamilySpec, dict[str, Estimate]]:
 def test_the_newcomer_s_family_is_refused_on_24_gib_and_not_on_64() -> None:
     spec, estimates = newcomer()
     here = {"CPU": 8.0, "GPU": 0.0, "memory": 24.0 * GIB}
-    with pytest.raises(UserError, match=r"^this machine is too small .*RAY_ADDRESS\): .*micro_batch") as refused:
+    with pytest.raises(
+        UserError, match=r"^this machine is too small .*RAY_ADDRESS\): .*18 bytes per parameter.*micro_batch"
+    ) as refused:
         memory_report(spec, estimates, here, elsewhere=False)
     assert "\n" not in str(refused.value)
     lines = memory_report(spec, estimates, {**here, "memory": 64.0 * GIB}, elsewhere=False)
@@ -177,11 +179,23 @@ def test_the_newcomer_s_family_is_refused_on_24_gib_and_not_on_64() -> None:
     assert "optimizer 9.4" in lines[3]  # 12 bytes for each of 842 million parameters, in GiB
 
 
+def test_too_little_memory_is_refused_also_where_cpus_are_too_few() -> None:
+    spec, estimates = newcomer()
+    here = {"CPU": 2.0, "GPU": 0.0, "memory": 24.0 * GIB}
+    with pytest.raises(UserError, match=r"^this machine is too small.*2 CPU.*24.0 GiB\. Lower cpus_.*\. For memory, "):
+        memory_report(spec, estimates, here, elsewhere=False)
+
+
 @pytest.mark.parametrize("lacks", ["CPU", "GPU"])
-def test_a_machine_that_lacks_other_resources_is_not_the_one_the_family_is_for(lacks: str) -> None:
+def test_a_family_that_asks_for_more_cpus_or_for_gpus_may_be_for_a_cluster(lacks: str) -> None:
     spec, estimates = newcomer(teacher={"gpus_per_shard": 1.0} if lacks == "GPU" else {})
-    here = {"CPU": 8.0, "GPU": 0.0, "memory": 2.0 * GIB, **({"CPU": 1.0} if lacks == "CPU" else {})}
-    assert memory_report(spec, estimates, here, elsewhere=False)[-1].endswith("on which the family is not to run")
+    here = {"CPU": 8.0, "GPU": 0.0, "memory": 2.0 * GIB}
+    if lacks == "CPU":
+        here |= {"CPU": 1.0, "memory": 64.0 * GIB}
+    needed = "3 CPU at a time" if lacks == "CPU" else "3 CPU and 1 GPU at a time"
+    (warning,) = [line for line in memory_report(spec, estimates, here, elsewhere=False) if "warning" in line]
+    assert "`run` would refuse this family on this machine" in warning and needed in warning
+    assert not any("warning" in line for line in memory_report(spec, estimates, here, elsewhere=True))
 
 
 def test_what_the_user_gives_counts_instead_of_the_estimate() -> None:
@@ -196,7 +210,7 @@ def test_memory_is_placed_like_cpus_and_a_node_that_names_none_has_no_limit() ->
     needs = [Need("a", 2, 1, 0, 3.0 * GIB), Need("b", 1, 0, 0, 1.0 * GIB)]
     check_capacity(needs, [{"CPU": 2.0}])
     check_capacity(needs, [{"CPU": 1.0, "memory": 3.0 * GIB}, {"CPU": 1.0, "memory": 4.0 * GIB}])
-    with pytest.raises(UserError, match=r"a needs 2 x \(1 CPU and 3.0 GiB\) and does not fit.*4.0 GiB\. Lower micro_"):
+    with pytest.raises(UserError, match=r"a needs 2 x \(1 CPU and 3.0 GiB\) and does not fit.*4.0 GiB\. For memory, "):
         check_capacity(needs, [{"CPU": 8.0, "memory": 4.0 * GIB}])
     with pytest.raises(UserError, match=r"Lower cpus_per_shard"):
         check_capacity(needs, [{"CPU": 1.0, "memory": 64.0 * GIB}])

@@ -17,6 +17,7 @@ from cluster.heads import OutputHead
 from cluster.labels.store.objects import head_key, label_key, labels_prefix
 from cluster.labels.store.store import LabelStore
 from jobs.cli.main import main
+from jobs.contexts import add_context
 from jobs.labels import parse_age, parse_size, show_size
 from tests.cluster.labels.store.fill import OTHER, TEACHER, age_labels, fill, stamp_of_batch
 
@@ -57,6 +58,21 @@ def test_ls_and_stat_give_lines_in_a_pipe(run: Run, store: LabelStore) -> None:
     assert (names[0], names[4], names[-1]) == ("teacher", "kind", "newest")
     assert [(cells[0], cells[4], cells[5]) for cells in lines] == [(TEACHER, "topk", "3"), (OTHER, "topk", "1")]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[0][-1])
+
+
+def test_the_store_of_the_context_in_use_is_read_and_never_emptied_unnamed(
+    run: Run, store: LabelStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_CONFIG", str(tmp_path / "config.yaml"))
+    shared = tmp_path / "shared"
+    fill(LabelStore.open(str(shared)), 2, OTHER)
+    add_context("lab", address="http://127.0.0.1:8265", store=str(shared))
+    assert [line.split("\t")[0] for line in run("stat")[1].splitlines()[1:]] == [OTHER]
+    for removal in (["gc", "--max-size", "0"], ["verify", "--remove"]):
+        code, _, err = run(*removal)
+        assert code == 2 and f"--store {shared} (of the context in use) or --store " in err
+    assert run("gc", "--max-size", "0", "--dry-run")[0] == 0
+    assert run("gc", "--max-size", "0", "--store", str(shared))[0] == 0
 
 
 def test_ls_and_stat_give_json(run: Run, store: LabelStore) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from cluster.evaluate.result import FamilyResult
 from jobs import run as module
 from jobs.lines import promotions_in
 from jobs.promotion import settle
+from jobs.submit import FAMILY
 from tests.fidelities import fidelity
 from tests.jobs.test_promotion import BETTER, FIDELITY, Nights
 from tests.jobs.test_promotion import nights as nights
@@ -49,6 +51,14 @@ def ended(
         return "; ".join(result.trouble), out.getvalue()
 
     return result, rest
+
+
+def test_an_interrupted_job_is_resumed_as_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module._job_name() == ""
+    for metadata, name in (({FAMILY: "tiny"}, "tiny-1"), ({}, "")):  # a program of somebody's own may call a run too
+        job = {"runtime_env": {}, "metadata": {**metadata, "job_submission_id": "tiny-1"}}
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+        assert module._job_name() == name
 
 
 def test_a_report_that_mlflow_refuses_is_missing_there_and_the_family_succeeded(

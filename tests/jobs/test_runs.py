@@ -33,6 +33,11 @@ def typed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], st
     return call
 
 
+def test_ls_names_the_folder_that_has_no_runs(typed: Typed, stillhouse_home: Path) -> None:
+    code, out, err = typed("ls")
+    assert (code, out.count("\n")) == (0, 1) and f"no runs in {stillhouse_home / 'runs'};" in err
+
+
 def test_ls_shows_state_age_and_size(typed: Typed) -> None:
     old, new = begun(9.5, {"small": 3}), begun(0.1)
     header, *lines = [line.split("\t") for line in typed("ls")[1].splitlines()]
