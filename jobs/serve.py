@@ -25,10 +25,11 @@ def serve(spec: EndpointSpec, tracking_uri: str | None) -> None:
         UserError: an arm, a name or the port cannot be used. Nothing has been started.
     """
     from cluster.registry import default_tracking_uri
+    from jobs.contexts import context_for
     from serving.keys import KeyRing
     from serving.models import find_models
 
-    uri = tracking_uri or default_tracking_uri()
+    uri = tracking_uri or context_for(None, None).tracking_uri or default_tracking_uri()
     KeyRing(spec.keys)
     # Found and checked here, before a cluster is started for them.
     spec, models = find_models(spec, uri)

@@ -50,7 +50,11 @@ class ArmWatch:
         try:
             dead, out = self._dead(), dict(self._outages())
         except (RayError, RayServeException, StillhouseError, TimeoutError) as error:
-            trouble = f"the state of the arms is not known: {first_line(error)}"
+            late = isinstance(error, TimeoutError)
+            reason = (
+                "its control process does not answer, so this machine may be overloaded" if late else first_line(error)
+            )
+            trouble = f"the state of the arms is not known: {reason}"
             if trouble != self._trouble:
                 yield trouble
             self._trouble = trouble

@@ -15,8 +15,8 @@ Overrides = Annotated[
 TrackingUri = Annotated[
     str | None,
     typer.Option(
-        help="MLflow tracking URI for models:/ arms. Default: $MLFLOW_TRACKING_URI, else SQLite under the Stillhouse "
-        "home."
+        help="MLflow tracking URI. Default: the one of the context in use, else $MLFLOW_TRACKING_URI, else SQLite "
+        "under the Stillhouse home."
     ),
 ]
 Address = Annotated[
