@@ -46,6 +46,8 @@ _TEXTS = SCHEMA.append(pa.field(_REFUSED, pa.string()))
 _SCHEMA = pa.schema(
     [("ids", pa.large_list(pa.int32())), ("hash", pa.uint64()), ("spelled", pa.bool_()), *list(_TEXTS)[1:]]
 )
+# That one file's task asks for, where the family has as much.
+FILE_CPUS = 0.5
 # How far before the wanted place a long document's cut looks for a blank line, in tokens.
 LINE_SEARCH = 512
 
@@ -135,8 +137,12 @@ def _refuse(reason: str) -> pa.Table:
     return pa.Table.from_pylist([{"ids": [], "hash": 0, "spelled": False, _REFUSED: reason}], schema=_SCHEMA)
 
 
-def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str) -> _Documents:
+def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str, cpus: float) -> _Documents:
     """Read and tokenise all files.
+
+    Args:
+        cpus: what one file may take at most; a task that asks for more than the family's place would wait without end
+            on a cluster whose other CPUs are held.
 
     Raises:
         UserError: a file is refused, more rows than ``corpus.max_bad_share`` are, or there is no token to begin with.
@@ -150,14 +156,14 @@ def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str) -> _Doc
         fn_args=(filesystems_of(files.files), spec.text_field),
         batch_format="pyarrow",
         batch_size=None,
-        num_cpus=0.5,
+        num_cpus=min(FILE_CPUS, cpus),
     )
     tokenized = texts.map_batches(
         _tokenize,
         fn_args=(tokenizer_dir, spec.special_tokens == "control", begin if bos == "document" else None),
         batch_format="pyarrow",
         batch_size=256,
-        num_cpus=0.5,
+        num_cpus=min(FILE_CPUS, cpus),
     )
     found = _Documents(bos=bos, begin=begin if bos == "sequence" else None)
     for table in tokenized.iter_batches(batch_format="pyarrow", batch_size=None):
@@ -215,7 +221,7 @@ def prepare_corpus(
 
     Args:
         folder: of a run; that of a resumed one holds what it has begun with.
-        cpus: that reading may take at a time; less than one is taken as one, which is what one file needs.
+        cpus: that reading may take at a time; Ray Data does not begin with less than one.
         pack: lay documents end to end; otherwise each sequence has one document or a piece of one, and padding.
 
     Raises:
@@ -232,7 +238,7 @@ def prepare_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     files = select_files(spec.paths)
     try:
-        documents = _documents(spec, files, tokenizer_dir)
+        documents = _documents(spec, files, tokenizer_dir, cpus)
     except (ray.exceptions.RayTaskError, ray.data.exceptions.UserCodeException) as error:
         log.exception("the corpus cannot be read")
         cause = getattr(error, "cause", None) or error

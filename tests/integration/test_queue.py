@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -133,3 +136,55 @@ def test_families_wait_for_each_other_and_a_killed_one_gives_its_place_back(
     assert queue_process(one_cpu).pid != before.pid
     (done,), (begun,) = runs(homes["first"]), runs(homes["second"])
     assert (done / "report.html").stat().st_mtime <= (begun / CORPUS_FOLDER / FACTS_FILE).stat().st_mtime
+
+
+def test_a_family_leaves_an_endpoint_on_its_cluster_alone(tiny: Path, tmp_path: Path) -> None:
+    for name in ("large", "little"):
+        (tmp_path / name).mkdir()
+    paths = {name: write_family(tmp_path / name, tiny, SMALL, name=name, **FAMILY) for name in ("large", "little")}
+    little = [f"--set={field}=0.1" for field in ("teacher.cpus_per_shard", "students.small.cpus_per_rank")]
+    with Nodes(tmp_path, head_cpus=1, inlined=True) as nodes:
+        env = of(tmp_path, nodes)
+        arm = ["--arm", f"one={tiny / 'teacher'}", "--cpus-per-arm", "0.6", "--name", "front", "--port", "0"]
+        endpoint = start("serve", *arm, env=env)
+        url = read_until(endpoint, r"^http://").splitlines()[-1].split()[0]
+        with asked_all_the_time(url) as statuses:
+            check = stillhouse("check", str(paths["large"]), env=env)
+            assert check.returncode == 0, check.stderr
+            assert "not beside what runs there now: endpoint front (0.6 CPU and " in check.stdout
+            refused = stillhouse("run", str(paths["large"]), "--set", "limits.wait=false", env=env)
+            assert refused.returncode == 1, refused.stdout + refused.stderr
+            assert "no room beside endpoint front (0.6 CPU and " in refused.stderr
+            large = start("run", str(paths["large"]), env=env)
+            read_until(large, r"queued: .* no room beside endpoint front \(0.6 CPU and .*: end that, or add nodes")
+            beside = stillhouse("run", str(paths["little"]), *little, env=env, timeout=ENOUGH_S)
+            assert beside.returncode == 0, beside.stdout + beside.stderr
+            assert large.poll() is None
+        assert len(statuses) > 20 and set(statuses) == {200}
+        endpoint.send_signal(signal.SIGINT)
+        last_words, _ = endpoint.communicate(timeout=60)
+        assert endpoint.returncode == 0 and "arm one" not in last_words, last_words
+        end(large)
+
+
+@contextlib.contextmanager
+def asked_all_the_time(url: str) -> Iterator[list[int]]:
+    """An endpoint is asked a few times a second; yields the statuses of its answers."""
+    statuses: list[int] = []
+    ended = threading.Event()
+
+    def ask() -> None:
+        question = {"model": "front", "prompt": "a", "max_tokens": 4}
+        while not ended.wait(0.2):
+            try:
+                statuses.append(httpx.post(f"{url}/completions", json=question, timeout=60.0).status_code)
+            except httpx.HTTPError:
+                statuses.append(0)
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    try:
+        yield statuses
+    finally:
+        ended.set()
+        asker.join()
