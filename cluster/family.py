@@ -16,7 +16,7 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.board import Board, has_no_rank
-from cluster.capacity import Need, Unplaced
+from cluster.capacity import Need, Unplaced, needs_of, totals
 from cluster.corpus.batches import CORPUS_FOLDER, Batches, CorpusFacts
 from cluster.corpus.prepare import prepare_corpus
 from cluster.errors import RunError, first_line
@@ -125,7 +125,8 @@ def _corpus(checked: Checked, run: Run) -> CorpusFacts:
     if run.text_is_kept:
         corpus = CorpusFacts.read(text)
     else:
-        corpus = prepare_corpus(spec, checked.teacher.folder, text, checked.most.cpus, pack=checked.packed)
+        place, _, _ = totals(needs_of(checked.spec))
+        corpus = prepare_corpus(spec, checked.teacher.folder, text, checked.most.cpus, checked.packed, place)
     if not checked.packed:
         corpus.require_padded(checked.packing_notices()[0])
     return corpus

@@ -137,12 +137,11 @@ def _refuse(reason: str) -> pa.Table:
     return pa.Table.from_pylist([{"ids": [], "hash": 0, "spelled": False, _REFUSED: reason}], schema=_SCHEMA)
 
 
-def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str, cpus: float) -> _Documents:
+def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str, file_cpus: float) -> _Documents:
     """Read and tokenise all files.
 
     Args:
-        cpus: what one file may take at most; a task that asks for more than the family's place would wait without end
-            on a cluster whose other CPUs are held.
+        file_cpus: what the task of one file asks for.
 
     Raises:
         UserError: a file is refused, more rows than ``corpus.max_bad_share`` are, or there is no token to begin with.
@@ -156,14 +155,14 @@ def _documents(spec: CorpusSpec, files: CorpusFiles, tokenizer_dir: str, cpus: f
         fn_args=(filesystems_of(files.files), spec.text_field),
         batch_format="pyarrow",
         batch_size=None,
-        num_cpus=min(FILE_CPUS, cpus),
+        num_cpus=file_cpus,
     )
     tokenized = texts.map_batches(
         _tokenize,
         fn_args=(tokenizer_dir, spec.special_tokens == "control", begin if bos == "document" else None),
         batch_format="pyarrow",
         batch_size=256,
-        num_cpus=min(FILE_CPUS, cpus),
+        num_cpus=file_cpus,
     )
     found = _Documents(bos=bos, begin=begin if bos == "sequence" else None)
     for table in tokenized.iter_batches(batch_format="pyarrow", batch_size=None):
@@ -212,7 +211,12 @@ def _spans(spec: CorpusSpec, documents: _Documents, pack: bool, tokenizer_dir: s
 
 
 def prepare_corpus(
-    spec: CorpusSpec, tokenizer_dir: str, folder: Path, cpus: float = math.inf, pack: bool = True
+    spec: CorpusSpec,
+    tokenizer_dir: str,
+    folder: Path,
+    cpus: float = math.inf,
+    pack: bool = True,
+    place: float = FILE_CPUS,
 ) -> CorpusFacts:
     """Read, tokenise, split and lay out a corpus in ``folder``.
 
@@ -222,6 +226,8 @@ def prepare_corpus(
     Args:
         folder: of a run; that of a resumed one holds what it has begun with.
         cpus: that reading may take at a time; Ray Data does not begin with less than one.
+        place: CPUs that the family has for certain. A task that asks for more would wait without end on a cluster whose
+            other CPUs are held, such as by an endpoint.
         pack: lay documents end to end; otherwise each sequence has one document or a piece of one, and padding.
 
     Raises:
@@ -238,7 +244,7 @@ def prepare_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     files = select_files(spec.paths)
     try:
-        documents = _documents(spec, files, tokenizer_dir, cpus)
+        documents = _documents(spec, files, tokenizer_dir, min(FILE_CPUS, place or FILE_CPUS))
     except (ray.exceptions.RayTaskError, ray.data.exceptions.UserCodeException) as error:
         log.exception("the corpus cannot be read")
         cause = getattr(error, "cause", None) or error
