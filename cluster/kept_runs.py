@@ -29,12 +29,12 @@ class KeptRun:
     """A run's folder and what it takes on the disk.
 
     Attributes:
-        state: ``running``, ``finished``, ``unfinished`` (``--resume`` would go on with it), ``damaged`` where its state
+        state: ``running``, ``finished``, ``unfinished`` (``--resume`` would continue it), ``damaged`` where its state
             or its spec cannot be read, or ``unknown`` where its file system has no locks.
         used: when it was last written to, seconds since 1970.
         size: bytes of its files; ``frees`` are those that are nowhere else, such as in MLflow's artifacts.
         registered: versions of its students.
-        last: whether it is the last run of its family, which ``--resume`` goes on with.
+        last: whether it is the last run of its family, which ``--resume`` continues.
         only_copies: finished students whose model is nowhere else.
         needed_by: unfinished runs whose spec names a file or a model in its folder, and what else the caller knows of.
     """
@@ -166,7 +166,7 @@ def _is_named(folder: Path, places: Collection[tuple[str, ...]]) -> bool:
 
 
 def _infos(folder: Path) -> Iterator[os.stat_result]:
-    """Of all files in a folder; those that a running process removes meanwhile are left out."""
+    """Of all files in a folder; those that a running process removes during the walk are left out."""
     for root, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):

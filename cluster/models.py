@@ -62,7 +62,7 @@ def _check_files(path: Path, name: str, field: str) -> None:
     """Whether a local path is a directory with a model in a format that is loaded.
 
     Raises:
-        UserError: it is not; says what it is and what to do.
+        UserError: it is not; names what it is and what to do.
         OSError: it cannot be looked at, such as for want of permissions.
     """
     if name.endswith(_GGUF) and path.is_file():

@@ -105,7 +105,7 @@ def _not_removed(folder: Path) -> str:
 
 
 def _needed_by_schedules() -> dict[str, list[str]]:
-    """What the schedules of this home need: the strings of their specs, and the runs that their nights go on with.
+    """What the schedules of this home need: the strings of their specs, and the runs that their nights continue.
 
     Raises:
         RunError: their database cannot be read.

@@ -121,7 +121,7 @@ class TextReader:
                 self._check_encoding(text.peek(HEAD)[:HEAD])
                 yield from self._texts(text)
                 if not self.whole and self._suffix != ".txt":
-                    # In the stored bytes, as nobody knows how many there are when they are unpacked.
+                    # In stored bytes, because the number of unpacked bytes is not known.
                     read = raw.tell() if self._codec else self._read
                     self.share = read / max(read, raw.size())
 

@@ -1,4 +1,4 @@
-"""What else than the queue's families holds a cluster's resources: the arms of an endpoint, or somebody's own program.
+"""Holders of a cluster's resources besides the queue's families: the arms of an endpoint, or other Ray programs.
 
 Actors and placement groups count, for they stay. Tasks do not: they end by themselves.
 """

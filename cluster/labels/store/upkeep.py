@@ -250,7 +250,7 @@ def _teacher_of(entry: Entry) -> str:
 
 
 def _of_teachers(bucket: Bucket, folder: str) -> dict[Entry, str]:
-    """The heads or names with their teachers; what somebody else put among them is left alone."""
+    """The heads or names with their teachers; foreign objects among them are left alone."""
     return {entry: teacher for entry in bucket.list(folder) if (teacher := teacher_of(entry.key)) is not None}
 
 
@@ -259,7 +259,7 @@ def _settled(entry: Entry, now: float) -> bool:
 
 
 def _labels(bucket: Bucket) -> Iterator[tuple[Entry, Stamp]]:
-    """The label objects; what somebody else put among them is left alone."""
+    """The label objects; foreign objects among them are left alone."""
     for entry in bucket.list(LABELS):
         if (stamp := stamp_of(entry.key)) is not None:
             yield entry, stamp
